@@ -1,0 +1,1 @@
+"""The store that cache_format.md describes."""

@@ -1,0 +1,25 @@
+"""The exceptions that are meant for people to read."""
+
+
+class PreceptorError(Exception):
+    """A bad input or a damaged store, told in one sentence.
+
+    The message names what is wrong and where (file, shard, key, option) and says what to do. The
+    command line prints it and exits with status 1; everything else is a bug and keeps its traceback.
+    """
+
+
+class DataError(PreceptorError):
+    """An image source is missing, unreadable, or not what the store was made from."""
+
+
+class StoreError(PreceptorError):
+    """A store is incomplete, damaged, or made by another configuration."""
+
+
+class TeacherError(PreceptorError):
+    """A teacher cannot be found, loaded, or asked for the space that was named."""
+
+
+class ConfigError(PreceptorError):
+    """An option has a value that cannot be used."""
