@@ -5,7 +5,7 @@ class PreceptorError(Exception):
     """A bad input or a damaged store, told in one sentence.
 
     The message names what is wrong and where (file, shard, key, option) and says what to do. The
-    command line prints it and exits with status 1; everything else is a bug and keeps its traceback.
+    command line prints it and exits with status 1; all else is a bug and keeps its traceback.
     """
 
 

@@ -1,0 +1,111 @@
+"""Images to normalised teacher inputs: decode once, one resize for every distinct input size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..cache import RowBatch, SampleIndex, ViewPolicy
+from ..errors import DataError
+from .teachers import Preprocessing
+
+Geometry = tuple[tuple[int, int], str]
+"""Input size (height, width) and interpolation: what teachers must share to share pixels."""
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """Consecutive rows: their facts, and the pixels of those whose image could be decoded.
+
+    Attributes:
+        rows: facts of all `b` rows.
+        pixels: per geometry, uint8 [v, 3, height, width] of the `v <= b` valid rows.
+        problems: one sentence for every invalid row.
+    """
+
+    rows: RowBatch
+    pixels: dict[Geometry, Tensor]
+    problems: list[str]
+
+
+class ViewDataset(Dataset[ViewBatch]):
+    """Batches of rows as a map-style dataset: item `i` is the `i`-th list of row numbers.
+
+    A damaged image travels as a sentence instead of an exception, so that the parent process
+    decides what becomes of it and a worker's traceback never reaches the user.
+    """
+
+    def __init__(
+        self,
+        index: SampleIndex,
+        policy: ViewPolicy,
+        geometries: Sequence[Geometry],
+        batches: Sequence[Sequence[int]],
+    ) -> None:
+        self.index, self.policy = index, policy
+        self.geometries, self.batches = list(dict.fromkeys(geometries)), batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, item: int) -> ViewBatch:
+        keys: list[str] = []
+        problems: list[str] = []
+        facts: list[tuple[int, int, tuple[float, float, float, float], bool, bool]] = []
+        pixels: dict[Geometry, list[np.ndarray]] = {geometry: [] for geometry in self.geometries}
+        numbers = self.batches[item]
+        samples = [row // self.policy.count for row in numbers]
+        for row, sample in zip(numbers, samples, strict=True):
+            keys.append(self.index.keys[sample])
+            try:
+                image = self.index.image(sample)
+            except DataError as error:
+                problems.append(str(error))
+                facts.append((0, 0, (0.0, 0.0, 0.0, 0.0), False, False))
+                continue
+            view = self.policy.draw(keys[-1], row % self.policy.count, image.width, image.height)
+            facts.append((image.height, image.width, view.box, view.flip, True))
+            for size, interpolation in self.geometries:
+                pixels[size, interpolation].append(view.pixels(image, size, interpolation))
+        return ViewBatch(
+            rows=RowBatch(
+                keys=keys,
+                labels=self.index.labels[samples],
+                sizes=np.array([fact[:2] for fact in facts], dtype=np.int32),
+                boxes=np.array([fact[2] for fact in facts], dtype=np.float32),
+                flips=np.array([fact[3] for fact in facts], dtype=bool),
+                valid=np.array([fact[4] for fact in facts], dtype=bool),
+            ),
+            pixels={
+                geometry: torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+                if arrays
+                else torch.empty(0, 3, *geometry[0], dtype=torch.uint8)
+                for geometry, arrays in pixels.items()
+            },
+            problems=problems,
+        )
+
+
+def view_batches(dataset: ViewDataset, workers: int, *, pin: bool) -> Iterator[ViewBatch]:
+    """The dataset's batches in order, decoded ahead by `workers` processes (0: in this one)."""
+    options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, **options)
+    return iter(loader)
+
+
+def normalise(pixels: Tensor, preprocessing: Preprocessing, device: torch.device) -> Tensor:
+    """uint8 [b, 3, h, w] to the teacher's normalised float32 [b, 3, h, w] on `device`."""
+    mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
+    std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0
+    return (pixels.to(device, non_blocking=True).float() - mean) / std
+
+
+def geometry(preprocessing: Preprocessing) -> Geometry:
+    """The part of a preprocessing that decides about pixels before normalisation."""
+    return preprocessing.size, preprocessing.interpolation

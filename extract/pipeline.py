@@ -1,0 +1,309 @@
+"""Stage 1: images -> views -> teachers -> encoded shards of the store.
+
+Each process of a distributed launch takes every `world`-th pending shard; shards are independent,
+so there is nothing to synchronise but the calibration before and the statistics after.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from ..cache import (
+    Cache,
+    SampleIndex,
+    SpaceSpec,
+    StorePlan,
+    StoreWriter,
+    TeacherRecord,
+    ViewPolicy,
+)
+from ..errors import ConfigError, DataError, StoreError
+from ..measure import peak_memory_mb
+from ..progress import ProgressLine
+from .calibration import Moments, sample_rows, update_all
+from .images import ViewBatch, ViewDataset, geometry, normalise, view_batches
+from .teachers import Teacher, load_teacher
+
+
+def extract(config: DictConfig) -> dict[str, Any]:
+    """Make the store that `config` (configs/extract.yaml) describes, or finish one that was begun.
+
+    Returns:
+        What the JSON summary beside the store (`<store>.extract.json`) holds.
+
+    Raises:
+        ConfigError, DataError, TeacherError, StoreError: each with one sentence for the user.
+    """
+    started = time.monotonic()
+    _validate(config)
+    fabric = _fabric(config)
+    index = _sample_index(config)
+    policy = ViewPolicy(**OmegaConf.to_container(config.views, resolve=True))  # type: ignore[arg-type]
+    teachers = load_teachers(config.teachers)
+    plan = StorePlan(
+        samples=index.describe(),
+        views=policy.describe(),
+        rows=len(index) * policy.count,
+        shard_rows=config.shard_rows,
+        group_rows=config.group_rows,
+        teachers=tuple(
+            teacher_record(teacher, options, str(_precision(config)))
+            for teacher, options in zip(teachers, config.teachers.values(), strict=True)
+        ),
+    )
+    runner = TeacherRunner(fabric, teachers, index, policy, config)
+    if fabric.global_rank == 0:
+        _calibrate(StoreWriter.open_or_create(config.cache, plan), runner, config)
+    fabric.barrier()
+    writer = StoreWriter.open_or_create(config.cache, plan)
+    problems = runner.fill(writer)
+    fabric.barrier()
+    summary: dict[str, Any] = {}
+    if fabric.global_rank == 0:
+        writer.finish()
+        summary = _summary(config, started, runner, problems)
+        Path(f"{str(config.cache).rstrip('/')}.extract.json").write_text(
+            json.dumps(summary, indent=2) + "\n", encoding="utf-8"
+        )
+        print(
+            f"{config.cache}: {summary['rows']:,} rows, {summary['bytes'] / 2**20:,.1f} MiB, "
+            f"{summary['bytes_per_row']:,.0f} bytes a row; "
+            f"{summary['rows_extracted']:,} rows extracted now in {summary['seconds']:.0f} s"
+            + (f"; {summary['rows_invalid']} invalid rows" if summary["rows_invalid"] else "")
+        )
+    return summary
+
+
+class TeacherRunner:
+    """Runs every teacher over the views of given rows, on the device Fabric chose."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        teachers: Sequence[Teacher],
+        index: SampleIndex,
+        policy: ViewPolicy,
+        config: DictConfig,
+    ) -> None:
+        self.fabric, self.teachers = fabric, teachers
+        self.index, self.policy = index, policy
+        self.batch_size, self.workers = int(config.batch_size), int(config.workers)
+        self.skip_corrupt = config.on_corrupt == "skip"
+        self.rows_extracted = 0
+        for teacher in teachers:
+            teacher.to(fabric.device)
+
+    def batches(self, rows: Iterable[Sequence[int]]) -> Iterable[ViewBatch]:
+        """Decode the given lists of rows; a damaged image stops the run unless skipping is on."""
+        geometries = [geometry(teacher.preprocessing) for teacher in self.teachers]
+        dataset = ViewDataset(self.index, self.policy, geometries, list(rows))
+        pin = self.fabric.device.type == "cuda"
+        for batch in view_batches(dataset, self.workers, pin=pin):
+            if batch.problems and not self.skip_corrupt:
+                raise DataError(
+                    f"{batch.problems[0]}; repair the shard, or say on_corrupt=skip to leave such "
+                    "images out (they are counted)"
+                )
+            yield batch
+
+    @torch.inference_mode()
+    def tokens(self, batch: ViewBatch, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Every space `teacher/name` of a batch's valid rows as float32 [v, N, D] on the CPU."""
+        found: dict[str, Tensor] = {}
+        for teacher in self.teachers:
+            if only is not None and teacher.name not in only:
+                continue
+            pixels = batch.pixels[geometry(teacher.preprocessing)]
+            if not len(pixels):
+                continue
+            inputs = normalise(pixels, teacher.preprocessing, self.fabric.device)
+            with self.fabric.autocast():
+                spaces = teacher(inputs)
+            for name, tokens in spaces.items():
+                found[f"{teacher.name}/{name}"] = tokens.float().cpu()
+        return found
+
+    def fill(self, writer: StoreWriter) -> list[str]:
+        """Extract this process's share of the pending shards; returns the damaged images' names."""
+        pending = writer.pending()[self.fabric.global_rank :: self.fabric.world_size]
+        rows, problems = writer.plan.rows, list[str]()
+        # Batches never cross a shard and always start at its first row: a shard's bytes do not
+        # depend on where an earlier run was stopped.
+        lists = [
+            _batched(range(first, min(first + writer.plan.shard_rows, rows)), self.batch_size)
+            for first in (shard * writer.plan.shard_rows for shard, _ in pending)
+        ]
+        total = sum(len(batch) for batches in lists for batch in batches)
+        stream = iter(self.batches(batch for batches in lists for batch in batches))
+        with ProgressLine("extract", total, "rows") as line:
+            for (shard, units), batches in zip(pending, lists, strict=True):
+                with writer.shard(shard, units) as out:
+                    for _ in batches:
+                        batch = next(stream)
+                        out.append(batch.rows, self.tokens(batch, units))
+                        problems += batch.problems
+                        self.rows_extracted += len(batch.rows.keys)
+                        line.advance(len(batch.rows.keys))
+        return problems
+
+
+def load_teachers(options: DictConfig) -> list[Teacher]:
+    """The teachers of a configuration `{name: {source, size, checkpoint, spaces, ...}}`, in order.
+
+    Raises:
+        ConfigError: no teacher is named. TeacherError: one cannot be loaded.
+    """
+    if not options:
+        raise ConfigError("teachers is empty; name at least one, e.g. teachers=imagenet_hub")
+    loaded = []
+    for name, choice in options.items():
+        given = OmegaConf.to_container(choice, resolve=True)
+        if not isinstance(given, dict) or "source" not in given:
+            raise ConfigError(f"teachers.{name} needs a source such as timm:NAME")
+        given.pop("encoding", None)
+        loaded.append(load_teacher(str(name), **{str(key): given[key] for key in given}))
+    return loaded
+
+
+def teacher_record(teacher: Teacher, options: DictConfig, precision: str) -> TeacherRecord:
+    """What the manifest keeps of a teacher: its spaces, their encoding, and its identity."""
+    encoding = options.get("encoding") or "int8"
+    return TeacherRecord(
+        name=teacher.name,
+        spaces=tuple(
+            SpaceSpec(teacher.name, space.name, space.tokens, space.dim, space.grid, encoding)
+            for space in teacher.spaces
+        ),
+        identity={**teacher.identity(), "precision": precision},
+    )
+
+
+def _calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -> None:
+    specs = writer.uncalibrated
+    if not specs:
+        return
+    if config.calibration.store is not None:
+        _borrow_calibration(writer, specs, str(config.calibration.store))
+        return
+    teachers = sorted({spec.teacher for spec in specs})
+    moments = {spec.id: Moments(spec.dim) for spec in specs}
+    rows = sample_rows(writer.plan.rows, int(config.calibration.images), int(config.seed))
+    with ProgressLine("calibrate", len(rows), "rows") as line:
+        for batch in runner.batches(_batched(rows, runner.batch_size)):
+            tokens = runner.tokens(batch, teachers)
+            if tokens:
+                update_all(moments, tokens)
+            line.advance(len(batch.rows.keys))
+    for spec in specs:
+        found = moments[spec.id]
+        if not found.count:
+            raise DataError("the calibration sample holds no readable image; check the shards")
+        writer.calibrate(
+            spec.id,
+            found.mean.astype(np.float32),
+            found.std().astype(np.float32),
+            rows_used=found.count // spec.tokens,
+        )
+
+
+def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: str) -> None:
+    other = Cache.open(path)
+    for spec in specs:
+        if spec.id not in other.spaces:
+            raise StoreError(
+                f"calibration.store={path} has no space {spec.id}; it has {', '.join(other.spaces)}"
+            )
+        theirs = _identity(other.manifest.plan.teachers, spec.teacher)
+        ours = _identity(writer.plan.teachers, spec.teacher)
+        if theirs["weights"] != ours["weights"]:
+            raise StoreError(
+                f"calibration.store={path} was made by other weights of {spec.teacher}: "
+                f"{theirs['weights']} there, {ours['weights']} here"
+            )
+        space = other[spec.id]
+        writer.calibrate(
+            spec.id, np.asarray(space.mean), np.asarray(space.std), rows_used=space.calibration_rows
+        )
+
+
+def _identity(teachers: Iterable[TeacherRecord], name: str) -> Mapping[str, Any]:
+    return next(teacher for teacher in teachers if teacher.name == name).identity
+
+
+def _sample_index(config: DictConfig) -> SampleIndex:
+    shards = OmegaConf.to_container(config.data, resolve=True)["shards"]  # type: ignore[call-overload, index]
+    index = SampleIndex.from_shards(shards, max_pixels=config.data.max_pixels)
+    return index.permuted(int(config.seed)) if config.order == "permuted" else index
+
+
+def _validate(config: DictConfig) -> None:
+    for group in (config, config.data):
+        for key in group:
+            if OmegaConf.is_missing(group, str(key)):
+                prefix = "data." if group is config.data else ""
+                raise ConfigError(f"{prefix}{key} is required: say {prefix}{key}=...")
+    for key, allowed in (("order", ("source", "permuted")), ("on_corrupt", ("stop", "skip"))):
+        if config[key] not in allowed:
+            raise ConfigError(f"{key}={config[key]}: valid are {', '.join(allowed)}")
+    for key in ("batch_size", "shard_rows", "group_rows"):
+        if config[key] < 1:
+            raise ConfigError(f"{key}={config[key]}: expected a positive number")
+    if config.shard_rows % config.group_rows:
+        raise ConfigError(
+            f"shard_rows={config.shard_rows} is not a multiple of group_rows={config.group_rows}"
+        )
+
+
+def _fabric(config: DictConfig) -> Fabric:
+    engine = config.engine
+    fabric = Fabric(
+        accelerator=engine.accelerator,
+        devices=engine.devices,
+        num_nodes=engine.num_nodes,
+        precision=_precision(config),
+    )
+    fabric.launch()
+    return fabric
+
+
+def _precision(config: DictConfig) -> Any:
+    if config.engine.precision != "auto":
+        return config.engine.precision
+    cuda = config.engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
+    return "bf16-mixed" if cuda else "32-true"
+
+
+def _batched(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _summary(
+    config: DictConfig, started: float, runner: TeacherRunner, problems: Sequence[str]
+) -> dict[str, Any]:
+    cache = Cache.open(config.cache)
+    seconds = time.monotonic() - started
+    size = sum(file.stat().st_size for file in Path(config.cache).rglob("*") if file.is_file())
+    return {
+        "store": str(config.cache),
+        "rows": len(cache),
+        "rows_extracted": runner.rows_extracted,
+        "rows_invalid": int((~np.asarray(cache.valid)).sum()),
+        "damaged_images": list(problems),
+        "bytes": size,
+        "bytes_per_row": size / len(cache),
+        "spaces": {name: list(space.shape) for name, space in cache.spaces.items()},
+        "device": str(runner.fabric.device),
+        "seconds": seconds,
+        "rows_per_second": runner.rows_extracted / seconds,
+        "peak_memory_mb": peak_memory_mb(),
+    }
