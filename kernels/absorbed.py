@@ -1,0 +1,148 @@
+"""The absorbed form in plain PyTorch: the body for CPU and the fallback where Triton is missing.
+
+Symbols, for one sample: x_n raw token (code or float), mean_n its mean over D with LayerNorm and 0
+without, a_n its gain (the int8 scale and the LayerNorm's reciprocal deviation), q_r query row.
+
+    t_rn = q_r . (x_n - mean_n)      s_rn = a_n t_rn       p = softmax_n(s)
+    y_r  = sum_n p_rn a_n (x_n - mean_n)
+
+    u_rn = dy_r . (x_n - mean_n)     ds_rn = p_rn (a_n u_rn - dy_r . y_r + dlse_r)
+    dq_r = sum_n ds_rn a_n (x_n - mean_n)
+    dx_n = a_n (g_n - mean_D g_n) - a_n^3 (x_n - mean_n) (sum_r ds_rn t_rn + p_rn u_rn) / D,
+           g_n = sum_r ds_rn q_r + p_rn dy_r; without LayerNorm the mean and last terms vanish
+
+A negative gain marks a token that must not be attended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Decoded tokens of one step stay within this many bytes, so that they are still in the cache of a
+# CPU core when the second product reads them.
+_STEP_BYTES = 2 << 20
+
+
+def compute_dtype(query: Tensor, tokens: Tensor) -> torch.dtype:
+    """float64 where either side is float64, float32 otherwise."""
+    return torch.float64 if torch.float64 in (query.dtype, tokens.dtype) else torch.float32
+
+
+def forward(
+    query: Tensor, tokens: Tensor, weight: Tensor | None, norm_eps: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, R, D], logsumexp [B, R], and with LayerNorm the gain and token mean [B, N]."""
+    batch, rows, dim = query.shape
+    dtype = compute_dtype(query, tokens)
+    output = torch.empty((batch, rows, dim), dtype=query.dtype, device=query.device)
+    lse = torch.empty((batch, rows), dtype=dtype, device=query.device)
+    kept = (batch, tokens.shape[1]) if norm_eps is not None else (0,)
+    gain_kept = torch.empty(kept, dtype=dtype, device=query.device)
+    mean_kept = torch.empty(kept, dtype=dtype, device=query.device)
+    for step in _steps(tokens, dtype):
+        x = tokens[step].to(dtype)
+        q = query[step].to(dtype)
+        gain, mean = None if weight is None else weight[step].to(dtype), None
+        if norm_eps is not None:
+            gain, mean = layer_norm_gain(x, gain, norm_eps)
+            gain_kept[step], mean_kept[step] = gain, mean
+        p, _, lse[step] = _probabilities(q, x, gain, mean)
+        if gain is not None:
+            p = p * gain.clamp_min(0).unsqueeze(1)
+        y = torch.bmm(p, x)
+        if mean is not None:
+            y = y - torch.bmm(p, mean.unsqueeze(-1))
+        output[step] = y
+    return output, lse, gain_kept, mean_kept
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    tokens: Tensor,
+    gain: Tensor | None,
+    mean: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    tokens_need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the query [B, R, D] and, where asked for, of the tokens [B, N, D]."""
+    dtype = compute_dtype(query, tokens)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_tokens = torch.empty(
+        tokens.shape if tokens_need_grad else (0,),
+        dtype=tokens.dtype if tokens_need_grad else query.dtype,
+        device=query.device,
+    )
+    for step in _steps(tokens, dtype):
+        x, q, dy = tokens[step].to(dtype), query[step].to(dtype), grad_output[step].to(dtype)
+        a = None if gain is None else gain[step].to(dtype)
+        centre = None if mean is None else mean[step].to(dtype)
+        p, t, _ = _probabilities(q, x, a, centre, lse[step])
+        factor = None if a is None else a.clamp_min(0).unsqueeze(1)
+        u = _products(dy, x, centre)
+        delta = (dy * output[step]).sum(-1) - grad_lse[step]
+        ds = p * ((u if factor is None else factor * u) - delta.unsqueeze(-1))
+        weighted = ds if factor is None else ds * factor
+        dq = torch.bmm(weighted, x)
+        if centre is not None:
+            dq = dq - torch.bmm(weighted, centre.unsqueeze(-1))
+        grad_query[step] = dq
+        if tokens_need_grad:
+            value = p if factor is None else p * factor
+            dx = torch.bmm(weighted.transpose(1, 2), q)
+            dx.baddbmm_(value.transpose(1, 2), dy)
+            if factor is not None and centre is not None:
+                along = (weighted * t + value * u).sum(1) * factor.squeeze(1) ** 2 / x.shape[-1]
+                dx = dx - dx.mean(-1, keepdim=True)
+                dx = dx - along.unsqueeze(-1) * (x - centre.unsqueeze(-1))
+            grad_tokens[step] = dx
+    return grad_query, grad_tokens
+
+
+def layer_norm_gain(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Gain and mean [B, N] of LayerNorm over ``c x`` with c the positive part of the weight.
+
+    The weight's sign stays: negative gains mark tokens that are not attended.
+    """
+    variance, mean = torch.var_mean(x, dim=-1, unbiased=False)
+    if weight is None:
+        return torch.rsqrt(variance + eps), mean
+    gain = weight * torch.rsqrt(weight.square() * variance + eps)
+    return torch.where(weight < 0, torch.full_like(gain, -1.0), gain), mean
+
+
+def _steps(tokens: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of the batch: all of it where nothing has to be decoded, cache-sized otherwise."""
+    batch, count, dim = tokens.shape
+    step = max(batch, 1)
+    if tokens.dtype != dtype:
+        step = max(1, _STEP_BYTES // max(1, count * dim * dtype.itemsize))
+    for start in range(0, batch, step):
+        yield slice(start, start + step)
+
+
+def _products(rows: Tensor, x: Tensor, mean: Tensor | None) -> Tensor:
+    product = torch.bmm(rows, x.transpose(1, 2))
+    if mean is not None:
+        product = product - rows.sum(-1, keepdim=True) * mean.unsqueeze(1)
+    return product
+
+
+def _probabilities(
+    q: Tensor, x: Tensor, gain: Tensor | None, mean: Tensor | None, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p [B, R, N], t [B, R, N] and the logsumexp [B, R]; rows that attend nothing get p = 0."""
+    t = _products(q, x, mean)
+    scores = t
+    if gain is not None:
+        scores = t * gain.unsqueeze(1)
+        scores = scores.masked_fill((gain < 0).unsqueeze(1), -torch.inf)
+    if lse is None:
+        lse = torch.logsumexp(scores, dim=-1)
+    shift = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
+    return torch.exp(scores - shift.unsqueeze(-1)), t, lse
