@@ -1,0 +1,156 @@
+"""Students: any timm backbone as tokens on a grid and a pooled descriptor."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What an alignment reads of a student.
+
+    Attributes:
+        tokens: [B, N, C] float; the last feature map in row-major order, after the backbone's final
+            norm where it has one, without class or register tokens.
+        grid: (rows, columns) of the tokens; rows * columns = N.
+        pooled: [B, P] float; what the backbone's own classifier would read.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    pooled: Tensor
+
+
+class Student(nn.Module):
+    """A timm backbone without its classifier.
+
+    Args:
+        name: timm model name, such as ``resnet50`` or ``vit_small_patch16_224``.
+        pretrained: start from timm's weights instead of random ones (needs the hub or its cache).
+        size: side, or (height, width), of the input in pixels.
+        **options: passed to ``timm.create_model`` (``patch_size``, ``depth``, ``drop_path_rate``,
+            ``output_stride``, ...).
+
+    Attributes:
+        model: the timm model itself.
+        size: (height, width) of the input.
+        grid: (rows, columns) of the tokens at that size.
+        token_dim, pooled_dim: widths C and P of the output.
+
+    Raises:
+        ConfigError: timm has no such model, or the model does not take an option or the size.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        pretrained: bool = False,
+        size: int | tuple[int, int] = 224,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        self.model = _create(name, pretrained, self.size, options)
+        with torch.no_grad():
+            training, _ = self.model.training, self.model.eval()
+            try:
+                output = self(torch.zeros(1, 3, *self.size))
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise ConfigError(
+                    f"student {name} does not take images of {self.size[0]} x {self.size[1]} "
+                    f"pixels: {_line(error)}; set student.size (and student.options.img_size)"
+                ) from error
+            self.model.train(training)
+        self.grid = output.grid
+        self.token_dim = output.tokens.shape[-1]
+        self.pooled_dim = output.pooled.shape[-1]
+
+    def forward(self, pixels: Tensor) -> StudentOutput:
+        """Tokens and descriptor of normalised images.
+
+        Args:
+            pixels: [B, 3, H, W] float, normalised by ImageNet's mean and deviation.
+        """
+        # One pass gives both: the last stage's map with the final norm, and what the head reads.
+        final, maps = self.model.forward_intermediates(
+            pixels, indices=1, norm=True, output_fmt="NCHW"
+        )
+        last = maps[-1]
+        pooled = self.model.forward_head(final, pre_logits=True)
+        height, width = last.shape[-2:]
+        return StudentOutput(
+            tokens=last.flatten(2).transpose(1, 2), grid=(height, width), pooled=pooled
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the backbone wants undecayed (position embeddings and such)."""
+        names = getattr(self.model, "no_weight_decay", set)
+        return {f"model.{name}" for name in names()}
+
+
+def build_student(config: Mapping[str, Any], seed: int) -> Student:
+    """The student of a ``student`` configuration group; the same seed gives the same weights.
+
+    Sets torch's global generator, so build the student first and whatever else is random after it.
+
+    Args:
+        config: keys ``model``, ``size`` and optionally ``pretrained`` and ``options``.
+        seed: of the random initialisation.
+    """
+    torch.manual_seed(seed)
+    size = config["size"]
+    return Student(
+        str(config["model"]),
+        pretrained=bool(config.get("pretrained", False)),
+        size=int(size) if isinstance(size, int | float) else (int(size[0]), int(size[1])),
+        **dict(config.get("options") or {}),
+    )
+
+
+def _create(
+    name: str, pretrained: bool, size: tuple[int, int], options: dict[str, Any]
+) -> nn.Module:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists them"
+        raise ConfigError(f"student.model={name}: timm has no such model{hint}")
+    # Models built for one image size say so; the others take any and know no such argument.
+    if timm.models.get_pretrained_cfg(name) and "img_size" not in options and _is_fixed(name):
+        options = {"img_size": size, **options}
+    # timm takes lists from a configuration file where it documents tuples.
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"student.options of {name} are not what timm takes: {_line(error)}"
+        ) from error
+    except (RuntimeError, AssertionError, ValueError, OSError) as error:
+        what = "its pretrained weights could not be loaded" if pretrained else "timm refused it"
+        raise ConfigError(f"student {name}: {what}: {_line(error)}") from error
+    if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
+        raise ConfigError(
+            f"student {name} gives no intermediate features in timm; choose another backbone"
+        )
+    return model
+
+
+def _is_fixed(name: str) -> bool:
+    config = timm.models.get_pretrained_cfg(name)
+    return bool(config is not None and config.fixed_input_size)
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
