@@ -1,0 +1,77 @@
+"""Alignments by name. A new one is one file here and one line in `ALIGNMENTS`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import ConfigError
+from ..students import Student
+from .base import Alignment, AlignmentOutput, SpaceTarget, select_spaces
+from .model_token import ModelToken
+from .regression import Regression
+
+ALIGNMENTS: dict[str, type[Alignment]] = {
+    "model_token": ModelToken,
+    "regression": Regression,
+}
+
+__all__ = [
+    "ALIGNMENTS",
+    "Alignment",
+    "AlignmentOutput",
+    "SpaceTarget",
+    "alignment_options",
+    "build_alignment",
+]
+
+
+def build_alignment(
+    config: Mapping[str, Any], student: Student, available: Mapping[str, SpaceTarget]
+) -> Alignment:
+    """The alignment of an ``align`` configuration group, for one student and one store.
+
+    Args:
+        config: ``method`` (a key of `ALIGNMENTS`; ``name`` where absent), ``spaces`` (names of
+            spaces or teachers; all that are available where absent or null), and the options of
+            that alignment.
+        student: gives widths and grid.
+        available: the spaces of the store.
+
+    Raises:
+        ConfigError: no such alignment, option or space; the message lists what there is.
+    """
+    options = dict(config)
+    name = options.pop("name", None)
+    method = str(options.pop("method", None) or name)
+    spaces = options.pop("spaces", None)
+    if method not in ALIGNMENTS:
+        close = difflib.get_close_matches(method, ALIGNMENTS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"align.method={method}{hint}: valid are {', '.join(ALIGNMENTS)}")
+    kind = ALIGNMENTS[method]
+    known = alignment_options(kind)
+    for option in options:
+        if option not in known:
+            raise ConfigError(
+                f"align.{option}: {method} has no such option; it has {', '.join(known)}"
+            )
+    return kind(
+        student.token_dim,
+        student.grid,
+        select_spaces(available, [spaces] if isinstance(spaces, str) else spaces),
+        pooled_dim=student.pooled_dim,
+        **options,
+    )
+
+
+def alignment_options(kind: type[Alignment]) -> dict[str, Any]:
+    """Options of an alignment with their defaults, its own before those that all share."""
+    found: dict[str, Any] = {}
+    for owner in (kind, Alignment):
+        for name, parameter in inspect.signature(owner.__init__).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY and name != "pooled_dim":
+                found.setdefault(name, parameter.default)
+    return found
