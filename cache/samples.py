@@ -1,0 +1,427 @@
+"""Image samples in local WebDataset shards: listed once, then read by position.
+
+A sample is the run of tar members that share a key, as WebDataset groups them: the key is a
+member's path up to the first dot of its base name and what follows is its kind (``jpg``, ``cls``
+and so on). The headers of every shard are walked once; from then on any sample is one positioned
+read away, in any order and from any thread or process.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import DataError
+
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded, in pixels: 256 MiB as RGB, and Pillow's own warning level."""
+MAX_UNPACKED = 256 * 2**20
+"""Largest total size of compressed shards after unpacking, in bytes; they are held in memory."""
+MAX_LABEL_BYTES = 64
+OPEN_SHARDS = 64
+
+_COMPRESSED: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"BZh": bz2.open,
+}
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class _Descriptor:
+    """A file descriptor that closes when its last user lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _descriptor(path: str, size: int, modified: int) -> _Descriptor:
+    # This cache holds no lock of Python's, so a fork at any moment leaves it usable; positioned
+    # reads use no file offset, so parent and children may share the descriptor too.
+    descriptor = _Descriptor(path)
+    status = os.fstat(descriptor.number)
+    if (status.st_size, status.st_mtime_ns) != (size, modified):
+        raise DataError(f"shard {path} has changed since it was listed; run the command again")
+    return descriptor
+
+
+@dataclass
+class _Shard:
+    path: str
+    size: int
+    modified: int
+    packed: bytes | None
+    samples: int = 0
+    plain: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    @classmethod
+    def at(cls, path: str) -> _Shard:
+        try:
+            with open(path, "rb") as file:
+                head = file.read(6)
+                status = os.fstat(file.fileno())
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"cannot read shard {path}: {reason}; check data.shards") from error
+        if not head:
+            raise DataError(f"shard {path} is empty (0 bytes); fetch or write it again")
+        packed = next((magic for magic in _COMPRESSED if head.startswith(magic)), None)
+        return cls(path, status.st_size, status.st_mtime_ns, packed)
+
+    def unpack(self, limit: int) -> bytes:
+        try:
+            with _COMPRESSED[self.packed or b""](self.path, "rb") as file:
+                plain: bytes = file.read(limit + 1)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"shard {self.path} cannot be unpacked: {error}") from error
+        if len(plain) > limit:
+            raise DataError(
+                f"shard {self.path} brings the compressed shards over {MAX_UNPACKED:,} bytes "
+                "unpacked, and they are held in memory; unpack large shards to plain .tar files"
+            )
+        return plain
+
+    def read(self, offset: int, size: int) -> bytes:
+        if self.packed is not None:
+            if self.plain is None:  # after unpickling in a worker process
+                self.plain = self.unpack(MAX_UNPACKED)
+            return self.plain[offset : offset + size]
+        try:
+            descriptor = _descriptor(self.path, self.size, self.modified)
+            return _read_all(descriptor.number, offset, size)
+        except OSError as error:
+            raise DataError(f"cannot read shard {self.path}: {error.strerror or error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plain": None}
+
+
+def _read_all(descriptor: int, offset: int, size: int) -> bytes:
+    pieces = []
+    while size:  # one read returns at most 2 GiB, and less over some network file systems
+        piece = os.pread(descriptor, size, offset)
+        if not piece:
+            break
+        pieces.append(piece)
+        offset += len(piece)
+        size -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class SampleIndex:
+    """Where every sample of an ordered set of shards lies. Cheap to pickle, safe to share.
+
+    Attributes:
+        keys: the WebDataset key of each sample, in row order; unique.
+        labels: int64 ``[len]``; the integer in ``.cls``, or -1 where a sample has none.
+        order: what put the samples in this order, for the record.
+    """
+
+    keys: list[str]
+    labels: NDArray[np.int64]
+    order: dict[str, Any]
+    _shards: list[_Shard]
+    _shard: NDArray[np.int32]
+    _offset: NDArray[np.int64]
+    _size: NDArray[np.int64]
+
+    @classmethod
+    def from_shards(
+        cls,
+        shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SampleIndex:
+        """List the samples of local tar shards, in the order of the shards.
+
+        Args:
+            shards: one path or several. Braces expand as in WebDataset (``train-{000..146}.tar``,
+                ``a.tar::b.tar``). A shard may be compressed (gzip, xz, bzip2): it is then held in
+                memory, and all of them together may take ``MAX_UNPACKED`` bytes unpacked.
+            progress: called with (shards listed, shards in all) after each shard.
+
+        Raises:
+            DataError: a shard is missing, not a tar file, or cut short; a sample has no image, two
+                images, or a label that is no class number; a key occurs twice; no sample at all.
+        """
+        paths = expand_shards(shards)
+        lists = _Lists()
+        for number, path in enumerate(paths):
+            lists.add_shard(path)
+            if progress is not None:
+                progress(number + 1, len(paths))
+        if not lists.keys:
+            raise DataError(f"no sample in {_several(paths)}; expected members such as key.jpg")
+        return cls(
+            keys=lists.keys,
+            labels=np.asarray(lists.labels, np.int64),
+            order={"kind": "shards"},
+            _shards=lists.shards,
+            _shard=np.repeat(
+                np.arange(len(lists.shards), dtype=np.int32), [s.samples for s in lists.shards]
+            ),
+            _offset=np.asarray(lists.offsets, np.int64),
+            _size=np.asarray(lists.sizes, np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over every sample in row order: its shard's name, key, image size and label."""
+        names = [shard.name for shard in self._shards]
+        digest = hashlib.sha256()
+        rows = zip(self._shard, self.keys, self._size, self.labels, strict=True)
+        for shard, key, size, label in rows:  # tar names hold no zero byte: it can separate
+            line = f"{names[shard]}\0{key}\0{size}\0{label}\0"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies these samples, as JSON: count, sha256, order, shards in listed order."""
+        return {
+            "count": len(self),
+            "sha256": self.sha256,
+            "order": dict(self.order),
+            "shards": [
+                {"name": shard.name, "bytes": shard.size, "samples": shard.samples}
+                for shard in self._shards
+            ],
+        }
+
+    def permuted(self, seed: int) -> SampleIndex:
+        """The same samples in a fixed random order.
+
+        Rows are sorted by a keyed hash (BLAKE2b) of their key, so the order depends on the seed and
+        the keys alone: neither on the order of the shards nor on any library's generator.
+        """
+        secret = f"preceptor samples {int(seed)}".encode()
+        ranks = np.fromiter(
+            (
+                int.from_bytes(
+                    hashlib.blake2b(
+                        key.encode("utf-8", "surrogateescape"), digest_size=8, key=secret
+                    ).digest(),
+                    "little",
+                )
+                for key in self.keys
+            ),
+            np.uint64,
+            len(self),
+        )
+        rows = np.argsort(ranks, kind="stable")
+        return replace(self._take(rows), order={"kind": "hashed", "seed": int(seed)})
+
+    def _take(self, rows: NDArray[np.int64]) -> SampleIndex:
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            labels=self.labels[rows],
+            _shard=self._shard[rows],
+            _offset=self._offset[rows],
+            _size=self._size[rows],
+        )
+
+    def where(self, i: int) -> str:
+        """Names sample ``i`` for a message: its key and its shard."""
+        return f"{self.keys[i]!r} in shard {self._shards[self._shard[i]].path}"
+
+    def read(self, i: int) -> bytes:
+        """The encoded image of sample ``i``, byte for byte as the shard holds it.
+
+        Raises:
+            DataError: the shard is gone, has changed since it was listed, or ends too early.
+        """
+        size = int(self._size[i])
+        data = self._shards[self._shard[i]].read(int(self._offset[i]), size)
+        if len(data) != size:
+            raise DataError(f"sample {self.where(i)} ends early: {len(data)} of {size} bytes")
+        return data
+
+    def image(self, i: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """Sample ``i`` decoded to RGB: grey repeated, alpha dropped, EXIF orientation not applied.
+
+        16-bit grey keeps its high byte, as libpng reduces it.
+
+        Raises:
+            DataError: the image has more than ``max_pixels`` pixels, is cut short, or is none.
+        """
+        data = self.read(i)
+        try:
+            image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DataError(
+                    f"image {self.where(i)} is {width} x {height}, more than {max_pixels:,} pixels"
+                )
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # decoders of damaged bytes raise anything at all
+            raise DataError(
+                f"image {self.where(i)} ({len(data):,} bytes) cannot be decoded: {error}; "
+                "replace it, or let the extraction skip corrupt images"
+            ) from error
+
+
+def expand_shards(
+    shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> list[str]:
+    """Local paths of shards, with WebDataset's own brace expansion.
+
+    Raises:
+        DataError: nothing was named, the braces do not match, or a name is a URL or a pipe.
+    """
+    from webdataset.shardlists import expand_urls  # imports torch
+
+    given = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+    paths: list[str] = []
+    for item in given:
+        if isinstance(item, Path):  # a path is meant as it stands
+            paths.append(str(item))
+            continue
+        try:
+            paths.extend(expand_urls(os.fspath(item)))
+        except Exception as error:
+            raise DataError(f"shards {item!r} cannot be expanded: {error}") from error
+    if not any(paths):
+        raise DataError("no shard is named; set data.shards, for example to 'x-{000..146}.tar'")
+    for path in paths:
+        scheme = path.split(":", 1)[0] if ":" in path else ""
+        if scheme and not os.path.exists(path) and scheme.isalnum():
+            raise DataError(f"shard {path!r} is not a local file; download or mount it first")
+    return paths
+
+
+class _Lists:
+    """What the walk over the shards has gathered so far."""
+
+    def __init__(self) -> None:
+        self.shards: list[_Shard] = []
+        self.keys: list[str] = []
+        self.labels: list[int] = []
+        self.offsets: list[int] = []
+        self.sizes: list[int] = []
+        self._seen: dict[str, int] = {}
+        self._unpacked = 0
+
+    def add_shard(self, path: str) -> None:
+        shard = _Shard.at(path)
+        self.shards.append(shard)
+        if shard.packed is not None:
+            shard.plain = shard.unpack(MAX_UNPACKED - self._unpacked)
+            self._unpacked += len(shard.plain)
+        with io.BytesIO(shard.plain) if shard.plain is not None else open(path, "rb") as file:
+            key, members = None, dict[str, tarfile.TarInfo]()
+            for found, kind, member in _members(path, file):
+                if found != key:
+                    self._add_sample(shard, file, key, members)
+                    key, members = found, {}
+                if kind in members:
+                    raise DataError(f"sample {found!r} in shard {path} has two members .{kind}")
+                members[kind] = member
+            self._add_sample(shard, file, key, members)
+
+    def _add_sample(
+        self, shard: _Shard, file: IO[bytes], key: str | None, members: dict[str, tarfile.TarInfo]
+    ) -> None:
+        if key is None:
+            return
+        images = [kind for kind in members if kind in IMAGE_KINDS]
+        if len(images) != 1:
+            raise DataError(
+                f"sample {key!r} in shard {shard.path} has "
+                f"{'images ' + ' and '.join(images) if images else 'no image'} "
+                f"(members: {', '.join(members)}); expected exactly one of {', '.join(IMAGE_KINDS)}"
+            )
+        if key in self._seen:
+            raise DataError(
+                f"key {key!r} in shard {shard.path} occurs before, "
+                f"in shard {self.shards[self._seen[key]].path}; keys must be unique"
+            )
+        self._seen[key] = len(self.shards) - 1
+        image = members[images[0]]
+        self.keys.append(key)
+        self.labels.append(_label(shard.path, file, key, members.get("cls")))
+        self.offsets.append(image.offset_data)
+        self.sizes.append(image.size)
+        shard.samples += 1
+
+
+def _members(path: str, file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, kind, header) of the members that WebDataset would read, in their order."""
+    from webdataset.tariterators import base_plus_ext  # imports torch
+
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else millions of headers stay
+                if not member.isreg() or _is_metadata(member.name):
+                    continue
+                if member.issparse():
+                    raise DataError(f"member {member.name!r} of shard {path} is stored sparse")
+                key, kind = base_plus_ext(member.name)
+                if key is not None:
+                    yield key, kind.lower(), member
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise DataError(f"shard {path} is damaged or no tar file: {error}") from error
+    # tarfile takes a file that stops between two members, or a header it cannot read, for the end.
+    file.seek(end)
+    if file.read(_BLOCK) != bytes(_BLOCK):
+        raise DataError(
+            f"shard {path} is cut short or damaged at byte {end}: no end-of-archive block there; "
+            "fetch it again"
+        )
+
+
+def _is_metadata(name: str) -> bool:
+    """WebDataset keeps names such as ``__meta__/...`` for itself."""
+    first = name.split("/", 1)[0]
+    return len(first) >= 4 and first.startswith("__") and first.endswith("__")
+
+
+def _label(path: str, file: IO[bytes], key: str, member: tarfile.TarInfo | None) -> int:
+    if member is None:
+        return -1
+    text = b""
+    if member.size <= MAX_LABEL_BYTES:
+        file.seek(member.offset_data)
+        text = file.read(member.size).strip()
+    if not (text.isdigit() and len(text) < 19):
+        shown = repr(text.decode("ascii", "replace")) if text else f"{member.size} bytes"
+        raise DataError(f"label {key}.cls in shard {path} is {shown}, not a class number from 0 up")
+    return int(text)
+
+
+def _several(paths: Sequence[str]) -> str:
+    return f"shard {paths[0]}" if len(paths) == 1 else f"{len(paths)} shards ({paths[0]}, ...)"
