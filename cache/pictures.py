@@ -1,0 +1,73 @@
+"""Pictures of token grids: the first three principal components of a space as colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import StoreError
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One column of the picture.
+
+    Attributes:
+        title: what stands above the column.
+        colours: float [images, height, width, 3] in [0, 1]; shown with square cells.
+    """
+
+    title: str
+    colours: NDArray[np.floating]
+
+
+def principal_colours(tokens: NDArray[np.floating], grid: tuple[int, int]) -> NDArray[np.floating]:
+    """Tokens [images, N, D] as colours [images, *grid, 3], with one basis for all images.
+
+    Red, green and blue are the first three principal components of the tokens, each stretched
+    between its 1st and 99th percentile; a component's sign is chosen so that the rim of the grids,
+    where the background usually is, is dark.
+
+    Raises:
+        StoreError: the grid does not hold N tokens, or there are fewer than 3 dimensions.
+    """
+    from sklearn.decomposition import PCA
+
+    images, count, dim = tokens.shape
+    if grid[0] * grid[1] != count or dim < 3:
+        raise StoreError(f"tokens {tokens.shape} cannot be drawn on a grid {grid}")
+    flat = np.asarray(tokens, np.float64).reshape(-1, dim)
+    parts = PCA(3, random_state=0).fit_transform(flat)
+    low, high = np.percentile(parts, [1, 99], axis=0)
+    colours = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
+    colours = colours.reshape(images, *grid, 3)
+    rim = np.concatenate(
+        [colours[:, 0], colours[:, -1], colours[:, :, 0], colours[:, :, -1]], axis=1
+    ).mean(axis=(0, 1))
+    return np.where(rim > 0.5, 1 - colours, colours)
+
+
+def draw_panels(
+    path: str | PathLike[str], panels: Sequence[Panel], notes: Mapping[int, str]
+) -> None:
+    """Write a PNG with a column a panel and a row an image; `notes` names rows at their left."""
+    from matplotlib.figure import Figure
+
+    rows = len(panels[0].colours)
+    figure = Figure(figsize=(1.5 * len(panels) + 0.6, 1.5 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, len(panels), squeeze=False)
+    for column, panel in enumerate(panels):
+        axes[0][column].set_title(panel.title, fontsize=9)
+        for row in range(rows):
+            axis = axes[row][column]
+            axis.imshow(panel.colours[row], interpolation="nearest", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if column == 0 and row in notes:
+                axis.set_ylabel(notes[row], fontsize=9)
+    figure.savefig(path, dpi=140)

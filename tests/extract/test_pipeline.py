@@ -1,0 +1,278 @@
+"""Stage 1 end to end, against timm and torchvision alone, plain zarr, and a killed process."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import webdataset
+import zarr
+from PIL import Image
+from preceptor.cache import Cache
+from preceptor.cli import main
+
+COUNT, SIZE = 11, 64
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two tars of small natural-sized images of various shapes, with labels."""
+    folder = tmp_path_factory.mktemp("shards")
+    random = np.random.default_rng(0)
+    for shard, keys in enumerate((range(6), range(6, COUNT))):
+        with webdataset.TarWriter(str(folder / f"s-{shard}.tar")) as tar:
+            for key in keys:
+                height, width = random.integers(40, 90, 2)
+                coarse = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
+                image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+                data = io.BytesIO()
+                image.save(data, "PNG")
+                tar.write({"__key__": f"im{key:03d}", "png": data.getvalue(), "cls": str(key % 3)})
+    return str(folder / "s-{0..1}.tar")
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for a small CNN and a small ViT with local checkpoints."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    for name in ("resnet10t", "vit_tiny_patch16_224"):
+        safetensors.torch.save_file(
+            timm.create_model(name).state_dict(), str(folder / f"{name}.safetensors")
+        )
+    groups = folder / "configs" / "teachers"
+    groups.mkdir(parents=True)
+    (groups / "tiny.yaml").write_text(
+        f"cnn: {{source: 'timm:resnet10t', size: {SIZE}, "
+        f"checkpoint: {folder}/resnet10t.safetensors}}\n"
+        f"vit: {{source: 'timm:vit_tiny_patch16_224', size: {SIZE}, "
+        f"checkpoint: {folder}/vit_tiny_patch16_224.safetensors}}\n"
+    )
+    return ["--config-dir", str(folder / "configs"), "teachers=tiny"]
+
+
+def options(shards: str, teachers: Sequence[str], store: Path, *more: str) -> list[str]:
+    return [
+        *teachers, f"data.shards='{shards}'", f"cache={store}", "shard_rows=4", "group_rows=2",
+        "batch_size=3", "workers=0", "calibration.images=6", "engine=cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(shards: str, teachers: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "store"
+    assert main(["extract", *options(shards, teachers, path)]) == 0
+    return path
+
+
+def live(shards: str, model: str, weights: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [rows, N, D] and descriptors [rows, D] without any code of this package."""
+    network = timm.create_model(
+        model, pretrained=False, **({"img_size": SIZE} if "vit" in model else {})
+    )
+    state = safetensors.torch.load_file(str(weights))
+    if "pos_embed" in state:
+        state["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            state["pos_embed"], [SIZE // 16, SIZE // 16], num_prefix_tokens=1
+        )
+    network.load_state_dict(state)
+    network.eval()
+    data = timm.data.resolve_model_data_config(network)
+    resample = getattr(Image.Resampling, data["interpolation"].upper())
+    mean, std = torch.tensor(data["mean"]), torch.tensor(data["std"])
+    inputs = []
+    for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("pil"):
+        image = sample["png"].convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        small = image.resize((SIZE, SIZE), resample, box=(left, top, left + side, top + side))
+        inputs.append((torch.from_numpy(np.asarray(small).copy()) / 255.0 - mean) / std)
+    with torch.no_grad():
+        features = network.forward_features(torch.stack(inputs).permute(0, 3, 1, 2))
+        descriptor = network.forward_head(features, pre_logits=True)
+    tokens = features[:, 1:] if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+    return tokens, descriptor
+
+
+def test_every_row_decodes_within_the_bound_of_the_live_features(
+    shards: str, teachers: list[str], store: Path
+) -> None:
+    cache = Cache.open(store)
+    weights = Path(teachers[1]).parent
+    for name, model in (("cnn", "resnet10t"), ("vit", "vit_tiny_patch16_224")):
+        tokens, descriptor = live(shards, model, weights / f"{model}.safetensors")
+        for space, expected in zip(
+            [s for s in cache.spaces.values() if s.spec.teacher == name],
+            (tokens, descriptor.unsqueeze(1)),
+            strict=True,
+        ):
+            read = space.read(np.arange(COUNT))
+            error = (space.decode(read).double() - expected.double()).abs()
+            # Half a code, in units of the standardised dimension, and the rounding of float32.
+            half = read.scales.double().unsqueeze(-1) * space.std.double() / 2
+            slack = 1e-4 * expected.double().abs().max()
+            assert bool((error <= half + slack).all()), space.spec.id
+
+
+def test_plain_zarr_sees_the_same_numbers(store: Path) -> None:
+    cache = Cache.open(store)
+    group = zarr.open_group(store, mode="r")
+    for name, space in cache.spaces.items():
+        arrays = group[f"spaces/{name}"]
+        read = space.read(np.arange(COUNT))
+        np.testing.assert_array_equal(arrays["codes"][:], read.codes.numpy())
+        np.testing.assert_array_equal(arrays["scales"][:], read.scales.numpy())
+
+
+def test_keys_labels_and_views_are_those_of_the_images(shards: str, store: Path) -> None:
+    cache = Cache.open(store)
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil"))
+    assert list(cache.keys) == [sample["__key__"] for sample in samples]
+    assert cache.labels.tolist() == [sample["cls"] for sample in samples]
+    for sample, box in zip(samples, cache.boxes, strict=True):
+        left, top, right, bottom = box.tolist()
+        assert right - left == bottom - top == min(sample["png"].size)
+
+
+KILL_AFTER_FIRST_SHARD = """
+import os, signal, sys
+from preceptor.cache import StoreWriter
+from preceptor.cli import main
+plain, count = StoreWriter.shard, 0
+class Killing:
+    def __init__(self, inner): self.inner = inner
+    def __enter__(self): return self.inner.__enter__()
+    def __exit__(self, *error):
+        global count
+        done = self.inner.__exit__(*error)
+        count += 1
+        if count == 1: os.kill(os.getpid(), signal.SIGKILL)
+        return done
+StoreWriter.shard = lambda self, *a, **k: Killing(plain(self, *a, **k))
+main(sys.argv[1:])
+"""
+
+
+def digests(store: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(store)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(store.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_killed_after_the_first_shard_and_resumed_gives_a_byte_identical_store(
+    shards: str, teachers: list[str], store: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    arguments = ["extract", *options(shards, teachers, path)]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL_AFTER_FIRST_SHARD, *arguments], capture_output=True, text=True
+    )
+    assert killed.returncode == -9, killed.stderr
+    with pytest.raises(Exception, match="preceptor extract"):
+        Cache.open(path)
+    before = {name: os.stat(path / name).st_mtime_ns for name in digests(path) if "/c/" in name}
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / "store.extract.json").read_text())
+    assert summary["rows_extracted"] == COUNT - 4
+    assert digests(path) == digests(store)
+    written_again = [n for n in before if os.stat(path / n).st_mtime_ns != before[n]]
+    assert not written_again
+
+
+def test_a_finished_store_is_left_alone(
+    shards: str, teachers: list[str], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(store)
+    assert main(["extract", *options(shards, teachers, store)]) == 0
+    assert digests(store) == before
+    assert "0 rows extracted now" in capsys.readouterr().out
+
+
+def test_a_store_of_another_configuration_is_refused_with_both_sides(
+    shards: str, teachers: list[str], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["extract", *options(shards, teachers, store, "views.crop=0.5")]) == 1
+    message = capsys.readouterr().err
+    assert "crop" in message
+    assert "0.5" in message
+    assert "1.0" in message
+
+
+def corrupted(shards: str, folder: Path) -> str:
+    """The same shards with the bytes of one PNG's data overwritten."""
+    source = Path(shards).parent
+    for name in ("s-0.tar", "s-1.tar"):
+        data = bytearray((source / name).read_bytes())
+        if name == "s-1.tar":
+            start = data.index(b"IDAT")
+            data[start + 4 : start + 40] = bytes(36)
+        (folder / name).write_bytes(data)
+    return str(folder / "s-{0..1}.tar")
+
+
+def test_a_corrupt_image_is_named_and_stops(
+    shards: str, teachers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = corrupted(shards, tmp_path)
+    arguments = options(damaged, teachers, tmp_path / "store", "calibration.images=11")
+    assert main(["extract", *arguments]) == 1
+    message = capsys.readouterr().err
+    assert "im006" in message
+    assert "s-1.tar" in message
+    assert "on_corrupt=skip" in message
+
+
+def test_a_corrupt_image_is_skipped_when_asked_and_counted(
+    shards: str, teachers: list[str], tmp_path: Path, store: Path
+) -> None:
+    damaged = corrupted(shards, tmp_path)
+    arguments = options(damaged, teachers, tmp_path / "store", "on_corrupt=skip")
+    assert main(["extract", *arguments]) == 0
+    summary = json.loads((tmp_path / "store.extract.json").read_text())
+    assert summary["rows_invalid"] == 1
+    assert "im006" in summary["damaged_images"][0]
+    cache = Cache.open(tmp_path / "store")
+    assert np.flatnonzero(~np.asarray(cache.valid)).tolist() == [6]
+    with pytest.raises(Exception, match="im006"):
+        cache["cnn/map"].read(np.array([5, 6]))
+
+
+def test_a_missing_shard_and_an_unknown_teacher_are_named(
+    shards: str, teachers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    missing = shards.replace("{0..1}", "{0..2}")
+    assert main(["extract", *options(missing, teachers, store)]) == 1
+    assert "s-2.tar" in capsys.readouterr().err
+    unknown = options(shards, teachers, store, "teachers.cnn.source=timm:resnet10q")
+    assert main(["extract", *unknown]) == 1
+    assert "resnet10q" in capsys.readouterr().err
+    assert not store.exists()
+
+
+def test_calibration_can_be_taken_from_another_store(
+    shards: str, teachers: list[str], store: Path, tmp_path: Path
+) -> None:
+    more = [f"calibration.store={store}", "order=permuted"]
+    assert main(["extract", *options(shards, teachers, tmp_path / "store", *more)]) == 0
+    theirs, ours = Cache.open(store), Cache.open(tmp_path / "store")
+    position = {key: row for row, key in enumerate(theirs.keys)}
+    rows = np.array([position[key] for key in ours.keys])
+    assert rows.tolist() != list(range(COUNT))
+    for name, space in ours.spaces.items():
+        expected = theirs[name].decode(theirs[name].read(rows))
+        found = space.decode(space.read(np.arange(COUNT)))
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=5e-2)

@@ -1,0 +1,72 @@
+"""The command line: help, mistakes, and the time that importing takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from preceptor.cli import VERBS, check_options, main
+from preceptor.errors import ConfigError
+
+
+def test_import_and_help_do_not_import_torch() -> None:
+    code = (
+        "import sys, preceptor, preceptor.cli; preceptor.cli.main(['--help']); "
+        "preceptor.cli.main(['train', '--help']); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'zarr', 'hydra')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"example: preceptor {verb} " in text
+    assert "options and their defaults" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_composes_its_defaults(verb: str) -> None:
+    check_options(verb, [])
+
+
+def test_unknown_verb_names_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 1
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["studnt=resnet10t"], ["studnt", "did you mean student?"]),
+        (["student=resnet10"], ["did you mean resnet10t?", "vit_tiny"]),
+        (["align=model_tokn"], ["did you mean model_token?", "regression"]),
+        (["align.tokns=3"], ["did you mean align.tokens?", "valid under align"]),
+        (["seed=abc"], ["seed=abc", "a whole number"]),
+        (["seed=0,1,x", "-m"], ["seed=x", "a whole number"]),
+        (["align=model_token,regresion", "-m"], ["regresion", "did you mean regression?"]),
+        (["seed"], ["key=value"]),
+        (["--config-dir", "/nowhere"], ["/nowhere", "no such folder"]),
+    ],
+)
+def test_a_mistyped_option_is_answered_with_the_valid_ones(
+    options: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *options]) == 1
+    message = capsys.readouterr().err
+    for part in expected:
+        assert part in message
+    assert len(message.strip().splitlines()) == 1
+
+
+def test_a_swept_group_brings_its_own_keys() -> None:
+    check_options("train", ["align=model_token,regression", "seed=0,1", "-m"])
+    with pytest.raises(ConfigError, match=r"align\.tokens"):
+        check_options("train", ["align=model_token,regression", "align.tokens=2", "-m"])
+
+
+def test_a_required_option_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["extract", "cache=x"]) == 1
+    assert "data.shards is required" in capsys.readouterr().err
