@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake, register_vmap
 
 from . import absorbed
+from .availability import why_not_triton
 from .materialised import attend as attend_materialised
 
 Implementation = Literal["auto", "triton", "absorbed", "standard"]
@@ -229,9 +230,7 @@ def _check_finite(name: str, value: Tensor) -> None:
 def _use_triton(query: Tensor, tokens: Tensor, implementation: str) -> bool:
     if implementation == "absorbed" or (implementation == "auto" and not tokens.is_cuda):
         return False
-    from . import dispatch
-
-    reason = dispatch.why_not_triton(query, tokens)
+    reason = why_not_triton(query, tokens)
     if reason and implementation == "triton":
         raise ValueError(f'implementation="triton" {reason}')
     return reason is None
@@ -242,9 +241,9 @@ def _forward(
     query: Tensor, tokens: Tensor, weight: Tensor | None, norm_eps: float | None, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if triton:
-        from . import dispatch
+        from . import triton_launch
 
-        return dispatch.forward(query, tokens, weight, norm_eps)
+        return triton_launch.forward(query, tokens, weight, norm_eps)
     return absorbed.forward(query, tokens, weight, norm_eps)
 
 
@@ -277,9 +276,9 @@ def _backward(
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     if triton:
-        from . import dispatch
+        from . import triton_launch
 
-        return dispatch.backward(
+        return triton_launch.backward(
             grad_output, grad_lse, query, tokens, gain, mean, output, lse, tokens_need_grad
         )
     return absorbed.backward(

@@ -1,8 +1,9 @@
-"""From the custom op to the Triton launches: what Triton can take, and with which buffers."""
+"""Whether the Triton kernels can run given tensors; imports no Triton."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -10,35 +11,20 @@ from torch import Tensor
 MAX_DIM = 2048
 MAX_ROWS = 128
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def why_not_triton(query: Tensor, tokens: Tensor) -> str | None:
     """The end of a sentence that says why Triton cannot run these tensors; None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "needs the package triton, which is not installed"
+    # The interpreter, a debugging aid of Triton, runs the kernels on CPU tensors.
+    if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return f"needs tensors on a CUDA device, got {tokens.device}"
     if torch.float64 in (query.dtype, tokens.dtype):
         return 'has no float64; pass float32 or use implementation="absorbed"'
     if tokens.shape[2] > MAX_DIM:
         return f"takes tokens of width D up to {MAX_DIM}, got {tokens.shape[2]}"
     if query.shape[1] > MAX_ROWS:
         return f"takes up to {MAX_ROWS} query rows, got {query.shape[1]}"
-    return "is not built yet"
-
-
-def forward(
-    query: Tensor, tokens: Tensor, weight: Tensor | None, norm_eps: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    raise NotImplementedError
-
-
-def backward(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    tokens: Tensor,
-    gain: Tensor | None,
-    mean: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    tokens_need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+    return None

@@ -1,0 +1,204 @@
+"""Buffers, splits and launches of the Triton kernels of the attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import autotune
+from .triton_backward import GRANULE, attend_backward_query, attend_backward_tokens
+from .triton_forward import attend_forward, merge_parts
+
+# Parts of a sample's tokens are multiples of this many, which every BN divides.
+_SPLIT_UNIT = 64
+_MOST_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the kernels read one tokens tensor."""
+
+    tokens: Tensor
+    lanes: int
+    width: int
+    operand: Any
+    emulate: bool
+    precision: str
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Layout:
+        if tokens.stride(2) != 1:
+            tokens = tokens.contiguous()
+        emulate = tokens.dtype == torch.bfloat16 and autotune.INTERPRETED
+        if tokens.dtype == torch.int8:
+            packed = (
+                tokens.shape[2] % 4 == 0
+                and tokens.stride(0) % 4 == 0
+                and tokens.stride(1) % 4 == 0
+                and tokens.data_ptr() % 4 == 0
+            )
+            words = tokens.view(torch.int32) if packed else tokens
+            return cls(words, 4 if packed else 1, words.shape[2], tl.float16, emulate, "ieee")
+        operand = {
+            torch.float16: tl.float16,
+            torch.bfloat16: tl.float32 if emulate else tl.bfloat16,
+            torch.float32: tl.float32,
+        }[tokens.dtype]
+        return cls(tokens, 1, tokens.shape[2], operand, emulate, float32_precision())
+
+
+def float32_precision() -> str:
+    """How float32 products use the tensor cores, after torch's own setting."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def splits_of(batch: int, rows: int, count: int, device: torch.device) -> tuple[int, int]:
+    """Into how many parts a sample's tokens are split, and the length of each.
+
+    Enough to fill the device twice. It follows from the shapes and the device alone, so that sums
+    are taken in the same order on every run.
+    """
+    processors = 8
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = batch * triton.cdiv(rows, 16)
+    wanted = triton.cdiv(2 * processors, max(programs, 1))
+    splits = max(1, min(wanted, triton.cdiv(count, _SPLIT_UNIT), _MOST_SPLITS))
+    length = triton.cdiv(triton.cdiv(count, splits), _SPLIT_UNIT) * _SPLIT_UNIT
+    return max(1, triton.cdiv(count, max(length, 1))), max(length, 1)
+
+
+def forward(
+    query: Tensor, tokens: Tensor, weight: Tensor | None, norm_eps: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, R, D], logsumexp [B, R], and with LayerNorm the gain and token mean [B, N]."""
+    batch, rows, dim = query.shape
+    count = tokens.shape[1]
+    query = _rows(query)
+    layout = Layout.of(tokens)
+    kept = (batch, count) if norm_eps is not None else (0,)
+    options = {"dtype": torch.float32, "device": query.device}
+    gain, mean = torch.empty(kept, **options), torch.empty(kept, **options)
+    output = torch.empty((batch, rows, dim), dtype=query.dtype, device=query.device)
+    lse = torch.empty((batch, rows), **options)
+    if batch == 0:
+        return output, lse, gain, mean
+    splits, length = splits_of(batch, rows, count, query.device)
+    parts = (output, lse)
+    if splits > 1:
+        parts = (
+            torch.empty((splits, batch, rows, dim), **options),
+            torch.empty((splits, batch, rows), **options),
+        )
+    autotune.launch(
+        attend_forward,
+        lambda tile: (triton.cdiv(rows, tile["BM"]) * splits * batch,),
+        autotune.row_tiles("forward", layout.width, layout.lanes, tokens.element_size()),
+        (
+            query, layout.tokens, weight, *parts, gain, mean,
+            batch, rows, count, length, dim, layout.width,
+            query.stride(0), query.stride(1), layout.tokens.stride(0), layout.tokens.stride(1),
+            norm_eps or 0.0,
+        ),
+        {
+            "HAS_WEIGHT": weight is not None, "NORM": norm_eps is not None, "LANES": layout.lanes,
+            "OPERAND": layout.operand, "PRECISION": layout.precision, "EMULATE": layout.emulate,
+            "SPLITS": splits,
+        },
+        key=("forward", batch, rows, count, dim, str(tokens.dtype)),
+    )  # fmt: skip
+    if splits > 1:
+        merge_parts[(batch * rows,)](
+            *parts, output, lse, batch * rows, dim,
+            SPLITS=splits, BD=triton.next_power_of_2(dim),
+            EMULATE=autotune.INTERPRETED and output.dtype == torch.bfloat16,
+        )  # fmt: skip
+    return output, lse, gain, mean
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    tokens: Tensor,
+    gain: Tensor | None,
+    mean: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    tokens_need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the query [B, R, D] and, where asked for, of the tokens [B, N, D]."""
+    batch, rows, dim = query.shape
+    count = tokens.shape[1]
+    grad_output, grad_lse, query = grad_output.contiguous(), grad_lse.contiguous(), _rows(query)
+    layout = Layout.of(tokens)
+    device = query.device
+    options = {"dtype": torch.float32, "device": device}
+    splits, length = splits_of(batch, rows, count, device)
+    grad_query = torch.empty((batch, rows, dim), dtype=query.dtype, device=device)
+    if batch == 0:
+        return grad_query, torch.empty_like(tokens if tokens_need_grad else grad_query[:0])
+    parts = torch.empty((splits, batch, rows, dim), **options) if splits > 1 else grad_query
+    normalised = mean is not None
+    residual = torch.empty((splits, batch, rows) if tokens_need_grad else (0,), **options)
+    # bfloat16 has float32's range, float16 does not: its coefficients could vanish.
+    kept_type = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
+    cells = (batch, rows, count) if tokens_need_grad else (0,)
+    key = torch.empty(cells, dtype=kept_type, device=device)
+    value = torch.empty(cells, dtype=kept_type, device=device)
+    slots = triton.cdiv(rows, GRANULE.value)
+    sums = torch.empty((slots, batch, count) if tokens_need_grad and normalised else (0,), **options)
+    along = torch.empty_like(sums)
+    autotune.launch(
+        attend_backward_query,
+        lambda tile: (triton.cdiv(rows, tile["BM"]) * splits * batch,),
+        autotune.row_tiles("backward", layout.width, layout.lanes, tokens.element_size()),
+        (
+            query, layout.tokens, gain, mean, output, lse, grad_output, grad_lse,
+            parts, residual, key, value, sums, along,
+            batch, rows, count, length, dim, layout.width,
+            query.stride(0), query.stride(1), layout.tokens.stride(0), layout.tokens.stride(1),
+        ),
+        {
+            "HAS_GAIN": gain is not None, "NORM": normalised, "EMIT": tokens_need_grad,
+            "LANES": layout.lanes, "OPERAND": layout.operand, "PRECISION": layout.precision,
+            "EMULATE": layout.emulate, "SPLITS": splits,
+        },
+        key=("backward", batch, rows, count, dim, str(tokens.dtype), tokens_need_grad),
+    )  # fmt: skip
+    if splits > 1:
+        grad_query.copy_(parts.sum(0))
+    if not tokens_need_grad:
+        return grad_query, torch.empty(0, dtype=query.dtype, device=device)
+    grad_tokens = torch.empty(tokens.shape, dtype=tokens.dtype, device=device)
+    if count == 0:
+        return grad_query, grad_tokens
+    half = tokens.dtype == torch.float16
+    autotune.launch(
+        attend_backward_tokens,
+        lambda tile: (triton.cdiv(count, tile["BN"]) * triton.cdiv(dim, tile["BD"]) * batch,),
+        autotune.token_tiles(tokens.element_size()),
+        (
+            query, layout.tokens, gain, mean, grad_output, residual.sum(0),
+            key, value, sums, along, grad_tokens,
+            batch, rows, count, dim,
+            query.stride(0), query.stride(1), layout.tokens.stride(0), layout.tokens.stride(1),
+        ),
+        {
+            "NORM": normalised, "SLOTS": slots,
+            "OPERAND": tl.float32 if half else layout.operand,
+            # float16 tokens: float32 operands rounded to tf32, float16's mantissa in a wide range.
+            "PRECISION": "tf32" if half else layout.precision, "EMULATE": layout.emulate,
+        },
+        key=("backward_tokens", batch, rows, count, dim, str(tokens.dtype)),
+    )  # fmt: skip
+    return grad_query, grad_tokens
+
+
+def _rows(query: Tensor) -> Tensor:
+    return query if query.stride(2) == 1 else query.contiguous()
