@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
@@ -162,7 +163,7 @@ class SampleIndex:
 
         Args:
             shards: one path or several. Braces expand as in WebDataset (``train-{000..146}.tar``,
-                ``a.tar::b.tar``). A shard may be compressed (gzip, xz, bzip2): it is then held in
+                ``a.tar::b.tar``), then ``*`` and ``?``. A shard may be compressed (gzip, xz, bzip2): it is then held in
                 memory, and all of them together may take ``MAX_UNPACKED`` bytes unpacked.
             progress: called with (shards listed, shards in all) after each shard.
 
@@ -296,7 +297,7 @@ class SampleIndex:
 def expand_shards(
     shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
 ) -> list[str]:
-    """Local paths of shards, with WebDataset's own brace expansion.
+    """Local paths of shards: WebDataset's own brace expansion, then ``*`` and ``?`` in name order.
 
     Raises:
         DataError: nothing was named, the braces do not match, or a name is a URL or a pipe.
@@ -310,9 +311,14 @@ def expand_shards(
             paths.append(str(item))
             continue
         try:
-            paths.extend(expand_urls(os.fspath(item)))
+            expanded = expand_urls(os.fspath(item))
         except Exception as error:
             raise DataError(f"shards {item!r} cannot be expanded: {error}") from error
+        for path in expanded:
+            matches = sorted(glob(path)) if any(c in path for c in "*?") else [path]
+            if not matches:
+                raise DataError(f"no shard matches {path!r}; check data.shards")
+            paths.extend(matches)
     if not any(paths):
         raise DataError("no shard is named; set data.shards, for example to 'x-{000..146}.tar'")
     for path in paths:

@@ -106,6 +106,7 @@ def test_braces_expand_and_images_decode(tmp_path: Path) -> None:
         write_tar(tmp_path / f"train-{number:03d}.tar", simple(10 * number, 4))
     index = SampleIndex.from_shards(str(tmp_path / "train-{000..002}.tar"))
     assert len(index) == 12
+    assert SampleIndex.from_shards(str(tmp_path / "train-*.tar")).sha256 == index.sha256
     assert index.keys[4] == "dir/0010"
     assert index.labels[4] == 10 % 7
     truth = np.asarray(Image.open(io.BytesIO(encoded(10))))
@@ -205,6 +206,8 @@ def test_missing_and_unusable_shards_are_named(tmp_path: Path) -> None:
     for url in ("pipe:cat x.tar", "https://host/x.tar", "s3://bucket/{0..3}.tar"):
         with pytest.raises(DataError, match="not a local file"):
             SampleIndex.from_shards(url)
+    with pytest.raises(DataError, match="no shard matches"):
+        SampleIndex.from_shards(str(tmp_path / "val-*.tar"))
     for nothing in ("", []):
         with pytest.raises(DataError, match="no shard is named"):
             SampleIndex.from_shards(nothing)
