@@ -23,3 +23,7 @@ class TeacherError(PreceptorError):
 
 class ConfigError(PreceptorError):
     """An option has a value that cannot be used."""
+
+
+class TrainingError(PreceptorError):
+    """A training run cannot go on."""

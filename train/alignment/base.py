@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,16 @@ class SpaceTarget(Protocol):
     def dim(self) -> int: ...
     @property
     def grid(self) -> Grid | None: ...
+
+
+@dataclass(frozen=True)
+class Space:
+    """The plainest `SpaceTarget`."""
+
+    teacher: str
+    tokens: int
+    dim: int
+    grid: Grid | None
 
 
 @dataclass(frozen=True)
@@ -277,5 +287,3 @@ def _descriptors(spaces: Mapping[str, SpaceTarget]) -> dict[str, str]:
             stand_ins[space.teacher] = name  # the last one stays
     return found | {f"{name}:mean": name for name in stand_ins.values()}
 
-
-Options = Mapping[str, Any]

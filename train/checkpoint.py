@@ -1,0 +1,153 @@
+"""What a run leaves on disk: checkpoints to go on from, and the finished student."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ..cache.durable import write_whole
+from ..errors import ConfigError, DataError
+from .alignment import Alignment, build_alignment
+from .alignment.base import Space
+from .students import Student, build_student
+
+STUDENT = "student.safetensors"
+ALIGNMENT = "alignment.safetensors"
+MODEL = "model.json"
+LAST = "checkpoints/last.pt"
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a training state so that `path` always holds a whole one.
+
+    The state holds tensors, numbers, strings and plain containers only; it is written aside, synced,
+    read back and renamed. When that fails (a full disk), the earlier checkpoint stays.
+
+    Raises:
+        StoreError: the file could not be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a training state onto the CPU, without running anything that the file holds.
+
+    Raises:
+        DataError: the file is not a checkpoint of this program.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DataError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except Exception as error:  # damaged files make the unpickler raise anything at all
+        raise DataError(
+            f"{path} is not a checkpoint of preceptor, or is damaged; remove it or say resume=false"
+        ) from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise DataError(f"{path} is not a checkpoint of preceptor; say resume=false to start anew")
+    return state
+
+
+def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse to continue a checkpoint under another configuration.
+
+    Args:
+        stored, ours: what determines a run, as nested plain containers.
+
+    Raises:
+        ConfigError: names the options that differ, with both values.
+    """
+    theirs, mine = _flat(stored), _flat(ours)
+    differing = [
+        f"{key} ({theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here)"
+        for key in sorted({*theirs, *mine})
+        if theirs.get(key) != mine.get(key)
+    ]
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ConfigError(
+            f"{path} belongs to another configuration: {', '.join(differing[:5])}{more}; use the "
+            "same options, another out=..., or resume=false to start anew"
+        )
+
+
+def save_model(out: Path, student: Student, alignment: Alignment, config: Mapping[str, Any]) -> None:
+    """Write the trained student and its alignment, loadable by `load_model` without the store.
+
+    Args:
+        config: the ``student`` and ``align`` groups and the ``seed``, as plain containers.
+    """
+    write_whole(out / STUDENT, save(_contiguous(student.model)))
+    write_whole(out / ALIGNMENT, save(_contiguous(alignment)))
+    spaces = {
+        name: {"teacher": s.teacher, "tokens": s.tokens, "dim": s.dim, "grid": s.grid}
+        for name, s in alignment.spaces.items()
+    }
+    write_json(
+        out / MODEL,
+        {
+            "student": config["student"],
+            "align": config["align"],
+            "seed": config["seed"],
+            "spaces": spaces,
+        },
+    )
+
+
+def load_model(out: Path) -> tuple[Student, Alignment, dict[str, Any]]:
+    """The student and alignment of a finished run, in evaluation mode, and its model.json.
+
+    Raises:
+        DataError: the folder holds no finished run, or its files do not fit each other.
+    """
+    try:
+        config = json.loads((out / MODEL).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{out} holds no trained student ({MODEL} is missing): run preceptor train out={out}"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{out / MODEL} is damaged: train the student again") from error
+    student = build_student({**config["student"], "pretrained": False}, config["seed"])
+    spaces = {
+        name: Space(s["teacher"], s["tokens"], s["dim"], s["grid"] and (*s["grid"],))
+        for name, s in config["spaces"].items()
+    }
+    alignment = build_alignment({**config["align"], "spaces": None}, student, spaces)
+    for name, module in ((STUDENT, student.model), (ALIGNMENT, alignment)):
+        try:
+            module.load_state_dict(load_file(out / name))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise DataError(f"{out / name} cannot be loaded: {line}") from error
+    return student.eval(), alignment.eval(), config
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _contiguous(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
