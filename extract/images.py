@@ -47,8 +47,9 @@ class ViewDataset(Dataset[ViewBatch]):
         policy: ViewPolicy,
         geometries: Sequence[Geometry],
         batches: Sequence[Sequence[int]],
+        max_pixels: int,
     ) -> None:
-        self.index, self.policy = index, policy
+        self.index, self.policy, self.max_pixels = index, policy, max_pixels
         self.geometries, self.batches = list(dict.fromkeys(geometries)), batches
 
     def __len__(self) -> int:
@@ -64,7 +65,7 @@ class ViewDataset(Dataset[ViewBatch]):
         for row, sample in zip(numbers, samples, strict=True):
             keys.append(self.index.keys[sample])
             try:
-                image = self.index.image(sample)
+                image = self.index.image(sample, self.max_pixels)
             except DataError as error:
                 problems.append(str(error))
                 facts.append((0, 0, (0.0, 0.0, 0.0, 0.0), False, False))

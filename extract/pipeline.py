@@ -98,6 +98,7 @@ class TeacherRunner:
         self.fabric, self.teachers = fabric, teachers
         self.index, self.policy = index, policy
         self.batch_size, self.workers = int(config.batch_size), int(config.workers)
+        self.max_pixels = int(config.data.max_pixels)
         self.skip_corrupt = config.on_corrupt == "skip"
         self.rows_extracted = 0
         for teacher in teachers:
@@ -106,13 +107,12 @@ class TeacherRunner:
     def batches(self, rows: Iterable[Sequence[int]]) -> Iterable[ViewBatch]:
         """Decode the given lists of rows; a damaged image stops the run unless skipping is on."""
         geometries = [geometry(teacher.preprocessing) for teacher in self.teachers]
-        dataset = ViewDataset(self.index, self.policy, geometries, list(rows))
+        dataset = ViewDataset(self.index, self.policy, geometries, list(rows), self.max_pixels)
         pin = self.fabric.device.type == "cuda"
         for batch in view_batches(dataset, self.workers, pin=pin):
             if batch.problems and not self.skip_corrupt:
                 raise DataError(
-                    f"{batch.problems[0]}; repair the shard, or say on_corrupt=skip to leave such "
-                    "images out (they are counted)"
+                    f"{batch.problems[0]} (on_corrupt=skip leaves such images out and counts them)"
                 )
             yield batch
 
@@ -242,7 +242,7 @@ def _identity(teachers: Iterable[TeacherRecord], name: str) -> Mapping[str, Any]
 
 def _sample_index(config: DictConfig) -> SampleIndex:
     shards = OmegaConf.to_container(config.data, resolve=True)["shards"]  # type: ignore[call-overload, index]
-    index = SampleIndex.from_shards(shards, max_pixels=config.data.max_pixels)
+    index = SampleIndex.from_shards(shards)
     return index.permuted(int(config.seed)) if config.order == "permuted" else index
 
 
