@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..cache import (
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
 from ..progress import ProgressLine
-from .calibration import Moments, sample_rows, update_all
+from .calibration import measure, sample_rows
 from .images import ViewBatch, ViewDataset, geometry, normalise, view_batches
 from .teachers import Teacher, load_teacher
 
@@ -118,19 +118,21 @@ class TeacherRunner:
 
     @torch.inference_mode()
     def tokens(self, batch: ViewBatch, only: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Every space `teacher/name` of a batch's valid rows as float32 [v, N, D] on the CPU."""
+        """Every space `teacher/name` of a batch's valid rows as float32 [v, N, D] on the device."""
         found: dict[str, Tensor] = {}
         for teacher in self.teachers:
             if only is not None and teacher.name not in only:
                 continue
             pixels = batch.pixels[geometry(teacher.preprocessing)]
             if not len(pixels):
+                for space in teacher.spaces:
+                    found[f"{teacher.name}/{space.name}"] = torch.empty(0, space.tokens, space.dim)
                 continue
             inputs = normalise(pixels, teacher.preprocessing, self.fabric.device)
             with self.fabric.autocast():
                 spaces = teacher(inputs)
             for name, tokens in spaces.items():
-                found[f"{teacher.name}/{name}"] = tokens.float().cpu()
+                found[f"{teacher.name}/{name}"] = tokens.float()
         return found
 
     def fill(self, writer: StoreWriter) -> list[str]:
@@ -196,24 +198,16 @@ def _calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -
         _borrow_calibration(writer, specs, str(config.calibration.store))
         return
     teachers = sorted({spec.teacher for spec in specs})
-    moments = {spec.id: Moments(spec.dim) for spec in specs}
     rows = sample_rows(writer.plan.rows, int(config.calibration.images), int(config.seed))
-    with ProgressLine("calibrate", len(rows), "rows") as line:
-        for batch in runner.batches(_batched(rows, runner.batch_size)):
-            tokens = runner.tokens(batch, teachers)
-            if tokens:
-                update_all(moments, tokens)
-            line.advance(len(batch.rows.keys))
-    for spec in specs:
-        found = moments[spec.id]
-        if not found.count:
-            raise DataError("the calibration sample holds no readable image; check the shards")
-        writer.calibrate(
-            spec.id,
-            found.mean.astype(np.float32),
-            found.std().astype(np.float32),
-            rows_used=found.count // spec.tokens,
-        )
+
+    def tokens() -> Iterator[Mapping[str, Tensor]]:
+        with ProgressLine("calibrate", len(rows), "rows") as line:
+            for batch in runner.batches(_batched(rows, runner.batch_size)):
+                yield runner.tokens(batch, teachers)
+                line.advance(len(batch.rows.keys))
+
+    for space, (mean, std, used) in measure(specs, tokens()).items():
+        writer.calibrate(space, mean, std, rows_used=used)
 
 
 def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: str) -> None:
