@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -123,7 +124,8 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
 def check_options(name: str, options: Sequence[str]) -> None:
     """Refuse a mistyped key, group choice or value, naming the valid ones.
 
-    Every value of a sweep is checked before its first job starts.
+    Every value of a sweep is checked before its first job starts, and so are missing options and
+    jobs that would write to the same place.
 
     Raises:
         ConfigError: with the option that is wrong and what would be right.
@@ -170,6 +172,7 @@ def check_options(name: str, options: Sequence[str]) -> None:
             if item in groups:
                 continue
             _check_value(item, swept or [base])
+        _check_whole(own, composer)
 
 
 class _Composer:
@@ -230,7 +233,7 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
     for config in variants:
         node: Any = config
         for depth, part in enumerate(key.split(".")):
-            if not isinstance(node, DictConfig) or part not in node:
+            if not isinstance(node, DictConfig) or part not in list(node.keys()):
                 where = ".".join(key.split(".")[:depth])
                 there = [str(k) for k in node] if isinstance(node, DictConfig) else []
                 prefix = f"{where}." if where else ""
@@ -247,6 +250,30 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
                 raise ConfigError(
                     f"{key}={value}: expected {expected}, such as the default {default!r}"
                 )
+
+
+def _check_whole(overrides: Sequence[Override], composer: _Composer) -> None:
+    """Refuse options that are still missing and sweeps whose jobs would overwrite each other."""
+    from omegaconf import OmegaConf
+
+    fixed = [str(item.input_line) for item in overrides if not item.is_sweep_override()]
+    swept = [item for item in overrides if item.is_sweep_override() and item.is_choice_sweep()]
+    outputs: dict[str, str] = {}
+    for values in itertools.product(*(item.sweep_string_iterator() for item in swept)):
+        chosen = [f"{i.key_or_group}={v}" for i, v in zip(swept, values, strict=True)]
+        config = composer.compose([*fixed, *chosen])
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required: say "
+                f"{' '.join(f'{key}=...' for key in missing)}"
+            )
+        job, out = " ".join(chosen), config.get("out")
+        if out is not None and out in outputs:
+            raise ConfigError(
+                f"the jobs {outputs[out]!r} and {job!r} of the sweep would both write to {out}; "
+                f"put what differs into the name, such as out='{out}-${{{swept[-1].key_or_group}}}'"
+            )
+        outputs[out] = job
 
 
 def _mismatch(default: Any, value: Any) -> str | None:

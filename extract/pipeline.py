@@ -241,11 +241,6 @@ def _sample_index(config: DictConfig) -> SampleIndex:
 
 
 def _validate(config: DictConfig) -> None:
-    for group in (config, config.data):
-        for key in group:
-            if OmegaConf.is_missing(group, str(key)):
-                prefix = "data." if group is config.data else ""
-                raise ConfigError(f"{prefix}{key} is required: say {prefix}{key}=...")
     for key, allowed in (("order", ("source", "permuted")), ("on_corrupt", ("stop", "skip"))):
         if config[key] not in allowed:
             raise ConfigError(f"{key}={config[key]}: valid are {', '.join(allowed)}")

@@ -29,7 +29,8 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_composes_its_defaults(verb: str) -> None:
-    check_options(verb, [])
+    with pytest.raises(ConfigError, match="required"):
+        check_options(verb, [])
 
 
 def test_unknown_verb_names_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,11 +63,19 @@ def test_a_mistyped_option_is_answered_with_the_valid_ones(
 
 
 def test_a_swept_group_brings_its_own_keys() -> None:
-    check_options("train", ["align=model_token,regression", "seed=0,1", "-m"])
+    needed = ["cache=a", "data.shards=b", "-m"]
+    check_options("train", ["align=model_token,regression", "seed=0,1", *needed])
     with pytest.raises(ConfigError, match=r"align\.tokens"):
-        check_options("train", ["align=model_token,regression", "align.tokens=2", "-m"])
+        check_options("train", ["align=model_token,regression", "align.tokens=2", *needed])
 
 
 def test_a_required_option_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["extract", "cache=x"]) == 1
     assert "data.shards is required" in capsys.readouterr().err
+
+
+def test_jobs_of_a_sweep_that_would_overwrite_each_other_are_refused() -> None:
+    options = ["cache=a", "data.shards=b", "align.tokens=2,4", "-m"]
+    with pytest.raises(ConfigError, match=r"align\.tokens=2.*align\.tokens=4.*both write"):
+        check_options("train", options)
+    check_options("train", [*options, "out='x-${align.tokens}'"])
