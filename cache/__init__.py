@@ -1,1 +1,26 @@
 """The store that cache_format.md describes."""
+
+from .batches import Batch
+from .manifest import SpaceSpec, StorePlan, TeacherRecord
+from .order import class_sorted
+from .reader import Cache, Space
+from .rows import RowBatch
+from .statistics import Accumulator, Moments, calibration
+from .tokens import Tokens
+from .writer import StoreWriter
+
+__all__ = [
+    "Accumulator",
+    "Batch",
+    "Cache",
+    "Moments",
+    "RowBatch",
+    "Space",
+    "SpaceSpec",
+    "StorePlan",
+    "StoreWriter",
+    "TeacherRecord",
+    "Tokens",
+    "calibration",
+    "class_sorted",
+]

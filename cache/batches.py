@@ -1,0 +1,142 @@
+"""Batches in shuffled order, read ahead by threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .buffers import BufferPool
+from .gather import Destination, Gatherer, by_group, tasks
+from .layout import Layout
+from .manifest import SpaceSpec
+from .order import EpochOrder
+from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's rows.
+
+    Attributes:
+        rows: int64 ``[b]`` row numbers.
+        tokens: encoded tokens by space id, in the same order. Their memory is used again when
+            nothing refers to it any more, so it may be kept as long as wanted.
+    """
+
+    rows: torch.Tensor
+    tokens: dict[str, Tokens]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on a device; rows too."""
+        tokens = {name: part.to(device, non_blocking) for name, part in self.tokens.items()}
+        return Batch(self.rows.to(device, non_blocking=non_blocking), tokens)
+
+
+@dataclass
+class _Window:
+    rows: np.ndarray
+    destinations: list[Destination]
+    reads: list[Future[None]]
+
+
+class BatchIterator(Iterator[Batch]):
+    """Iterates the batches of an epoch; while one window is handed out, the next is read.
+
+    Memory: two windows of the spaces' rows and what the consumer keeps.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        gatherer: Gatherer,
+        spaces: Sequence[SpaceSpec],
+        order: EpochOrder,
+        *,
+        start_step: int,
+        threads: int,
+        pinned: bool,
+    ) -> None:
+        self._layout, self._gatherer = layout, gatherer
+        self._spaces = spaces
+        self._order = order
+        self._step = start_step
+        self._a_window = order.window_rows // order.batch_size
+        self._pool = BufferPool(pinned)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cache-read")
+        self._ahead: deque[_Window] = deque()
+        self._next = start_step // self._a_window
+        self._current: _Window | None = None
+        self._base = start_step  # step of the current window's first batch
+        self._schedule()
+
+    def __len__(self) -> int:
+        """Steps that are left."""
+        return max(0, self._order.steps - self._step)
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def _schedule(self) -> None:
+        number = self._next
+        if number >= self._order.windows:
+            return
+        self._next += 1
+        rows = self._order.window(number)
+        skipped = max(0, self._base - number * self._a_window) * self._order.batch_size
+        rows = rows[skipped:]
+        if not len(rows):
+            return
+        size = self._order.batch_size
+        plan = self._layout.plan
+        spaces = [
+            Destination(self._layout, space, len(rows), size, self._pool) for space in self._spaces
+        ]
+        groups = list(by_group(rows, plan.shard_rows, plan.group_rows))
+        reads = [
+            self._threads.submit(self._gatherer.fill, space, group)
+            for space, group in tasks(spaces, groups)
+        ]
+        self._ahead.append(_Window(rows, spaces, reads))
+
+    def __next__(self) -> Batch:
+        if self._step >= self._order.steps:
+            self.close()
+            raise StopIteration
+        number = self._step - self._base
+        if self._current is None or number * self._order.batch_size >= len(self._current.rows):
+            self._current = None
+            self._advance()
+            number = 0
+        window = self._current
+        assert window is not None
+        size = self._order.batch_size
+        rows = window.rows[number * size : (number + 1) * size]
+        tokens = {space.space.id: space.pop(number) for space in window.destinations}
+        self._step += 1
+        return Batch(torch.from_numpy(rows.copy()), tokens)
+
+    def _advance(self) -> None:
+        window = self._ahead.popleft()
+        try:
+            for read in window.reads:
+                read.result()
+        except BaseException:
+            self.close()
+            raise
+        window.reads.clear()
+        self._base = self._step
+        self._current = window
+        self._schedule()
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_threads"):
+            self.close()

@@ -1,0 +1,48 @@
+"""Memory for batches, used again as soon as nobody refers to it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class _Lease:
+    """Memory on loan: goes back to its pool when the last array or tensor over it is gone."""
+
+    def __init__(self, pool: BufferPool, memory: np.ndarray) -> None:
+        self._pool, self._memory = pool, memory
+        self.__array_interface__: dict[str, Any] = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self._pool._give_back(self._memory)
+
+
+class BufferPool:
+    """Byte buffers by length.
+
+    Fresh memory costs a page fault for every 4 KiB, which is as dear as reading into it. Where
+    ``pinned``, torch's own caching allocator of page-locked memory is the pool: it also waits for
+    copies to the device that are under way.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
+        # Without a lock: the interpreter makes pop and append atomic, and a lock could be asked for
+        # by a lease that dies while it is held.
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+
+    def take(self, length: int) -> torch.Tensor:
+        """A uint8 tensor ``[length]`` with arbitrary contents."""
+        if self._pinned:
+            return torch.empty(length, dtype=torch.uint8, pin_memory=True)
+        try:
+            memory = self._free[length].pop()
+        except IndexError:
+            memory = np.empty(length, np.uint8)
+        return torch.from_numpy(np.asarray(_Lease(self, memory)))
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        self._free[memory.nbytes].append(memory)

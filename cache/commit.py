@@ -1,0 +1,270 @@
+"""Commit records: a shard of a unit exists when its record does, and is what its record says."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import StoreError
+from .durable import directory_lock, sync_directory, write_whole
+from .layout import Layout
+from .manifest import Json, Manifest, SpaceSpec, sealed, unsealed
+from .statistics import Moments
+
+COMMITS = "commits"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What one array's file of a shard is.
+
+    Attributes:
+        bytes: length of the file.
+        sha256: of the file.
+        chunks: CRC-32C of every chunk that holds rows, in order. Two shards of an array have
+            valid checksums inside; these tell one from the other.
+    """
+
+    bytes: int
+    sha256: str
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The commit record of one shard of one unit.
+
+    Attributes:
+        configuration: ``Manifest.configuration(unit)`` of the writer.
+        rows: rows of the shard; ``valid`` of them have tokens.
+        first_key, last_key: keys of its first and last row.
+        files: by array path.
+        statistics: SHA-256 of the shard's packed moments, by space name.
+    """
+
+    unit: str
+    shard: int
+    configuration: str
+    rows: int
+    valid: int
+    first_key: str
+    last_key: str
+    files: Mapping[str, FileRecord]
+    statistics: Mapping[str, str] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        files = {
+            path: {
+                "bytes": file.bytes,
+                "sha256": file.sha256,
+                "chunks": "".join(f"{value:08x}" for value in file.chunks),
+            }
+            for path, file in self.files.items()
+        }
+        return sealed(
+            {
+                "unit": self.unit,
+                "shard": self.shard,
+                "configuration": self.configuration,
+                "rows": self.rows,
+                "valid": self.valid,
+                "first_key": self.first_key,
+                "last_key": self.last_key,
+                "files": files,
+                "statistics": dict(self.statistics),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, where: str) -> Commit:
+        """Parse a record.
+
+        Raises:
+            StoreError: damage.
+        """
+        body = unsealed(raw, where)
+        try:
+            files = {path: _file_record(entry) for path, entry in body["files"].items()}
+            return cls(
+                body["unit"],
+                body["shard"],
+                body["configuration"],
+                body["rows"],
+                body["valid"],
+                body["first_key"],
+                body["last_key"],
+                files,
+                body["statistics"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{where} lacks or misstates a member: {error}") from None
+
+    def refuse_other(self, manifest: Manifest, layout: Layout, unit: str, shard: int) -> None:
+        """Refuse a record that is not of this shard of this store.
+
+        Raises:
+            StoreError: naming the shard.
+        """
+        where = f"the commit record of shard {shard} of {unit}"
+        if (self.unit, self.shard) != (unit, shard):
+            raise StoreError(
+                f"{where} is that of shard {self.shard} of {self.unit}: run `preceptor repair`"
+            )
+        if self.configuration != manifest.configuration(unit):
+            raise StoreError(
+                f"{where} was made by another configuration ({self.configuration[:12]}, the "
+                f"manifest has {manifest.configuration(unit)[:12]}): run `preceptor repair`"
+            )
+        arrays = layout.unit_arrays(unit)
+        chunks = {path: layout.chunks_in(spec, shard) for path, spec in arrays.items()}
+        if {path: len(file.chunks) for path, file in self.files.items()} != chunks:
+            raise StoreError(f"{where} lists other files than the manifest: run `preceptor repair`")
+        if self.rows != layout.plan.rows_in(shard):
+            raise StoreError(f"{where} states {self.rows} rows: run `preceptor repair`")
+
+
+def _file_record(entry: Json) -> FileRecord:
+    sums = bytes.fromhex(entry["chunks"])
+    if len(sums) % 4:
+        raise ValueError("chunk checksums of odd length")
+    chunks = tuple(int.from_bytes(sums[at : at + 4], "big") for at in range(0, len(sums), 4))
+    return FileRecord(int(entry["bytes"]), str(entry["sha256"]), chunks)
+
+
+def record_name(unit: str, shard: int) -> str:
+    """Path of a shard's record within the store."""
+    return f"{COMMITS}/{unit}/{shard}.json"
+
+
+def completion_name(unit: str) -> str:
+    """Path of a unit's completion within the store."""
+    return f"{COMMITS}/{unit}/complete.json"
+
+
+def committed(path: Path, unit: str) -> set[int]:
+    """The shards of a unit that have a record."""
+    directory = path / COMMITS / unit
+    names = (entry.name for entry in os.scandir(directory)) if directory.is_dir() else ()
+    stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return {int(stem) for stem in stems if stem.isdecimal() and str(int(stem)) == stem}
+
+
+def read_commit(path: Path, manifest: Manifest, layout: Layout, unit: str, shard: int) -> Commit:
+    """The record of a shard of a local store, checked against the manifest.
+
+    Raises:
+        StoreError: missing, damaged, or of another shard or configuration.
+    """
+    file = path / record_name(unit, shard)
+    try:
+        raw = file.read_bytes()
+    except FileNotFoundError:
+        raise StoreError(f"shard {shard} of {unit} in {path} is not committed") from None
+    commit = Commit.from_bytes(raw, str(file))
+    commit.refuse_other(manifest, layout, unit, shard)
+    return commit
+
+
+def discard(path: Path, manifest: Manifest, unit: str, shard: int) -> None:
+    """Delete one shard of one unit, its record first; it is then pending again."""
+    directory = path / COMMITS / unit
+    with directory_lock(directory):
+        (path / record_name(unit, shard)).unlink(missing_ok=True)
+        sync_directory(directory)
+        for spec in Layout(manifest.plan).unit_arrays(unit).values():
+            (path / spec.file(shard)).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The seal of a whole unit, so that opening reads one file a unit.
+
+    Attributes:
+        records: SHA-256 of each shard's commit record.
+        sizes: length of each shard's file, by array path.
+        tokens: tokens counted in the statistics, by space name.
+        statistics: SHA-256 of mean and covariance (float64 bytes), by space name.
+        exact: whether the statistics are of exactly the committed shards; false after a repair
+            whose teacher gave other bits than the first time.
+    """
+
+    unit: str
+    configuration: str
+    records: tuple[str, ...]
+    sizes: Mapping[str, Sequence[int]]
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    statistics: Mapping[str, str] = field(default_factory=dict)
+    exact: bool = True
+
+    def to_bytes(self) -> bytes:
+        return sealed(
+            {
+                "unit": self.unit,
+                "configuration": self.configuration,
+                "records": list(self.records),
+                "sizes": {path: _run_lengths(sizes) for path, sizes in self.sizes.items()},
+                "tokens": dict(self.tokens),
+                "statistics": dict(self.statistics),
+                "exact": self.exact,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, where: str) -> Completion:
+        """Parse a completion.
+
+        Raises:
+            StoreError: damage.
+        """
+        body = unsealed(raw, where)
+        try:
+            sizes = {
+                path: tuple(size for size, count in runs for _ in range(count))
+                for path, runs in body["sizes"].items()
+            }
+            return cls(
+                body["unit"],
+                body["configuration"],
+                tuple(body["records"]),
+                sizes,
+                body["tokens"],
+                body["statistics"],
+                body["exact"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{where} lacks or misstates a member: {error}") from None
+
+    def moments(self, space: SpaceSpec, arrays: Mapping[str, np.ndarray]) -> Moments:
+        """The statistics of a space from its ``mean`` and ``covariance``, checked.
+
+        Raises:
+            StoreError: they are not what was sealed.
+        """
+        mean, covariance = arrays["mean"], arrays["covariance"]
+        seal = statistics_sha256(mean.tobytes(), covariance.tobytes())
+        if seal != self.statistics.get(space.name):
+            raise StoreError(f"the statistics of {space.id} are damaged: run `preceptor repair`")
+        count = self.tokens[space.name]
+        return Moments(count, mean.copy(), covariance * count)
+
+    def write(self, path: Path) -> None:
+        write_whole(path / completion_name(self.unit), self.to_bytes())
+
+
+def _run_lengths(values: Sequence[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return runs
+
+
+def statistics_sha256(mean: bytes, covariance: bytes) -> str:
+    return hashlib.sha256(mean + covariance).hexdigest()

@@ -1,0 +1,142 @@
+"""Files that are whole or absent: written aside, synced, read back, renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreError
+
+TEMPORARY = ".tmp"
+_BLOCK = 8 << 20
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def directory_lock(path: Path) -> Iterator[None]:
+    """Hold the directory's advisory lock; released by the kernel when the process dies."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+class Staged:
+    """A file written beside its final name, not yet visible under it.
+
+    The temporary file is locked while its writer lives, so that :func:`remove_torn` never takes
+    the file of a running process for the leftover of a dead one.
+
+    Attributes:
+        final: the name that :meth:`publish` gives it.
+        bytes: its length.
+        sha256: hex digest of what was handed over (not of what the disk holds: see verify).
+    """
+
+    def __init__(self, final: Path, buffers: Iterable[Any]) -> None:
+        self.final = final
+        self.bytes = 0
+        self._fd, self._path = _create_locked(final)
+        hashed = hashlib.sha256()
+        try:
+            for buffer in buffers:
+                view = memoryview(buffer).cast("B")
+                hashed.update(view)
+                self.bytes += len(view)
+                while view:
+                    view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+        except BaseException as error:
+            self.discard()
+            if isinstance(error, OSError):
+                raise StoreError(
+                    f"writing {final} failed: {error.strerror}; nothing was committed"
+                ) from error
+            raise
+        self.sha256 = hashed.hexdigest()
+
+    def verify(self) -> None:
+        """Read the file back from the device and compare.
+
+        Raises:
+            StoreError: when what is read differs from what was written.
+        """
+        if hasattr(os, "posix_fadvise"):  # so that the disk answers, not the page cache
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if file_sha256(self._path) != self.sha256:
+            self.discard()
+            raise StoreError(f"{self.final}: the disk gave back other bytes than were written")
+
+    def publish(self) -> None:
+        """Rename to the final name; the caller syncs the directory."""
+        os.replace(self._path, self.final)
+        os.close(self._fd)
+
+    def discard(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+def _create_locked(final: Path) -> tuple[int, Path]:
+    while True:
+        path = final.with_name(f".{final.name}.{secrets.token_hex(8)}{TEMPORARY}")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:  # not removed between creation and lock
+            return fd, path
+        os.close(fd)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, read in blocks."""
+    hashed = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            hashed.update(block)
+    return hashed.hexdigest()
+
+
+def write_whole(path: Path, raw: bytes) -> None:
+    """Replace a small file atomically and durably."""
+    staged = Staged(path, [raw])
+    staged.verify()
+    staged.publish()
+    sync_directory(path.parent)
+
+
+def remove_torn(directories: Iterable[Path]) -> int:
+    """Remove the temporary files of writers that died; returns how many."""
+    removed = 0
+    for directory in directories:
+        for path in directory.glob(f".*{TEMPORARY}"):
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+                removed += 1
+            except BlockingIOError:
+                pass  # its writer lives
+            finally:
+                os.close(fd)
+    return removed

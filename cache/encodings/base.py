@@ -1,0 +1,126 @@
+"""What an encoding is: pure functions between standardised tokens and stored arrays.
+
+Each formula is written once and runs on NumPy arrays and torch tensors (any device) alike. It uses
+only operations that IEEE 754 rounds one way (add, multiply, divide, square root, round-half-even,
+conversions) in a stated order, so both libraries give the same bits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = Any  # np.ndarray or torch.Tensor; a function returns the kind that it was given
+
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+LARGEST_SCALE = 65504.0  # the largest finite float16
+
+
+@dataclass(frozen=True)
+class Component:
+    """One stored array of an encoding.
+
+    Attributes:
+        name: ``codes``, ``scales``.
+        dtype: NumPy name of the dtype; little-endian in the store.
+        row_shape: shape of one row's part.
+        fill: a value that no encoded token has, so that a hole is never taken for data.
+        codec: chain of the inner chunk, a key of ``layout.CODECS``.
+    """
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...]
+    fill: float | int
+    codec: str = "raw"
+
+
+class Encoding(ABC):
+    """An encoding of standardised tokens z (float32) as arrays.
+
+    Attributes:
+        name: the word that manifests use.
+        levels: in words, for tables.
+        limit: the largest |z| that can be encoded.
+    """
+
+    name: str
+    levels: str
+    limit: float
+
+    @abstractmethod
+    def components(self, tokens: int, dim: int) -> tuple[Component, ...]:
+        """The arrays of a space with ``tokens`` tokens of ``dim`` dimensions; codes come first."""
+
+    @abstractmethod
+    def encode(self, z: Array) -> dict[str, Array]:
+        """Arrays by component name for finite float32 z ``[..., N, D]`` with |z| <= limit."""
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Array], dim: int) -> Array:
+        """Float32 z ``[..., N, dim]`` from the arrays by component name."""
+
+    @abstractmethod
+    def bound(self, z: Array) -> Array:
+        """The largest |decode(encode(z)) - z| possible: float32, broadcastable to z."""
+
+    def refused(self, z: Array) -> tuple[int, ...] | None:
+        """Position of the first token of z ``[..., N, D]`` that is not finite or beyond limit."""
+        xp = namespace(z)
+        good = xp.amax(xp.abs(z), -1) <= self.limit  # false for NaN
+        if bool(good.all()):
+            return None
+        bad = to_numpy(~good)
+        return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
+
+
+def namespace(x: Array) -> Any:
+    """The library of an array: ``torch`` or ``numpy``."""
+    return torch if isinstance(x, torch.Tensor) else np
+
+
+def cast(x: Array, dtype: str) -> Array:
+    """Conversion by NumPy dtype name."""
+    return x.to(getattr(torch, dtype)) if isinstance(x, torch.Tensor) else x.astype(dtype)
+
+
+def view(x: Array, dtype: str) -> Array:
+    """The same bits as another dtype of the same width."""
+    return x.view(getattr(torch, dtype)) if isinstance(x, torch.Tensor) else x.view(dtype)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+def round_up_to_half(x: Array) -> Array:
+    """The smallest float16 that is >= x, for float32 x in [0, 65504]."""
+    half = cast(x, "float16")
+    low = cast(half, "float32") < x
+    return view(view(half, "int16") + cast(low, "int16"), "float16")
+
+
+def largest_magnitude(z: Array) -> Array:
+    """max |z| over the last axis, kept as an axis of length 1."""
+    xp = namespace(z)
+    return xp.amax(xp.abs(z), -1, keepdims=True)
+
+
+def scale_for(peak: Array, levels: int) -> Array:
+    """float16 scale s: peak / levels rounded up, at least 2^-24, so that |z| / s <= levels."""
+    xp = namespace(peak)
+    # divided by an array: CUDA would turn a scalar divisor into a multiplication
+    return round_up_to_half(
+        xp.clip(peak / xp.full_like(peak, levels), SMALLEST_SCALE, LARGEST_SCALE)
+    )
+
+
+def quantise(z: Array, scale: Array, levels: int) -> Array:
+    """int8 codes: round-half-even(z / scale), limited to +-levels."""
+    xp = namespace(z)
+    return cast(xp.clip(xp.round(z / cast(scale, "float32")), -levels, levels), "int8")

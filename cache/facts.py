@@ -1,0 +1,95 @@
+"""The row facts of an open store, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+from ..errors import StoreError
+from .layout import Layout
+from .manifest import ROWS
+from .rows import decode_keys
+from .shard_index import ChunkReader
+
+_SHARDS_KEPT = 8
+
+
+class RowFacts:
+    """Checked arrays of the ``rows`` unit."""
+
+    def __init__(self, chunks: ChunkReader, layout: Layout) -> None:
+        self._chunks = chunks
+        self._plan = layout.plan
+        self._arrays = layout.row_arrays()
+
+    def shard(self, name: str, shard: int) -> np.ndarray:
+        """One fact of one shard's rows."""
+        values = self._chunks.values(ROWS, self._arrays[name], shard, 0)
+        return values[: self._plan.rows_in(shard)]
+
+    def all(self, name: str) -> np.ndarray:
+        """One fact of all rows."""
+        return np.concatenate([self.shard(name, shard) for shard in range(self._plan.shards)])
+
+    def keys(self, shard: int) -> list[str]:
+        """The keys of one shard.
+
+        Raises:
+            StoreError: bytes that are no key.
+        """
+        try:
+            return decode_keys(self.shard("key", shard))
+        except ValueError:
+            raise StoreError(
+                f"shard {shard} of rows has bytes for keys that are not UTF-8: run `preceptor "
+                "verify`"
+            ) from None
+
+    @property
+    def rows(self) -> int:
+        return self._plan.rows
+
+    @property
+    def shard_rows(self) -> int:
+        return self._plan.shard_rows
+
+
+class Keys(Sequence[str]):
+    """The keys of all rows; a few shards of them are kept in memory."""
+
+    def __init__(self, facts: RowFacts) -> None:
+        self._facts = facts
+        self._kept: OrderedDict[int, list[str]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._facts.rows
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[one] for one in range(*row.indices(len(self)))]
+        if row < 0:
+            row += len(self)
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        shard, local = divmod(int(row), self._facts.shard_rows)
+        return self._shard(shard)[local]
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in range(-(-len(self) // self._facts.shard_rows)):
+            yield from self._facts.keys(shard)
+
+    def _shard(self, shard: int) -> list[str]:
+        if shard not in self._kept:
+            self._kept[shard] = self._facts.keys(shard)
+            if len(self._kept) > _SHARDS_KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[shard]

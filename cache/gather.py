@@ -1,0 +1,173 @@
+"""From chunks on disk to rows of batches: each byte is copied once where that is possible."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .buffers import BufferPool
+from .layout import ArraySpec, Layout
+from .manifest import SpaceSpec
+from .shard_index import ChunkReader
+from .tokens import Tokens
+
+_DIRECT = 8192  # rows of at least so many bytes are read straight into their place
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """The rows wanted from one group.
+
+    Attributes:
+        shard, chunk: where the group is.
+        local: int64 ``[k]``: positions within the group.
+        places: int64 ``[k]``: positions in the sequence that was asked for.
+    """
+
+    shard: int
+    chunk: int
+    local: np.ndarray
+    places: np.ndarray
+
+
+def by_group(rows: np.ndarray, shard_rows: int, group_rows: int) -> Iterator[GroupRows]:
+    """Collect rows, int64 ``[n]`` in any order, by the group that holds them."""
+    if not len(rows):
+        return
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
+    groups = ordered // group_rows
+    cuts = np.flatnonzero(np.diff(groups)) + 1
+    a_shard = shard_rows // group_rows
+    for start, end in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+        group = int(groups[start])
+        local = ordered[start:end] - group * group_rows
+        yield GroupRows(group // a_shard, group % a_shard, local, order[start:end])
+
+
+class Destination:
+    """Buffers for a sequence of rows of one space, cut into batches.
+
+    Args:
+        rows: length of the sequence.
+        batch_size: rows a batch; the last may be shorter.
+    """
+
+    def __init__(
+        self, layout: Layout, space: SpaceSpec, rows: int, batch_size: int, pool: BufferPool
+    ) -> None:
+        self.space = space
+        self.arrays = layout.space_arrays(space)
+        self.batch_size = batch_size
+        self._rows = rows
+        self._parts: dict[str, list[torch.Tensor]] = {}
+        self._bytes: dict[str, list[np.ndarray]] = {}
+        for name, spec in self.arrays.items():
+            counts = [min(batch_size, rows - at) for at in range(0, rows, batch_size)]
+            buffers = [pool.take(count * spec.row_bytes) for count in counts]
+            dtype = getattr(torch, spec.dtype)
+            self._bytes[name] = [
+                buffer.numpy().reshape(count, spec.row_bytes)
+                for buffer, count in zip(buffers, counts, strict=True)
+            ]
+            self._parts[name] = [
+                buffer.view(dtype).view(count, *spec.shape[1:])
+                for buffer, count in zip(buffers, counts, strict=True)
+            ]
+
+    def row(self, name: str, place: int) -> np.ndarray:
+        """The bytes of one row."""
+        return self._bytes[name][place // self.batch_size][place % self.batch_size]
+
+    def store(self, name: str, places: np.ndarray, values: np.ndarray) -> None:
+        """Copy rows, uint8 ``[k, row_bytes]``, to their places."""
+        batches = places // self.batch_size
+        for batch in np.unique(batches):
+            here = batches == batch
+            self._bytes[name][batch][places[here] % self.batch_size] = values[here]
+
+    def pop(self, batch: int) -> Tokens:
+        """The tokens of one batch; the destination lets go of them."""
+        parts = {name: buffers[batch] for name, buffers in self._parts.items()}
+        for name in parts:
+            self._parts[name][batch] = self._bytes[name][batch] = None  # type: ignore[call-overload]
+        return Tokens.from_parts(parts, self.space.encoding, self.space.dim)
+
+
+class Gatherer:
+    """Fills destinations from chunks; its calls may run on several threads."""
+
+    def __init__(self, chunks: ChunkReader) -> None:
+        self._chunks = chunks
+        self._scratch = threading.local()
+
+    def __getstate__(self) -> dict[str, ChunkReader]:
+        return {"chunks": self._chunks}
+
+    def __setstate__(self, state: dict[str, ChunkReader]) -> None:
+        Gatherer.__init__(self, **state)
+
+    def fill(self, destination: Destination, group: GroupRows) -> None:
+        """Read one group of one space and put its rows in their places.
+
+        Raises:
+            StoreError: damage, by shard and group.
+        """
+        for name, spec in destination.arrays.items():
+            if spec.fixed_size and spec.row_bytes >= _DIRECT:
+                self._direct(destination, name, spec, group)
+            else:
+                self._copied(destination, name, spec, group)
+
+    def _direct(
+        self, destination: Destination, name: str, spec: ArraySpec, group: GroupRows
+    ) -> None:
+        count = spec.chunk[0]
+        rows: list[np.ndarray | None] = [None] * count
+        again: list[tuple[int, int]] = []
+        for local, place in zip(group.local.tolist(), group.places.tolist(), strict=True):
+            if rows[local] is None:
+                rows[local] = destination.row(name, place)
+            else:
+                again.append((local, place))
+        missing = [local for local, row in enumerate(rows) if row is None]
+        if missing:
+            spare = self._buffer(len(missing) * spec.row_bytes).reshape(len(missing), -1)
+            for at, local in enumerate(missing):
+                rows[local] = spare[at]
+        whole: Sequence[np.ndarray] = [row for row in rows if row is not None]
+        self._chunks.scatter(destination.space.teacher, spec, group.shard, group.chunk, whole)
+        for local, place in again:
+            destination.row(name, place)[:] = whole[local]
+
+    def _copied(
+        self, destination: Destination, name: str, spec: ArraySpec, group: GroupRows
+    ) -> None:
+        unit = destination.space.teacher
+        out = self._buffer(spec.chunk_bytes + 4)
+        raw = self._chunks.stored(unit, spec, group.shard, group.chunk, out)
+        if not spec.fixed_size:
+            values = self._chunks.decoded(unit, spec, group.shard, group.chunk, raw)
+            raw = np.ascontiguousarray(values[group.local]).view(np.uint8)
+            destination.store(name, group.places, raw.reshape(len(group.local), -1))
+            return
+        rows = raw.reshape(spec.chunk[0], spec.row_bytes)
+        destination.store(name, group.places, rows[group.local])
+
+    def _buffer(self, length: int) -> np.ndarray:
+        buffer = getattr(self._scratch, "buffer", None)
+        if buffer is None or len(buffer) < length:
+            buffer = self._scratch.buffer = np.empty(length, np.uint8)
+        return buffer[:length]
+
+
+def tasks(
+    destinations: Iterable[Destination], groups: Sequence[GroupRows]
+) -> Iterator[tuple[Destination, GroupRows]]:
+    """Every (space, group) pair, group by group."""
+    spaces = list(destinations)
+    return ((space, group) for group in groups for space in spaces)

@@ -1,0 +1,359 @@
+"""Where things lie in a store, and the bytes of its Zarr v3 arrays.
+
+The normative description is cache_format.md; names here are the Zarr specification's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from ..errors import StoreError
+from .encodings import encoding
+from .manifest import FORMAT, ROWS, VERSION, Json, SpaceSpec, StorePlan
+
+INDEX_ENTRY = 16  # offset and length, two little-endian uint64
+CRC = 4
+MISSING = 2**64 - 1
+ZSTD_LEVEL = 3
+
+# The inner codecs of a chunk by name; crc32c comes last in all.
+CODECS: dict[str, tuple[str, ...]] = {
+    "raw": ("bytes",),
+    "zstd": ("bytes", "zstd"),
+    "channel-zstd": ("transpose", "bytes", "zstd"),
+}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One Zarr array of a store.
+
+    Attributes:
+        path: its node path, ``spaces/dinov2_b/patch/codes``.
+        dtype: NumPy name; the bytes are little-endian.
+        shape: of the whole array.
+        shard: shape of one stored file's chunk.
+        group: shape of the inner chunk; None where the file holds one plain chunk.
+        fill: fill value.
+        codec: key of CODECS.
+        attributes: Zarr attributes.
+    """
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: tuple[int, ...]
+    group: tuple[int, ...] | None
+    fill: float | int
+    codec: str = "raw"
+    attributes: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Shape of what one checksum covers: the inner chunk, or the whole plain chunk."""
+        return self.group or self.shard
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.dtype(self.dtype).itemsize * math.prod(self.shape[1:]))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Decoded bytes of one chunk."""
+        return self.row_bytes * self.chunk[0]
+
+    @property
+    def chunks_a_shard(self) -> int:
+        return self.shard[0] // self.chunk[0]
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the shard index at a file's end, its checksum included; 0 for a plain chunk."""
+        return 0 if self.group is None else self.chunks_a_shard * INDEX_ENTRY + CRC
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether stored chunks have one length: nothing is compressed."""
+        return self.codec == "raw"
+
+    def file(self, shard: int) -> str:
+        """Path of a shard's file within the store."""
+        return f"{self.path}/c.{shard}" + ".0" * (len(self.shape) - 1)
+
+    def metadata(self) -> Json:
+        """The array's zarr.json."""
+        chain = [*self._codecs(), {"name": "crc32c"}]
+        if self.group is not None:
+            index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+            sharding = {
+                "chunk_shape": list(self.group),
+                "codecs": chain,
+                "index_codecs": index,
+                "index_location": "end",
+            }
+            chain = [{"name": "sharding_indexed", "configuration": sharding}]
+        fill = "NaN" if isinstance(self.fill, float) and math.isnan(self.fill) else self.fill
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": list(self.shard)},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": fill,
+            "codecs": chain,
+            "attributes": dict(self.attributes),
+            "storage_transformers": [],
+        }
+
+    def _codecs(self) -> list[Json]:
+        known: dict[str, Json] = {
+            "transpose": {"name": "transpose", "configuration": {"order": self._order()}},
+            "bytes": {"name": "bytes", "configuration": {"endian": "little"}},
+            "zstd": {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": True}},
+        }
+        return [known[name] for name in CODECS[self.codec]]
+
+    def _order(self) -> list[int]:
+        """Last axis (the channels) first."""
+        last = len(self.shape) - 1
+        return [last, *range(last)]
+
+    def encode_chunk(self, values: np.ndarray) -> Any:
+        """The stored bytes of a chunk, without their checksum."""
+        codecs = CODECS[self.codec]
+        if "transpose" in codecs:
+            values = values.transpose(self._order())
+        raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+        if "zstd" in codecs:
+            return np.frombuffer(_zstd().encode(raw), np.uint8)
+        return raw
+
+    def decode_chunk(self, raw: np.ndarray) -> np.ndarray:
+        """A chunk's values from its stored bytes (uint8, checksum removed).
+
+        Raises:
+            ValueError: when they do not decode to the chunk's length.
+        """
+        codecs = CODECS[self.codec]
+        if "zstd" in codecs:
+            out = np.empty(self.chunk_bytes, np.uint8)
+            try:
+                _zstd().decode(raw, out)
+            except RuntimeError as error:
+                raise ValueError(str(error)) from None
+            raw = out
+        if raw.nbytes != self.chunk_bytes:
+            raise ValueError(f"{raw.nbytes} bytes instead of {self.chunk_bytes}")
+        values = raw.view(self.dtype)
+        if "transpose" not in codecs:
+            return values.reshape(self.chunk)
+        order = self._order()
+        stored = values.reshape([self.chunk[axis] for axis in order])
+        return stored.transpose(np.argsort(order))
+
+
+def _zstd() -> Any:
+    from numcodecs.zstd import Zstd
+
+    return Zstd(level=ZSTD_LEVEL, checksum=True)
+
+
+def crc32c(data: Any, start: int = 0) -> int:
+    """CRC-32C of a contiguous uint8 NumPy array or bytes, continuing ``start``."""
+    return int(google_crc32c.extend(start, data) if start else google_crc32c.value(data))
+
+
+def shard_file(spec: ArraySpec, values: np.ndarray) -> tuple[list[Any], list[int]]:
+    """The buffers whose concatenation is the file of one shard, and its chunks' checksums.
+
+    Args:
+        values: ``[n, ...]`` with n a whole number of chunks, filled up with the fill value.
+            Chunks after them are stated as missing in the shard's index.
+    """
+    rows = spec.chunk[0]
+    if len(values) % rows or not 0 < len(values) <= spec.shard[0]:
+        raise ValueError(f"{spec.path}: {len(values)} rows are not a whole number of chunks")
+    buffers: list[Any] = []
+    sums: list[int] = []
+    index = np.full((spec.chunks_a_shard, 2), MISSING, "<u8")
+    offset = 0
+    for number in range(len(values) // rows):
+        raw = spec.encode_chunk(values[number * rows : (number + 1) * rows])
+        sums.append(crc32c(raw))
+        buffers += [raw, sums[-1].to_bytes(CRC, "little")]
+        index[number] = offset, raw.nbytes + CRC
+        offset += raw.nbytes + CRC
+    if spec.group is not None:
+        raw = index.tobytes()
+        buffers += [raw, crc32c(raw).to_bytes(CRC, "little")]
+    return buffers, sums
+
+
+def parse_index(spec: ArraySpec, raw: bytes, file_bytes: int, chunks: int) -> np.ndarray:
+    """The index of a shard: int64 ``[chunks, 2]`` of offset and length, for its first ``chunks``.
+
+    Args:
+        raw: the last ``spec.index_bytes`` bytes of the file.
+        file_bytes: length of the file.
+        chunks: how many chunks hold rows; the others must be missing.
+
+    Raises:
+        ValueError: checksum, a hole where rows should be, or an entry outside the file.
+    """
+    body, stated = raw[:-CRC], int.from_bytes(raw[-CRC:], "little")
+    if len(raw) != spec.index_bytes or crc32c(body) != stated:
+        raise ValueError("the shard index does not match its checksum")
+    entries = np.frombuffer(body, "<u8").reshape(-1, 2)
+    if (entries[chunks:] != MISSING).any():
+        raise ValueError("the shard index lists chunks past the last row")
+    used = entries[:chunks]
+    end = file_bytes - spec.index_bytes
+    if (used > end).any() or (used.sum(1) > end).any():
+        raise ValueError("the shard index points outside the file, or a chunk is missing")
+    if (used[:, 1] < CRC).any():
+        raise ValueError("the shard index states an impossible length")
+    if spec.fixed_size and (used[:, 1] != spec.chunk_bytes + CRC).any():
+        raise ValueError("the shard index states a wrong length")
+    return used.astype(np.int64)
+
+
+def plain_index(spec: ArraySpec, file_bytes: int) -> np.ndarray:
+    """The same for a file that is one plain chunk."""
+    return np.array([[0, file_bytes]], np.int64)
+
+
+class Layout:
+    """The arrays and groups of a store with a given plan."""
+
+    def __init__(self, plan: StorePlan) -> None:
+        self.plan = plan
+
+    def row_arrays(self) -> dict[str, ArraySpec]:
+        """Facts about rows by name; one plain chunk a shard."""
+        plan = self.plan
+
+        def array(
+            name: str, dtype: str, fill: float | int, *shape: int, codec: str = "raw"
+        ) -> ArraySpec:
+            whole, chunk = (plan.rows, *shape), (plan.shard_rows, *shape)
+            return ArraySpec(f"{ROWS}/{name}", dtype, whole, chunk, None, fill, codec)
+
+        arrays = (
+            array("key", "uint8", 255, plan.key_bytes, codec="zstd"),
+            array("label", "int64", -(2**63)),
+            array("size", "int32", -1, 2),
+            array("box", "float32", float("nan"), 4),
+            array("flip", "uint8", 255),
+            array("valid", "uint8", 255),
+        )
+        return {spec.path.rpartition("/")[2]: spec for spec in arrays}
+
+    def space_arrays(self, space: SpaceSpec) -> dict[str, ArraySpec]:
+        """The encoded arrays of a space by component name."""
+        plan = self.plan
+        attributes = {
+            "encoding": space.encoding,
+            "grid": None if space.grid is None else list(space.grid),
+            "dim": space.dim,
+        }
+        return {
+            part.name: ArraySpec(
+                f"{space_path(space)}/{part.name}",
+                part.dtype,
+                (plan.rows, *part.row_shape),
+                (plan.shard_rows, *part.row_shape),
+                (plan.group_rows, *part.row_shape),
+                part.fill,
+                part.codec,
+                attributes,
+            )
+            for part in encoding(space.encoding).components(space.tokens, space.dim)
+        }
+
+    def calibration_arrays(self, space: SpaceSpec) -> dict[str, ArraySpec]:
+        """``mean`` and ``std`` of the standardisation: float32 ``[D]``."""
+        return {
+            name: self._constant(f"{space_path(space)}/{name}", "float32", space.dim)
+            for name in ("mean", "std")
+        }
+
+    def statistics_arrays(self, space: SpaceSpec) -> dict[str, ArraySpec]:
+        """Exact moments over all valid rows: float64 mean ``[D]`` and covariance ``[D, D]``."""
+        path = f"{space_path(space)}/statistics"
+        return {
+            "mean": self._constant(f"{path}/mean", "float64", space.dim),
+            "covariance": self._constant(f"{path}/covariance", "float64", space.dim, space.dim),
+        }
+
+    @staticmethod
+    def _constant(path: str, dtype: str, *shape: int) -> ArraySpec:
+        return ArraySpec(path, dtype, shape, shape, None, float("nan"))
+
+    def unit_arrays(self, unit: str) -> dict[str, ArraySpec]:
+        """The arrays, by path, whose shards a unit's commit records cover."""
+        if unit == ROWS:
+            return {spec.path: spec for spec in self.row_arrays().values()}
+        spaces = self.plan.teacher(unit).spaces
+        arrays = (spec for space in spaces for spec in self.space_arrays(space).values())
+        return {spec.path: spec for spec in arrays}
+
+    def nodes(self, unit: str) -> Iterator[tuple[str, Json]]:
+        """(node path, zarr.json) of a unit's groups and arrays."""
+        if unit == ROWS:
+            yield ROWS, group_metadata({})
+            for spec in self.row_arrays().values():
+                yield spec.path, spec.metadata()
+            return
+        yield f"spaces/{unit}", group_metadata({})
+        for space in self.plan.teacher(unit).spaces:
+            yield space_path(space), group_metadata(space.as_json())
+            yield f"{space_path(space)}/statistics", group_metadata({})
+            makers: tuple[Callable[[SpaceSpec], dict[str, ArraySpec]], ...] = (
+                self.space_arrays,
+                self.calibration_arrays,
+                self.statistics_arrays,
+            )
+            for maker in makers:
+                for spec in maker(space).values():
+                    yield spec.path, spec.metadata()
+
+    def root_nodes(self) -> Iterator[tuple[str, Json]]:
+        """(node path, zarr.json) of the groups that belong to no unit."""
+        yield "", group_metadata({"format": FORMAT, "version": VERSION})
+        yield "spaces", group_metadata({})
+
+    def chunks_in(self, spec: ArraySpec, shard: int) -> int:
+        """How many chunks of a shard hold rows."""
+        return 1 if spec.group is None else -(-self.plan.rows_in(shard) // spec.chunk[0])
+
+
+def space_path(space: SpaceSpec) -> str:
+    return f"spaces/{space.teacher}/{space.name}"
+
+
+def group_metadata(attributes: Mapping[str, Json]) -> Json:
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+
+
+def node_bytes(metadata: Json) -> bytes:
+    """A zarr.json as file bytes."""
+    return (json.dumps(metadata, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def pad_to_chunks(spec: ArraySpec, rows: int) -> np.ndarray:
+    """A buffer of fill values for ``rows`` rows, rounded up to whole chunks."""
+    count = -(-rows // spec.chunk[0]) * spec.chunk[0]
+    if count > spec.shard[0]:
+        raise StoreError(f"{spec.path}: {rows} rows do not fit into a shard of {spec.shard[0]}")
+    return np.full((count, *spec.shape[1:]), spec.fill, spec.dtype)

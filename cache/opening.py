@@ -1,0 +1,152 @@
+"""What has to hold before a store is read: whole, undamaged as far as names and lengths tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import StoreError
+from .commit import COMMITS, Completion, completion_name
+from .layout import CRC, ArraySpec, Layout, crc32c
+from .manifest import MANIFEST, ROWS, Manifest
+from .source import Source
+
+
+def open_units(
+    source: Source, teachers: Sequence[str] | None
+) -> tuple[Manifest, dict[str, Completion]]:
+    """The manifest and the completions of the rows and of the teachers asked for.
+
+    Raises:
+        StoreError: see ``Cache.open``.
+    """
+    try:
+        raw = source.read(MANIFEST)
+    except FileNotFoundError:
+        raise StoreError(
+            f"{source.location} holds no store ({MANIFEST} is missing): run `preceptor extract` "
+            "to make one"
+        ) from None
+    manifest = Manifest.from_bytes(raw, f"{source.location}/{MANIFEST}")
+    plan = manifest.plan
+    names = [teacher.name for teacher in plan.teachers] if teachers is None else list(teachers)
+    units = [ROWS, *(plan.teacher(name).name for name in names)]
+    completions: dict[str, Completion] = {}
+    unfinished: list[str] = []
+    for unit in units:
+        try:
+            raw = source.read(completion_name(unit))
+        except FileNotFoundError:
+            unfinished.append(unit)
+            continue
+        where = f"{source.location}/{completion_name(unit)}"
+        completions[unit] = Completion.from_bytes(raw, where)
+        _refuse_other(completions[unit], manifest, unit, where)
+    if unfinished:
+        raise _incomplete(source, manifest, unfinished)
+    layout = Layout(plan)
+    problems = [
+        problem
+        for unit in units
+        for problem in [
+            *_metadata_problems(source, layout, unit),
+            *_file_problems(source, layout, unit, completions[unit]),
+        ]
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise StoreError(
+            f"{source.location} is damaged: {'; '.join(problems[:5])}{more}; run `preceptor "
+            "verify` to see all of the damage and `preceptor repair` to mend it"
+        )
+    return manifest, completions
+
+
+def _refuse_other(completion: Completion, manifest: Manifest, unit: str, where: str) -> None:
+    layout = Layout(manifest.plan)
+    shards = manifest.plan.shards
+    if completion.unit != unit or completion.configuration != manifest.configuration(unit):
+        raise StoreError(
+            f"{where} was made by another configuration than {MANIFEST}: run `preceptor repair`"
+        )
+    lengths = {len(completion.records), *(len(sizes) for sizes in completion.sizes.values())}
+    if lengths != {shards} or set(completion.sizes) != set(layout.unit_arrays(unit)):
+        raise StoreError(f"{where} does not list the {shards} shards: run `preceptor repair`")
+
+
+def _incomplete(source: Source, manifest: Manifest, units: list[str]) -> StoreError:
+    missing = []
+    for unit in units:
+        names = source.sizes(f"{COMMITS}/{unit}")
+        if names is None:
+            missing.append(f"{unit} is not finished")
+            continue
+        shards = [s for s in range(manifest.plan.shards) if f"{s}.json" not in names]
+        listed = ", ".join(str(shard) for shard in shards[:8]) + (", ..." if shards[8:] else "")
+        missing.append(
+            f"{unit} lacks {len(shards)} of {manifest.plan.shards} shards ({listed})"
+            if shards
+            else f"{unit} is committed but not finished"
+        )
+    return StoreError(
+        f"{source.location} is incomplete: {'; '.join(missing)}; run the `preceptor extract` that "
+        "began it again, it does only what is missing"
+    )
+
+
+def _metadata_problems(source: Source, layout: Layout, unit: str) -> list[str]:
+    problems = []
+    nodes = [*layout.nodes(unit), *(layout.root_nodes() if unit == ROWS else ())]
+    for path, metadata in nodes:
+        name = f"{path}/zarr.json".lstrip("/")
+        try:
+            if json.loads(source.read(name)) != metadata:
+                problems.append(f"{name} is not what {MANIFEST} calls for")
+        except FileNotFoundError:
+            problems.append(f"{name} is missing")
+        except (ValueError, RecursionError):
+            problems.append(f"{name} is not JSON")
+    return problems
+
+
+def _file_problems(source: Source, layout: Layout, unit: str, completion: Completion) -> list[str]:
+    """Shards whose record is missing, or whose file is missing or of another length."""
+    problems = []
+    records = source.sizes(f"{COMMITS}/{unit}")
+    if records is not None:
+        problems += [
+            f"shard {shard} of {unit} has no commit record"
+            for shard in range(layout.plan.shards)
+            if f"{shard}.json" not in records
+        ]
+    for path, spec in layout.unit_arrays(unit).items():
+        found = source.sizes(path)
+        if found is None:
+            continue  # cannot be listed: every read is checked all the same
+        for shard, size in enumerate(completion.sizes[path]):
+            name = spec.file(shard)
+            got = found.get(name.rpartition("/")[2])
+            if got is None:
+                problems.append(f"shard {shard} of {unit}: {name} is missing")
+            elif got != size:
+                problems.append(f"shard {shard} of {unit}: {name} has {got} bytes, not {size}")
+    return problems
+
+
+def read_constant(source: Source, spec: ArraySpec) -> np.ndarray:
+    """The values of an array that is one chunk.
+
+    Raises:
+        StoreError: missing or damaged.
+    """
+    name = f"{source.location}/{spec.file(0)}"
+    try:
+        raw = source.read(spec.file(0))
+    except FileNotFoundError:
+        raise StoreError(f"{name} is missing: run `preceptor repair`") from None
+    body, tail = raw[:-CRC], raw[-CRC:]
+    if len(body) != spec.chunk_bytes or crc32c(body) != int.from_bytes(tail, "little"):
+        raise StoreError(f"{name} is damaged: run `preceptor repair`")
+    return np.frombuffer(body, spec.dtype).reshape(spec.shape)

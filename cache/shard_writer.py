@@ -1,0 +1,242 @@
+"""One shard in the making: rows come in, codes stay in memory, whole files go out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError, StoreError
+from .commit import COMMITS, Commit, FileRecord, read_commit, record_name
+from .durable import Staged, directory_lock, sync_directory, write_whole
+from .encodings import encoding
+from .encodings.base import to_numpy
+from .layout import Layout, pad_to_chunks, shard_file
+from .manifest import ROWS, Manifest, SpaceSpec
+from .rows import RowBatch
+from .statistics import Accumulator
+
+PARTIAL = "partial"
+
+
+class ShardWriter:
+    """Collects the rows of one shard for some units and commits them.
+
+    Used as a context: leaving it without an exception writes each array's file once, syncs it,
+    reads it back, and renames it into place, then does the same for the commit record of every
+    unit. Leaving it by an exception leaves nothing behind.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        shard: int,
+        units: tuple[str, ...],
+        calibrations: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        self._path = path
+        self._manifest = manifest
+        self._layout = Layout(manifest.plan)
+        self._shard = shard
+        self._units = units
+        self._rows = manifest.plan.rows_in(shard)
+        self._filled = 0
+        self._keys: list[str] = []
+        self._valid = 0
+        self._row_values = {
+            name: pad_to_chunks(spec, self._rows)
+            for name, spec in self._layout.row_arrays().items()
+        }
+        self._spaces = [
+            space for unit in units if unit != ROWS for space in manifest.plan.teacher(unit).spaces
+        ]
+        self._values = {
+            space.id: {
+                name: pad_to_chunks(spec, self._rows)
+                for name, spec in self._layout.space_arrays(space).items()
+            }
+            for space in self._spaces
+        }
+        self._calibrations = {
+            space.id: tuple(torch.from_numpy(side) for side in calibrations[space.id])
+            for space in self._spaces
+        }
+        self._moments = {
+            space.id: Accumulator(self._calibrations[space.id][0]) for space in self._spaces
+        }
+
+    @property
+    def filled(self) -> int:
+        """Rows appended so far."""
+        return self._filled
+
+    def append(self, rows: RowBatch, tokens: Mapping[str, Any]) -> None:
+        """Encode the next rows.
+
+        Args:
+            rows: facts about b rows.
+            tokens: by space id, every space of the units' teachers: float ``[v, N, D]`` of the v
+                valid rows, a torch tensor on any device or a NumPy array.
+
+        Raises:
+            DataError: tokens that are not finite, or beyond what the encoding can hold.
+            StoreError: too many rows, wrong shapes, missing or unknown spaces.
+        """
+        stored = rows.arrays(self._manifest.plan.key_bytes)
+        start, end = self._filled, self._filled + len(rows)
+        if end > self._rows:
+            raise StoreError(f"shard {self._shard} takes {self._rows} rows, not {end}")
+        wanted = {space.id for space in self._spaces}
+        if set(tokens) != wanted:
+            raise StoreError(
+                f"shard {self._shard} wants tokens of {sorted(wanted)}, not of {sorted(tokens)}"
+            )
+        valid = np.flatnonzero(stored["valid"])
+        for space in self._spaces:
+            self._encode(space, tokens[space.id], start + valid, [rows.keys[i] for i in valid])
+        for name, values in stored.items():
+            self._row_values[name][start:end] = values
+        self._keys += rows.keys
+        self._valid += len(valid)
+        self._filled = end
+
+    def _encode(self, space: SpaceSpec, given: Any, at: np.ndarray, keys: list[str]) -> None:
+        x = given if isinstance(given, torch.Tensor) else torch.from_numpy(np.asarray(given))
+        if x.shape != (len(at), space.tokens, space.dim):
+            raise StoreError(
+                f"{space.id}: tokens of {len(at)} valid rows must have shape "
+                f"{(len(at), space.tokens, space.dim)}, not {tuple(x.shape)}"
+            )
+        if not len(at):
+            return
+        x = x.detach().float()
+        mean, std = (side.to(x.device) for side in self._calibrations[space.id])
+        z = (x - mean) / std
+        how = encoding(space.encoding)
+        if bad := how.refused(z):
+            row, token = bad
+            finite = bool(torch.isfinite(x[row, token]).all())
+            problem = (
+                f"is too far from the calibrated mean for the encoding {how.name}"
+                if finite
+                else "is not finite"
+            )
+            raise DataError(
+                f"token {token} of {space.id} {problem} for row key {keys[row]!r}: check the "
+                "image and the teacher's precision"
+            )
+        for name, part in how.encode(z).items():
+            self._values[space.id][name][at] = to_numpy(part)
+        self._moments[space.id].add(x)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            return
+        if self._filled != self._rows:
+            raise StoreError(
+                f"shard {self._shard} got {self._filled} of its {self._rows} rows; nothing was "
+                "committed"
+            )
+        self._refuse_other_rows()
+        for unit in self._units:
+            self._commit(unit)
+
+    def _refuse_other_rows(self) -> None:
+        """Tokens of a teacher must belong to the rows that the store already has."""
+        if ROWS in self._units:
+            return
+        try:
+            commit = read_commit(self._path, self._manifest, self._layout, ROWS, self._shard)
+        except StoreError:
+            return  # not committed yet: whoever commits the rows is compared with the index hash
+        for name, spec in self._layout.row_arrays().items():
+            raw = shard_file(spec, self._row_values[name])[1]
+            if tuple(raw) != commit.files[spec.path].chunks:
+                raise StoreError(
+                    f"shard {self._shard}: {name} of the rows (keys {self._keys[0]!r} to "
+                    f"{self._keys[-1]!r}) is not what the store has (keys {commit.first_key!r} to "
+                    f"{commit.last_key!r}): use the images and views that it was made from"
+                )
+
+    def _commit(self, unit: str) -> None:
+        with ExitStack() as undo:
+            staged: list[Staged] = []
+            files: dict[str, FileRecord] = {}
+            for path, spec in self._layout.unit_arrays(unit).items():
+                buffers, sums = shard_file(spec, self._buffer(path))
+                file = self._stage(self._path / spec.file(self._shard), buffers, undo)
+                staged.append(file)
+                files[path] = FileRecord(file.bytes, file.sha256, tuple(sums))
+            statistics = {}
+            for space in self._spaces:
+                if space.teacher == unit:
+                    raw = self._moments[space.id].moments().packed().tobytes()
+                    name = self._path / partial_name(space, self._shard)
+                    name.parent.mkdir(parents=True, exist_ok=True)
+                    staged.append(self._stage(name, [raw], undo))
+                    statistics[space.name] = hashlib.sha256(raw).hexdigest()
+            for file in staged:
+                file.verify()
+            record = Commit(
+                unit,
+                self._shard,
+                self._manifest.configuration(unit),
+                self._rows,
+                self._valid,
+                self._keys[0],
+                self._keys[-1],
+                files,
+                statistics,
+            )
+            if self._publish(unit, staged, record):
+                undo.pop_all()
+
+    @staticmethod
+    def _stage(final: Path, buffers: Iterable[Any], undo: ExitStack) -> Staged:
+        file = Staged(final, buffers)
+        undo.callback(file.discard)
+        return file
+
+    def _publish(self, unit: str, staged: list[Staged], record: Commit) -> bool:
+        """Rename everything into place; False when another process has committed the shard."""
+        with directory_lock(self._path / COMMITS / unit):
+            try:
+                read_commit(self._path, self._manifest, self._layout, unit, self._shard)
+            except StoreError:
+                pass
+            else:
+                return False
+            # a record that is no longer true must not outlive its files
+            (self._path / record_name(unit, self._shard)).unlink(missing_ok=True)
+            for file in staged:
+                file.publish()
+            for directory in {file.final.parent for file in staged}:
+                sync_directory(directory)
+            write_whole(self._path / record_name(unit, self._shard), record.to_bytes())
+        return True
+
+    def _buffer(self, path: str) -> np.ndarray:
+        parent, _, name = path.rpartition("/")
+        if parent == ROWS:
+            return self._row_values[name]
+        return self._values[parent.removeprefix("spaces/")][name]
+
+
+def partial_name(space: SpaceSpec, shard: int) -> str:
+    """Path of a shard's packed moments, kept until the store is finished."""
+    return f"{PARTIAL}/{space.teacher}/{space.name}.{shard}.f64"

@@ -1,0 +1,132 @@
+"""Positioned reads of a local store's files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreError
+
+_OPEN_FILES = 256
+_VECTOR = 1000  # below the IOV_MAX of Linux and macOS
+
+
+class Source(ABC):
+    """Where a store's files come from. All methods may be called from several threads.
+
+    Attributes:
+        location: what the user called it.
+    """
+
+    location: str
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises FileNotFoundError when it does not exist."""
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, buffers: Sequence[Any]) -> int:
+        """Fill writable byte buffers, in order, from one position on; returns the bytes read.
+
+        Fewer than asked means that the file ends there. Raises FileNotFoundError.
+        """
+
+    @abstractmethod
+    def sizes(self, directory: str) -> dict[str, int] | None:
+        """Length by name of the files in a directory; None where that cannot be listed."""
+
+
+class _File:
+    """An open file; closed when the last thread that uses it lets go."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class LocalSource(Source):
+    """Files below a directory, kept open in least-recently-used order."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.location = str(root)
+        self._root = str(root)
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _File] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"root": self._root}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        LocalSource.__init__(self, state["root"])
+
+    def read(self, name: str) -> bytes:
+        with open(f"{self._root}/{name}", "rb") as file:
+            return file.read()
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[Any]) -> int:
+        file = self._open(name)
+        total = 0
+        for start in range(0, len(buffers), _VECTOR):
+            part = buffers[start : start + _VECTOR]
+            done, wanted = self._fill(file.fd, offset + total, part)
+            total += done
+            if done < wanted:
+                break
+        return total
+
+    @staticmethod
+    def _fill(fd: int, offset: int, buffers: Sequence[Any]) -> tuple[int, int]:
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        wanted = sum(len(view) for view in views)
+        done = 0
+        while done < wanted:
+            got = os.preadv(fd, views, offset + done)
+            if not got:
+                break
+            done += got
+            if done < wanted:  # a short read: go on in the middle of a buffer
+                while got >= len(views[0]):
+                    got -= len(views.pop(0))
+                views[0] = views[0][got:]
+        return done, wanted
+
+    def sizes(self, directory: str) -> dict[str, int] | None:
+        try:
+            with os.scandir(f"{self._root}/{directory}") as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
+    def _open(self, name: str) -> _File:
+        with self._lock:
+            file = self._files.get(name)
+            if file is None:
+                file = self._files[name] = _File(f"{self._root}/{name}")
+                if len(self._files) > _OPEN_FILES:
+                    self._files.popitem(last=False)
+            else:
+                self._files.move_to_end(name)
+            return file
+
+
+def open_source(location: str | Path) -> Source:
+    """The source of a store: a directory, or s3://, gs://, az://, http(s)://.
+
+    Raises:
+        StoreError: a scheme that is not known.
+    """
+    text = str(location)
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return LocalSource(Path(text))
+    if scheme == "file":
+        return LocalSource(Path("/" + rest.lstrip("/")))
+    raise StoreError(f"{text}: stores are read from a directory, s3://, gs://, az:// or http(s)://")

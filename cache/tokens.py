@@ -1,0 +1,56 @@
+"""Encoded tokens in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .encodings import encoding
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Encoded tokens of b rows of a space, still undecoded.
+
+    Attributes:
+        codes: what the encoding stores: int8 ``[b, N, D]`` for ``int8``, float16 for ``fp16``.
+        scales: float16 ``[b, N]`` (a further axis of groups for ``int4``); None for ``fp16``.
+        encoding: its name.
+        dim: D.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor | None
+    encoding: str
+    dim: int
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, torch.Tensor], name: str, dim: int) -> Tokens:
+        return cls(parts["codes"], parts.get("scales"), name, dim)
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The stored arrays by component name."""
+        return {"codes": self.codes} | ({} if self.scales is None else {"scales": self.scales})
+
+    def standardised(self) -> torch.Tensor:
+        """The tokens in units of the calibrated deviation: float32 ``[b, N, D]``."""
+        values: torch.Tensor = encoding(self.encoding).decode(self.parts, self.dim)
+        return values
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
+        """The same codes on another device."""
+        moved = {
+            name: part.to(device, non_blocking=non_blocking) for name, part in self.parts.items()
+        }
+        return Tokens.from_parts(moved, self.encoding, self.dim)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Tokens:
+        """Some of the rows."""
+        taken = {name: part[rows] for name, part in self.parts.items()}
+        return Tokens.from_parts(taken, self.encoding, self.dim)
+
+    def __len__(self) -> int:
+        return len(self.codes)

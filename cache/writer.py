@@ -1,0 +1,394 @@
+"""Making a store: created once, continued after any interruption, finished when whole."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import StoreError
+from ..version import __version__
+from .commit import (
+    COMMITS,
+    Commit,
+    Completion,
+    committed,
+    completion_name,
+    read_commit,
+    record_name,
+    statistics_sha256,
+)
+from .durable import TEMPORARY, directory_lock, remove_torn, sync_directory, write_whole
+from .encodings import encoding
+from .layout import ArraySpec, Layout, node_bytes, pad_to_chunks, shard_file
+from .manifest import (
+    MANIFEST,
+    ROWS,
+    Calibration,
+    Manifest,
+    SpaceSpec,
+    StorePlan,
+    TeacherRecord,
+    plan_difference,
+    read_manifest,
+)
+from .shard_writer import PARTIAL, ShardWriter, partial_name
+from .statistics import Moments
+
+
+class StoreWriter:
+    """Writes a local store; any number of processes may write different shards of one store.
+
+    Make one by :meth:`open_or_create` or :meth:`open`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._layout = Layout(manifest.plan)
+
+    @classmethod
+    def open_or_create(cls, path: str | Path, plan: StorePlan) -> StoreWriter:
+        """Begin the store of a plan, or continue it.
+
+        Raises:
+            StoreError: the store there was made by another configuration (both sides named), the
+                directory holds something else, or it cannot be written.
+        """
+        path = Path(path)
+        if (path / MANIFEST).exists():
+            writer = cls.open(path)
+            if found := plan_difference(writer.manifest.plan, plan):
+                raise StoreError(
+                    f"{path} was made by another configuration: {found}; give the configuration "
+                    "that made it, or another path"
+                )
+            return writer
+        for space in plan.spaces.values():
+            encoding(space.encoding)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            names = {entry.name for entry in path.iterdir()} - _OURS
+            strangers = {name for name in names if not name.endswith(TEMPORARY)}
+        except OSError as error:
+            raise StoreError(f"{path} cannot hold a store: {error.strerror}") from error
+        if strangers:
+            raise StoreError(
+                f"{path} holds other things ({', '.join(sorted(strangers)[:3])}) and no store: "
+                "give a new directory"
+            )
+        with directory_lock(path):
+            if not (path / MANIFEST).exists():
+                manifest = Manifest(plan, writer=f"preceptor {__version__}")
+                layout = Layout(plan)
+                _make_nodes(path, list(layout.root_nodes()))
+                for unit in plan.units:
+                    _make_unit(path, layout, unit)
+                write_whole(path / MANIFEST, manifest.to_bytes())
+                sync_directory(path.parent)
+                return cls(path, manifest)
+        return cls.open_or_create(path, plan)  # another process made it meanwhile
+
+    @classmethod
+    def open(cls, path: str | Path) -> StoreWriter:
+        """Continue the store that is there, whatever its plan; removes torn temporary files."""
+        path = Path(path)
+        manifest = read_manifest(path)
+        writer = cls(path, manifest)
+        _make_nodes(path, list(writer._layout.root_nodes()))
+        for unit in manifest.plan.units:
+            _make_unit(path, writer._layout, unit)
+        remove_torn(directory for directory in writer._directories() if directory.is_dir())
+        return writer
+
+    def _directories(self) -> list[Path]:
+        units = self.manifest.plan.units
+        arrays = [path for unit in units for path, _ in self._layout.nodes(unit)]
+        teachers = [teacher.name for teacher in self.manifest.plan.teachers]
+        return [
+            self.path,
+            *(self.path / array for array in arrays),
+            *(self.path / COMMITS / unit for unit in units),
+            *(self.path / PARTIAL / name for name in teachers),
+        ]
+
+    @property
+    def plan(self) -> StorePlan:
+        return self.manifest.plan
+
+    @property
+    def uncalibrated(self) -> list[SpaceSpec]:
+        """Spaces whose standardisation is not frozen yet."""
+        spaces = self.plan.spaces
+        return [space for name, space in spaces.items() if name not in self.manifest.calibrations]
+
+    def calibrate(
+        self, space_id: str, mean: np.ndarray, std: np.ndarray, *, rows_used: int
+    ) -> None:
+        """Freeze the standardisation of a space.
+
+        Args:
+            mean, std: ``[D]``, kept as float32; see ``statistics.calibration``.
+            rows_used: how many rows they were measured on.
+
+        Raises:
+            StoreError: an unknown space, values that cannot standardise, or a second, other
+                calibration.
+        """
+        space = self.plan.spaces.get(space_id)
+        if space is None:
+            raise StoreError(f"{self.path} has no space {space_id!r}")
+        sides = {
+            "mean": np.ascontiguousarray(np.asarray(mean, np.float32)),
+            "std": np.ascontiguousarray(np.asarray(std, np.float32)),
+        }
+        for name, values in sides.items():
+            if values.shape != (space.dim,) or not np.isfinite(values).all():
+                raise StoreError(f"{space_id}: {name} must be {space.dim} finite numbers")
+        if not (sides["std"] > 0).all():
+            dims = np.flatnonzero(~(sides["std"] > 0))[:5].tolist()
+            raise StoreError(f"{space_id}: the deviation of dimension {dims} is not positive")
+        raw = sides["mean"].tobytes() + sides["std"].tobytes()
+        frozen = Calibration(rows_used, hashlib.sha256(raw).hexdigest())
+        with directory_lock(self.path):
+            self.manifest = read_manifest(self.path)  # another process may have calibrated
+            present = self.manifest.calibrations.get(space_id)
+            if present == frozen:
+                return
+            if present is not None:
+                raise StoreError(
+                    f"{space_id} in {self.path} is calibrated already, with other values: a "
+                    "calibration is frozen"
+                )
+            for name, spec in self._layout.calibration_arrays(space).items():
+                self._write_constant(spec, sides[name])
+            self.manifest = self.manifest.calibrated(space_id, frozen)
+            write_whole(self.path / MANIFEST, self.manifest.to_bytes())
+
+    def _write_constant(self, spec: ArraySpec, values: np.ndarray) -> None:
+        buffer = pad_to_chunks(spec, len(values))
+        buffer[:] = values
+        write_whole(
+            self.path / spec.file(0), b"".join(bytes(b) for b in shard_file(spec, buffer)[0])
+        )
+
+    def calibration(self, space_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """Frozen mean and deviation of a space, float32 ``[D]`` each.
+
+        Raises:
+            StoreError: not calibrated, or the arrays are damaged.
+        """
+        frozen = self.manifest.calibrations.get(space_id)
+        if frozen is None:
+            raise StoreError(f"{space_id} in {self.path} is not calibrated yet")
+        arrays = self._layout.calibration_arrays(self.plan.spaces[space_id])
+        return read_calibration(
+            {name: self._bytes(spec.file(0)) for name, spec in arrays.items()}, frozen, space_id
+        )
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            raise StoreError(f"{self.path / name} is missing: run `preceptor repair`") from None
+
+    def pending(self) -> list[tuple[int, tuple[str, ...]]]:
+        """(shard, its units without a whole committed shard), for every shard that has such.
+
+        A committed shard whose files are missing or of another length counts as pending.
+        """
+        units = self.plan.units
+        lacking = {unit: set(range(self.plan.shards)) - self._whole(unit) for unit in units}
+        todo = []
+        for shard in range(self.plan.shards):
+            missing = tuple(unit for unit in units if shard in lacking[unit])
+            if missing:
+                todo.append((shard, missing))
+        return todo
+
+    def _whole(self, unit: str) -> set[int]:
+        arrays = self._layout.unit_arrays(unit)
+        whole = set()
+        for shard in committed(self.path, unit):
+            try:
+                commit = read_commit(self.path, self.manifest, self._layout, unit, shard)
+                sizes = {
+                    path: (self.path / spec.file(shard)).stat().st_size
+                    for path, spec in arrays.items()
+                }
+            except (StoreError, FileNotFoundError):
+                continue
+            if all(commit.files[path].bytes == size for path, size in sizes.items()):
+                whole.add(shard)
+        return whole
+
+    def shard(self, shard: int, units: Sequence[str]) -> ShardWriter:
+        """A context that takes the rows of one shard for some units; see :class:`ShardWriter`.
+
+        Raises:
+            StoreError: no such shard or unit, or a space of it is not calibrated.
+        """
+        if not 0 <= shard < self.plan.shards:
+            raise StoreError(f"{self.path} has shards 0 to {self.plan.shards - 1}, not {shard}")
+        if not units:
+            raise StoreError(f"shard {shard}: no units were named")
+        spaces = [
+            space for unit in units if unit != ROWS for space in self.plan.teacher(unit).spaces
+        ]
+        calibrations = {space.id: self.calibration(space.id) for space in spaces}
+        return ShardWriter(self.path, self.manifest, shard, tuple(units), calibrations)
+
+    def finish(self) -> None:
+        """Merge the statistics and seal every unit; the store can then be read.
+
+        Raises:
+            StoreError: shards are pending (named), or statistics are damaged.
+        """
+        todo = self.pending()
+        if todo:
+            shards = ", ".join(str(shard) for shard, _ in todo[:8])
+            raise StoreError(
+                f"{self.path} is not whole: {len(todo)} of {self.plan.shards} shards are not "
+                f"committed ({shards}{', ...' if len(todo) > 8 else ''})"
+            )
+        for unit in self.plan.units:
+            self._finish_unit(unit)
+        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+
+    def _finish_unit(self, unit: str) -> None:
+        shards = range(self.plan.shards)
+        raws = [self._bytes(record_name(unit, shard)) for shard in shards]
+        records = tuple(hashlib.sha256(raw).hexdigest() for raw in raws)
+        before = self._completion(unit)
+        if before is not None and before.records == records:
+            return
+        commits = [
+            Commit.from_bytes(raw, record_name(unit, shard))
+            for shard, raw in zip(shards, raws, strict=True)
+        ]
+        sizes = {
+            path: [commit.files[path].bytes for commit in commits]
+            for path in self._layout.unit_arrays(unit)
+        }
+        done = Completion(unit, self.manifest.configuration(unit), records, sizes)
+        spaces = () if unit == ROWS else self.plan.teacher(unit).spaces
+        for space in spaces:
+            done = self._with_statistics(space, commits, before, done)
+        done.write(self.path)
+
+    def _completion(self, unit: str) -> Completion | None:
+        try:
+            raw = (self.path / completion_name(unit)).read_bytes()
+            found = Completion.from_bytes(raw, completion_name(unit))
+        except (FileNotFoundError, StoreError):
+            return None
+        return found if found.configuration == self.manifest.configuration(unit) else None
+
+    def _with_statistics(
+        self, space: SpaceSpec, commits: list[Commit], before: Completion | None, done: Completion
+    ) -> Completion:
+        merged = Moments.empty(space.dim)
+        for commit in commits:
+            try:
+                raw = (self.path / partial_name(space, commit.shard)).read_bytes()
+            except FileNotFoundError:
+                if before is None:
+                    raise StoreError(
+                        f"the statistics of shard {commit.shard} of {space.id} are missing in "
+                        f"{self.path}: run `preceptor repair`"
+                    ) from None
+                # A repair: the moments of the other shards were merged and dropped long ago.
+                return replace(
+                    done,
+                    tokens={**done.tokens, space.name: before.tokens[space.name]},
+                    statistics={**done.statistics, space.name: before.statistics[space.name]},
+                    exact=False,
+                )
+            if hashlib.sha256(raw).hexdigest() != commit.statistics.get(space.name):
+                raise StoreError(
+                    f"the statistics of shard {commit.shard} of {space.id} in {self.path} are "
+                    "damaged: run `preceptor repair`"
+                )
+            merged = merged.merged(Moments.unpacked(np.frombuffer(raw, "<f8"), space.dim))
+        values = {"mean": merged.mean, "covariance": merged.covariance}
+        for name, spec in self._layout.statistics_arrays(space).items():
+            self._write_constant(spec, values[name])
+        seal = statistics_sha256(merged.mean.tobytes(), merged.covariance.tobytes())
+        return replace(
+            done,
+            tokens={**done.tokens, space.name: merged.count},
+            statistics={**done.statistics, space.name: seal},
+        )
+
+    def add(self, teacher: TeacherRecord) -> None:
+        """Add a teacher to the plan; its shards are then pending, the others' stay as they are.
+
+        Raises:
+            StoreError: a teacher of that name is there already with another record.
+        """
+        for space in teacher.spaces:
+            encoding(space.encoding)
+        with directory_lock(self.path):
+            manifest = read_manifest(self.path)
+            plan = replace(manifest.plan, teachers=(*manifest.plan.teachers, teacher))
+            _make_unit(self.path, Layout(plan), teacher.name)
+            self._replace(replace(manifest, plan=plan))
+
+    def drop(self, teacher: str) -> None:
+        """Remove a teacher: from the manifest first, then its files.
+
+        Raises:
+            StoreError: there is no such teacher.
+        """
+        with directory_lock(self.path):
+            manifest = read_manifest(self.path)
+            gone = manifest.plan.teacher(teacher)
+            left = tuple(other for other in manifest.plan.teachers if other is not gone)
+            ids = {space.id for space in gone.spaces}
+            kept = {key: one for key, one in manifest.calibrations.items() if key not in ids}
+            self._replace(
+                replace(manifest, plan=replace(manifest.plan, teachers=left), calibrations=kept)
+            )
+        for name in (f"spaces/{teacher}", f"{COMMITS}/{teacher}", f"{PARTIAL}/{teacher}"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def _replace(self, manifest: Manifest) -> None:
+        write_whole(self.path / MANIFEST, manifest.to_bytes())
+        self.manifest = manifest
+        self._layout = Layout(manifest.plan)
+
+
+_OURS = {"zarr.json", "spaces", ROWS, COMMITS, PARTIAL, MANIFEST}
+
+
+def read_calibration(
+    raw: dict[str, bytes], frozen: Calibration, space_id: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation from the bytes of their chunk files, checked against the manifest.
+
+    Raises:
+        StoreError: they differ from what was frozen.
+    """
+    mean, std = raw["mean"][:-4], raw["std"][:-4]
+    if hashlib.sha256(mean + std).hexdigest() != frozen.sha256:
+        raise StoreError(
+            f"the calibration of {space_id} is damaged: restore its mean and std files"
+        )
+    return np.frombuffer(mean, "<f4").copy(), np.frombuffer(std, "<f4").copy()
+
+
+def _make_unit(path: Path, layout: Layout, unit: str) -> None:
+    _make_nodes(path, list(layout.nodes(unit)))
+    (path / COMMITS / unit).mkdir(parents=True, exist_ok=True)
+
+
+def _make_nodes(path: Path, nodes: list[tuple[str, object]]) -> None:
+    for name, metadata in nodes:
+        (path / name).mkdir(parents=True, exist_ok=True)
+        file, raw = path / name / "zarr.json", node_bytes(metadata)
+        if not file.exists() or file.read_bytes() != raw:
+            write_whole(file, raw)
