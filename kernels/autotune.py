@@ -1,18 +1,28 @@
-"""Launch configurations: a small committed set, pruned by an estimate of resources, then timed."""
+"""Launch configurations: a small committed set, pruned by what the device holds, then timed.
+
+The set comes from the compiler's report of registers, spills and shared memory, which
+tests/kernels/resources.json keeps. Triton's own autotuner picks the fastest for each width, number
+of rows and kind of call, and keeps the answer in its cache on disk. Where torch is told to use
+deterministic algorithms the first configuration that fits is taken instead, so that results do not
+depend on what was measured.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
 
+import torch
+import triton
 
-@dataclass(frozen=True)
-class Tile:
-    """One launch configuration: block sizes BM and BN, warps and pipeline stages."""
+# Triton's interpreter has no device to time, and small blocks test more of the edges.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
+_FORCED: list[int] = []
+
+Tile = dict[str, Any]
 
 
 def chunk_of(width: int, lanes: int, itemsize: int) -> int:
@@ -22,7 +32,7 @@ def chunk_of(width: int, lanes: int, itemsize: int) -> int:
     product); then one that leaves little of its last chunk unused.
     """
     floor = 16
-    ceiling = 64 if lanes == 4 else 512 // itemsize
+    ceiling = 64 if lanes == 4 else 512 // max(itemsize, 2)
     most = 4 if lanes == 4 else 8
     exact = ceiling
     while exact > floor and width % exact:
@@ -35,20 +45,119 @@ def chunk_of(width: int, lanes: int, itemsize: int) -> int:
     return chunk
 
 
-def default_tile(kernel: str, dim: int, itemsize: int) -> Tile:
-    return Tile(16, 32 if dim * itemsize <= 1536 else 16, 4, 2)
+def row_tiles(kernel: str, width: int, lanes: int, itemsize: int) -> list[Tile]:
+    """Configurations of "forward" or "backward" for tokens of ``width`` elements, best guess first.
+
+    Args:
+        width: elements of a token: channels, or words of four codes with ``lanes`` = 4.
+        itemsize: bytes of one token channel.
+    """
+    dim = width * lanes
+    wide = itemsize == 4
+    if INTERPRETED:
+        shapes = [(16, 16, 4, 2), (32, 32, 4, 2)]
+    elif kernel == "forward":
+        shapes = [(16, 32, 8, 2)]
+        if dim <= 768:
+            shapes += [(16, 32, 4, 2), (16, 32, 8, 3)] if not wide else [(16, 16, 4, 2)]
+            shapes += [(16, 64, 8, 2)] if not wide else []
+        if dim <= 1024 and not wide:
+            shapes += [(32, 32, 8, 2)]
+        if dim > 768:
+            shapes += [(16, 16, 8, 2)]
+    else:
+        shapes = [(16, 32, 8, 2)]
+        if dim <= 384:
+            shapes += [(16, 32, 4, 2)]
+        if dim <= 768:
+            shapes += [(16, 16, 4, 2)]
+            shapes += [(32, 32, 8, 2)] if itemsize == 2 else []
+        if dim > 768:
+            shapes += [(16, 16, 8, 2)]
+    chunk = chunk_of(width, lanes, itemsize)
+    return [
+        {
+            "BM": rows,
+            "BN": tokens,
+            "DC": chunk,
+            "NC": triton.cdiv(width, chunk),
+            "EVEN": width % chunk == 0,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        for rows, tokens, warps, stages in shapes
+    ]
 
 
-import triton
-INTERPRETED = triton.knobs.runtime.interpret
+def token_tiles(itemsize: int) -> list[Tile]:
+    """Configurations of the kernel that writes the tokens' gradient, best guess first."""
+    shapes = [(32, 64, 16, 4, 2), (64, 128, 16, 8, 2), (32, 128, 16, 4, 2), (64, 64, 32, 4, 2)]
+    if INTERPRETED:
+        shapes = [(32, 64, 16, 4, 2)]
+    names = ("BN", "BD", "BK", "num_warps", "num_stages")
+    return [
+        dict(zip(names, shape, strict=True)) for shape in shapes if itemsize < 4 or shape[0] < 64
+    ]
 
-def row_tiles(kernel, width, lanes, itemsize):
-    dc = chunk_of(width, lanes, itemsize)
-    return [dict(BM=16, BN=16, DC=dc, NC=triton.cdiv(width, dc), EVEN=width % dc == 0, num_warps=4, num_stages=2)]
 
-def token_tiles(itemsize):
-    return [dict(BN=32, BD=64, BK=16, num_warps=4, num_stages=2)]
+def shared_bytes(kernel: str, tile: Mapping[str, Any], lanes: int, itemsize: int) -> int:
+    """About how many bytes of shared memory a configuration takes.
 
-def launch(kernel, grid, tiles, arguments, constants, key):
-    tile = tiles[0]
-    kernel[grid(tile)](*arguments, **constants, **tile)
+    One block of rows for each of the query and dy, one block of tokens for each stage but the one
+    at work, and for codes in the backward pass their decoded block.
+    """
+    operand = max(itemsize, 2)
+    dim = tile["DC"] * tile["NC"] * lanes
+    rows = tile["BM"] * dim * operand * (1 if kernel == "forward" else 2)
+    tokens = tile["BN"] * dim * itemsize * max(1, tile["num_stages"] - 1)
+    decoded = tile["BN"] * dim * 2 if lanes == 4 and kernel == "backward" else 0
+    return rows + tokens + decoded + 4096
+
+
+def fitting(tiles: Sequence[Tile], needs: Callable[[Tile], int], limit: int) -> list[Tile]:
+    """The configurations within the limit of shared memory; the most modest one if none is."""
+    kept = [tile for tile in tiles if needs(tile) <= limit]
+    return kept or [min(tiles, key=needs)]
+
+
+@contextlib.contextmanager
+def only(position: int) -> Iterator[None]:
+    """Within this context the configuration at ``position`` (modulo their number) is used."""
+    _FORCED.append(position)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+def launch(
+    kernel: Any,
+    grid: Callable[[Mapping[str, Any]], tuple[int, ...]],
+    tiles: Sequence[Tile],
+    arguments: Sequence[Any],
+    constants: Mapping[str, Any],
+    key: Sequence[str],
+) -> None:
+    """Run a kernel with the fastest of some configurations.
+
+    Args:
+        key: names of the kernel's arguments that decide which one is fastest.
+    """
+    if _FORCED or INTERPRETED or len(tiles) == 1 or torch.are_deterministic_algorithms_enabled():
+        tile = tiles[_FORCED[-1] % len(tiles) if _FORCED else 0]
+        kernel[grid(tile)](*arguments, **constants, **tile)
+        return
+    frozen = tuple(tuple(tile.items()) for tile in tiles)
+    _tuner(kernel, frozen, tuple(key))[grid](*arguments, **constants)
+
+
+@cache
+def _tuner(
+    kernel: Any, tiles: tuple[tuple[tuple[str, Any], ...], ...], key: tuple[str, ...]
+) -> Any:
+    configs = []
+    for items in tiles:
+        meta = dict(items)
+        warps, stages = meta.pop("num_warps"), meta.pop("num_stages")
+        configs.append(triton.Config(meta, num_warps=warps, num_stages=stages))
+    return triton.autotune(configs=configs, key=list(key), cache_results=True)(kernel)

@@ -7,6 +7,10 @@ epilogue. R can then be anything without an accumulator [BN, D] in registers, fo
 2 R / D of the tokens' memory.
 """
 
+# Triton's language is a subset of Python: no unpacking into tuples, constants on the right.
+# ruff: noqa: SIM300
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -14,11 +18,12 @@ import triton.language as tl
 
 from .triton_tiles import (
     accumulate,
-    load_rows,
+    join_lanes,
+    load_row_chunk,
     load_tokens,
     products,
     row_operands,
-    store_rows,
+    store_row_chunk,
     to_operand,
     zeros,
 )
@@ -56,20 +61,22 @@ def attend_backward_query(
     COUNT: tl.constexpr = NC * LANES
 
     q, q_factor, q_sum = row_operands(
-        load_rows(
-            query + sample * query_batch_stride, row, row_inside, query_row_stride, dim,
-            NC, DC, EVEN, LANES,
-        ),
-        COUNT, OPERAND, EMULATE,
+        query + sample * query_batch_stride, row, row_inside, query_row_stride, dim,
+        NC, DC, EVEN, LANES, OPERAND, EMULATE, BM,
     )  # fmt: skip
-    dy_tiles = load_rows(
-        grad_output + row_place * dim, row, row_inside, dim, dim, NC, DC, EVEN, LANES
-    )
-    y = load_rows(output + row_place * dim, row, row_inside, dim, dim, NC, DC, EVEN, LANES)
+    dy, dy_factor, dy_sum = row_operands(
+        grad_output + row_place * dim, row, row_inside, dim, dim,
+        NC, DC, EVEN, LANES, OPERAND, EMULATE, BM,
+    )  # fmt: skip
     delta = tl.zeros((BM,), tl.float32)
-    for index in tl.static_range(COUNT):
-        delta += tl.sum(dy_tiles[index] * y[index], axis=1)
-    dy, dy_factor, dy_sum = row_operands(dy_tiles, COUNT, OPERAND, EMULATE)
+    for chunk in tl.static_range(NC):
+        grad = load_row_chunk(
+            grad_output + row_place * dim, row, row_inside, dim, dim, chunk, DC, EVEN, LANES
+        )
+        y = load_row_chunk(
+            output + row_place * dim, row, row_inside, dim, dim, chunk, DC, EVEN, LANES
+        )
+        delta += tl.sum(grad * y, axis=1)
     row_lse = tl.load(lse + row_place + row, mask=row_inside, other=float("-inf"))
     attends = row_lse > float("-inf")
     shift = tl.where(attends, row_lse, 0.0) * LOG2E
@@ -156,15 +163,17 @@ def attend_backward_query(
 
     if OPERAND != tl.float16:
         unit = tl.full((BM,), 1.0, tl.float32)
-    y = load_rows(output + row_place * dim, row, row_inside, dim, dim, NC, DC, EVEN, LANES)
-    dq = ()
-    for index in tl.static_range(COUNT):
-        summed = (accumulators[index] - centre[:, None]) * unit[:, None]
-        dq = dq + (summed - residual[:, None] * y[index],)
     part_place = split * batch * rows + row_place
-    store_rows(
-        grad_query + part_place * dim, dq, row, row_inside, dim, dim, NC, DC, EVEN, LANES, EMULATE
-    )
+    for chunk in tl.static_range(NC):
+        summed = (join_lanes(accumulators, chunk, LANES) - centre[:, None]) * unit[:, None]
+        y = load_row_chunk(
+            output + row_place * dim, row, row_inside, dim, dim, chunk, DC, EVEN, LANES
+        )
+        dq = summed - residual[:, None] * y
+        store_row_chunk(
+            grad_query + part_place * dim, dq, row, row_inside, dim, dim, chunk,
+            DC, EVEN, LANES, EMULATE,
+        )  # fmt: skip
     if EMIT:
         tl.store(residual_kept + part_place + row, residual, mask=row_inside)
 

@@ -1,5 +1,8 @@
 """The fused forward in Triton: one pass over the tokens, softmax kept online."""
 
+# Triton's language is a subset of Python: no unpacking into tuples, constants on the right.
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -7,12 +10,12 @@ import triton.language as tl
 
 from .triton_tiles import (
     accumulate,
-    load_rows,
+    join_lanes,
     load_tokens,
     products,
     round_to_bfloat16,
     row_operands,
-    store_rows,
+    store_row_chunk,
     to_operand,
     zeros,
 )
@@ -46,11 +49,10 @@ def attend_forward(
     row = row_block * BM + tl.arange(0, BM)
     row_inside = row < rows
 
-    tiles = load_rows(
+    operands, factor, row_sum = row_operands(
         query + sample * query_batch_stride, row, row_inside, query_row_stride, dim,
-        NC, DC, EVEN, LANES,
+        NC, DC, EVEN, LANES, OPERAND, EMULATE, BM,
     )  # fmt: skip
-    operands, factor, row_sum = row_operands(tiles, NC * LANES, OPERAND, EMULATE)
     accumulators = zeros(NC * LANES, BM, DC)
     # The running maximum is over log2(p a), so that the weights p a of the sum stay at most 1
     # whatever the tokens' scale: they are rounded to 16 bits.
@@ -105,20 +107,17 @@ def attend_forward(
         if NORM:
             part = tl.sum(rounded.to(tl.float32) * mean[None, :], axis=1)
             centre = centre * alpha + part
-        accumulators = accumulate(
-            accumulators, alpha, rounded, x, NC * LANES, True, PRECISION
-        )
+        accumulators = accumulate(accumulators, alpha, rounded, x, NC * LANES, True, PRECISION)
         top = new_top
 
     some = denominator > 0.0
     reciprocal = tl.where(some, 1.0 / tl.where(some, denominator, 1.0), 0.0)
-    y = ()
-    for index in tl.static_range(NC * LANES):
-        y = y + ((accumulators[index] - centre[:, None]) * reciprocal[:, None],)
     row_place = split * batch * rows + sample * rows
-    store_rows(
-        output + row_place * dim, y, row, row_inside, dim, dim, NC, DC, EVEN, LANES, EMULATE
-    )
+    for chunk in tl.static_range(NC):
+        y = (join_lanes(accumulators, chunk, LANES) - centre[:, None]) * reciprocal[:, None]
+        store_row_chunk(
+            output + row_place * dim, y, row, row_inside, dim, dim, chunk, DC, EVEN, LANES, EMULATE
+        )
     safe = tl.where(some, denominator, 1.0)
     value = tl.where(some, (top + tl.log2(safe)) * LN2, float("-inf"))
     tl.store(lse + row_place + row, value, mask=row_inside)
@@ -130,17 +129,26 @@ def token_statistics(
     BN: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance [BN] of each token over its channels, the variance about the mean."""
-    total = tl.zeros((BN,), tl.float32)
-    for index in tl.static_range(NC * LANES):
-        total += tl.sum(x[index].to(tl.float32), axis=1)
-    mean = total / dim
+    # Chunk by chunk, so that one chunk at a time is in registers; two chunks' means and sums of
+    # squared deviations merge exactly (Chan, Golub and LeVeque, 1983).
+    mean = tl.zeros((BN,), tl.float32)
     squares = tl.zeros((BN,), tl.float32)
+    seen = 0.0
     for index in tl.static_range(NC * LANES):
-        centred = x[index].to(tl.float32) - mean[:, None]
+        tile = x[index].to(tl.float32)
+        size = DC * 1.0
         if not EVEN:
             columns = (index // LANES) * DC + tl.arange(0, DC)
+            size = tl.minimum(width - (index // LANES) * DC, DC).to(tl.float32)
+        part_mean = tl.sum(tile, axis=1) / size
+        centred = tile - part_mean[:, None]
+        if not EVEN:
             centred = tl.where((columns < width)[None, :], centred, 0.0)
-        squares += tl.sum(centred * centred, axis=1)
+        gap = part_mean - mean
+        together = seen + size
+        squares += tl.sum(centred * centred, axis=1) + gap * gap * (seen * size / together)
+        mean += gap * (size / together)
+        seen = together
     return mean, squares / dim
 
 

@@ -82,7 +82,7 @@ def forward(
     query = _rows(query)
     layout = Layout.of(tokens)
     kept = (batch, count) if norm_eps is not None else (0,)
-    options = {"dtype": torch.float32, "device": query.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     gain, mean = torch.empty(kept, **options), torch.empty(kept, **options)
     output = torch.empty((batch, rows, dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, rows), **options)
@@ -98,7 +98,7 @@ def forward(
     autotune.launch(
         attend_forward,
         lambda tile: (triton.cdiv(rows, tile["BM"]) * splits * batch,),
-        autotune.row_tiles("forward", layout.width, layout.lanes, tokens.element_size()),
+        _row_tiles("forward", layout),
         (
             query, layout.tokens, weight, *parts, gain, mean,
             batch, rows, count, length, dim, layout.width,
@@ -110,7 +110,7 @@ def forward(
             "OPERAND": layout.operand, "PRECISION": layout.precision, "EMULATE": layout.emulate,
             "SPLITS": splits,
         },
-        key=("forward", batch, rows, count, dim, str(tokens.dtype)),
+        key=("rows", "dim", "HAS_WEIGHT", "NORM", "SPLITS"),
     )  # fmt: skip
     if splits > 1:
         merge_parts[(batch * rows,)](
@@ -138,7 +138,7 @@ def backward(
     grad_output, grad_lse, query = grad_output.contiguous(), grad_lse.contiguous(), _rows(query)
     layout = Layout.of(tokens)
     device = query.device
-    options = {"dtype": torch.float32, "device": device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
     splits, length = splits_of(batch, rows, count, device)
     grad_query = torch.empty((batch, rows, dim), dtype=query.dtype, device=device)
     if batch == 0:
@@ -152,12 +152,14 @@ def backward(
     key = torch.empty(cells, dtype=kept_type, device=device)
     value = torch.empty(cells, dtype=kept_type, device=device)
     slots = triton.cdiv(rows, GRANULE.value)
-    sums = torch.empty((slots, batch, count) if tokens_need_grad and normalised else (0,), **options)
+    sums = torch.empty(
+        (slots, batch, count) if tokens_need_grad and normalised else (0,), **options
+    )
     along = torch.empty_like(sums)
     autotune.launch(
         attend_backward_query,
         lambda tile: (triton.cdiv(rows, tile["BM"]) * splits * batch,),
-        autotune.row_tiles("backward", layout.width, layout.lanes, tokens.element_size()),
+        _row_tiles("backward", layout),
         (
             query, layout.tokens, gain, mean, output, lse, grad_output, grad_lse,
             parts, residual, key, value, sums, along,
@@ -169,7 +171,7 @@ def backward(
             "LANES": layout.lanes, "OPERAND": layout.operand, "PRECISION": layout.precision,
             "EMULATE": layout.emulate, "SPLITS": splits,
         },
-        key=("backward", batch, rows, count, dim, str(tokens.dtype), tokens_need_grad),
+        key=("rows", "dim", "HAS_GAIN", "NORM", "EMIT", "SPLITS"),
     )  # fmt: skip
     if splits > 1:
         grad_query.copy_(parts.sum(0))
@@ -195,9 +197,22 @@ def backward(
             # float16 tokens: float32 operands rounded to tf32, float16's mantissa in a wide range.
             "PRECISION": "tf32" if half else layout.precision, "EMULATE": layout.emulate,
         },
-        key=("backward_tokens", batch, rows, count, dim, str(tokens.dtype)),
+        key=("rows", "dim", "NORM"),
     )  # fmt: skip
     return grad_query, grad_tokens
+
+
+def _row_tiles(kernel: str, layout: Layout) -> list[autotune.Tile]:
+    tokens = layout.tokens
+    itemsize = tokens.element_size() // layout.lanes
+    tiles = autotune.row_tiles(kernel, layout.width, layout.lanes, itemsize)
+    if not tokens.is_cuda:
+        return tiles
+    properties: Any = torch.cuda.get_device_properties(tokens.device)
+    limit = properties.shared_memory_per_block_optin
+    return autotune.fitting(
+        tiles, lambda tile: autotune.shared_bytes(kernel, tile, layout.lanes, itemsize), limit
+    )
 
 
 def _rows(query: Tensor) -> Tensor:

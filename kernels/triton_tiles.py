@@ -6,6 +6,10 @@ channels each, since byte-wide loads are neither vectorised nor asynchronous; la
 holds the channels 4 j + k, and rows are split and interleaved to match.
 """
 
+# Triton's language is a subset of Python: no unpacking into tuples, constants on the right.
+# ruff: noqa: RUF005, SIM108, SIM300
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import triton
@@ -14,8 +18,16 @@ import triton.language as tl
 
 @triton.jit
 def load_tokens(
-    base, positions, valid, stride, width, NC: tl.constexpr, DC: tl.constexpr,
-    EVEN: tl.constexpr, LANES: tl.constexpr, OPERAND: tl.constexpr,
+    base,
+    positions,
+    valid,
+    stride,
+    width,
+    NC: tl.constexpr,
+    DC: tl.constexpr,
+    EVEN: tl.constexpr,
+    LANES: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
     """NC * LANES tiles [BN, DC] of dot operands; zeros outside.
 
@@ -42,18 +54,22 @@ def load_tokens(
 
 
 @triton.jit
-def load_rows(
-    base, rows, inside, stride, dim, NC: tl.constexpr, DC: tl.constexpr,
-    EVEN: tl.constexpr, LANES: tl.constexpr,
+def load_row_chunk(
+    base,
+    rows,
+    inside,
+    stride,
+    dim,
+    chunk,
+    DC: tl.constexpr,
+    EVEN: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """NC * LANES float32 tiles [BM, DC] of query-like rows, channels in the order of the tokens."""
-    tiles = ()
-    for chunk in tl.static_range(NC):
-        columns = chunk * DC * LANES + tl.arange(0, DC * LANES)
-        keep = inside[:, None] if EVEN else inside[:, None] & (columns < dim)[None, :]
-        block = tl.load(base + rows[:, None] * stride + columns[None, :], mask=keep, other=0.0)
-        tiles = tiles + split_lanes(block.to(tl.float32), DC, LANES)
-    return tiles
+    """One chunk [BM, DC * LANES] of query-like rows as float32, channels in their own order."""
+    columns = chunk * DC * LANES + tl.arange(0, DC * LANES)
+    keep = inside[:, None] if EVEN else inside[:, None] & (columns < dim)[None, :]
+    block = tl.load(base + rows[:, None] * stride + columns[None, :], mask=keep, other=0.0)
+    return block.to(tl.float32)
 
 
 @triton.jit
@@ -68,24 +84,37 @@ def split_lanes(block, DC: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def store_rows(
-    base, tiles, rows, inside, stride, dim, NC: tl.constexpr, DC: tl.constexpr,
-    EVEN: tl.constexpr, LANES: tl.constexpr, EMULATE: tl.constexpr,
+def join_lanes(tiles, chunk: tl.constexpr, LANES: tl.constexpr):
+    """One chunk of accumulators [BM, DC * LANES] with its channels back in their own order."""
+    if LANES == 1:
+        return tiles[chunk]
+    else:
+        return tl.interleave(
+            tl.interleave(tiles[chunk * 4], tiles[chunk * 4 + 2]),
+            tl.interleave(tiles[chunk * 4 + 1], tiles[chunk * 4 + 3]),
+        )
+
+
+@triton.jit
+def store_row_chunk(
+    base,
+    block,
+    rows,
+    inside,
+    stride,
+    dim,
+    chunk,
+    DC: tl.constexpr,
+    EVEN: tl.constexpr,
+    LANES: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):
-    for chunk in tl.static_range(NC):
-        columns = chunk * DC * LANES + tl.arange(0, DC * LANES)
-        keep = inside[:, None] if EVEN else inside[:, None] & (columns < dim)[None, :]
-        if LANES == 1:
-            block = tiles[chunk]
-        else:
-            block = tl.interleave(
-                tl.interleave(tiles[chunk * 4], tiles[chunk * 4 + 2]),
-                tl.interleave(tiles[chunk * 4 + 1], tiles[chunk * 4 + 3]),
-            )
-        if EMULATE:
-            block = round_to_bfloat16(block)
-        places = base + rows[:, None] * stride + columns[None, :]
-        tl.store(places, block.to(base.dtype.element_ty), mask=keep)
+    columns = chunk * DC * LANES + tl.arange(0, DC * LANES)
+    keep = inside[:, None] if EVEN else inside[:, None] & (columns < dim)[None, :]
+    if EMULATE:
+        block = round_to_bfloat16(block)
+    places = base + rows[:, None] * stride + columns[None, :]
+    tl.store(places, block.to(base.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -108,33 +137,51 @@ def to_operand(x, OPERAND: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def row_operands(tiles, COUNT: tl.constexpr, OPERAND: tl.constexpr, EMULATE: tl.constexpr):
-    """Rows as dot operands, the factor [BM] that was divided out, and the sums of the operands.
+def row_operands(
+    base,
+    rows,
+    inside,
+    stride,
+    dim,
+    NC: tl.constexpr,
+    DC: tl.constexpr,
+    EVEN: tl.constexpr,
+    LANES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    EMULATE: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Rows as NC * LANES dot operands, the factor [BM] divided out, and the operands' sums [BM].
 
     Each row is brought to a maximum of 1 before it is rounded to float16, whose range is narrow.
     """
-    factor = tl.full((tiles[0].shape[0],), 1.0, tl.float32)
+    factor = tl.full((BM,), 1.0, tl.float32)
     if OPERAND == tl.float16:
-        top = tl.max(tl.abs(tiles[0]), axis=1)
-        for index in tl.static_range(1, COUNT):
-            top = tl.maximum(top, tl.max(tl.abs(tiles[index]), axis=1))
+        top = tl.zeros((BM,), tl.float32)
+        for chunk in tl.static_range(NC):
+            block = load_row_chunk(base, rows, inside, stride, dim, chunk, DC, EVEN, LANES)
+            top = tl.maximum(top, tl.max(tl.abs(block), axis=1))
         factor = tl.where(top > 0.0, top, 1.0)
     operands = ()
-    total = tl.zeros((tiles[0].shape[0],), tl.float32)
-    for index in tl.static_range(COUNT):
-        # Divided, not multiplied by a reciprocal: 1 / factor overflows for subnormal rows.
-        scaled = tiles[index]
+    total = tl.zeros((BM,), tl.float32)
+    for chunk in tl.static_range(NC):
+        block = load_row_chunk(base, rows, inside, stride, dim, chunk, DC, EVEN, LANES)
         if OPERAND == tl.float16:
-            scaled = scaled / factor[:, None]
-        operand = to_operand(scaled, OPERAND, EMULATE)
+            # Divided, not multiplied by a reciprocal: 1 / factor overflows for subnormal rows.
+            block = block / factor[:, None]
+        operand = to_operand(block, OPERAND, EMULATE)
         total += tl.sum(operand.to(tl.float32), axis=1)
-        operands = operands + (operand,)
+        operands = operands + split_lanes(operand, DC, LANES)
     return operands, factor, total
 
 
 @triton.jit
 def products(
-    operands, tiles, COUNT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    operands,
+    tiles,
+    COUNT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """[BM, BN] float32 inner products of rows and tokens."""
@@ -146,7 +193,12 @@ def products(
 
 @triton.jit
 def accumulate(
-    accumulators, alpha, weights, tiles, COUNT: tl.constexpr, RESCALE: tl.constexpr,
+    accumulators,
+    alpha,
+    weights,
+    tiles,
+    COUNT: tl.constexpr,
+    RESCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """alpha * accumulators + weights @ tokens, chunk by chunk."""
