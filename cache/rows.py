@@ -39,7 +39,7 @@ class RowBatch:
             StoreError: a wrong shape, or a key that is empty, too long or holds a NUL.
         """
         count = len(self.keys)
-        stored = {
+        stored: dict[str, np.ndarray] = {
             "key": np.zeros((count, key_bytes), np.uint8),
             "label": np.asarray(self.labels, np.int64),
             "size": np.asarray(self.sizes, np.int32),
