@@ -5,8 +5,10 @@ from .manifest import SpaceSpec, StorePlan, TeacherRecord
 from .order import class_sorted
 from .reader import Cache, Space
 from .rows import RowBatch
+from .samples import SampleIndex
 from .statistics import Accumulator, Moments, calibration
 from .tokens import Tokens
+from .views import View, ViewPolicy
 from .writer import StoreWriter
 
 __all__ = [
@@ -15,12 +17,15 @@ __all__ = [
     "Cache",
     "Moments",
     "RowBatch",
+    "SampleIndex",
     "Space",
     "SpaceSpec",
     "StorePlan",
     "StoreWriter",
     "TeacherRecord",
     "Tokens",
+    "View",
+    "ViewPolicy",
     "calibration",
     "class_sorted",
 ]
