@@ -7,6 +7,7 @@ so there is nothing to synchronise but the calibration before and the statistics
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..cache import (
     StoreWriter,
     TeacherRecord,
     ViewPolicy,
+    class_sorted,
 )
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
@@ -168,12 +170,12 @@ def load_teachers(options: DictConfig) -> list[Teacher]:
     if not options:
         raise ConfigError("teachers is empty; name at least one, e.g. teachers=imagenet_hub")
     loaded = []
-    for name, choice in options.items():
+    for name, choice in ((str(key), options[key]) for key in options):
         given = OmegaConf.to_container(choice, resolve=True)
         if not isinstance(given, dict) or "source" not in given:
             raise ConfigError(f"teachers.{name} needs a source such as timm:NAME")
         given.pop("encoding", None)
-        loaded.append(load_teacher(str(name), **{str(key): given[key] for key in given}))
+        loaded.append(load_teacher(name, **{str(key): given[key] for key in given}))
     return loaded
 
 
@@ -217,8 +219,8 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
             raise StoreError(
                 f"calibration.store={path} has no space {spec.id}; it has {', '.join(other.spaces)}"
             )
-        theirs = _identity(other.manifest.plan.teachers, spec.teacher)
-        ours = _identity(writer.plan.teachers, spec.teacher)
+        theirs = other.manifest.plan.teacher(spec.teacher).identity
+        ours = writer.plan.teacher(spec.teacher).identity
         if theirs["weights"] != ours["weights"]:
             raise StoreError(
                 f"calibration.store={path} was made by other weights of {spec.teacher}: "
@@ -226,18 +228,25 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
             )
         space = other[spec.id]
         writer.calibrate(
-            spec.id, np.asarray(space.mean), np.asarray(space.std), rows_used=space.calibration_rows
+            spec.id,
+            np.asarray(space.mean),
+            np.asarray(space.std),
+            rows_used=other.manifest.calibrations[spec.id].rows,
         )
-
-
-def _identity(teachers: Iterable[TeacherRecord], name: str) -> Mapping[str, Any]:
-    return next(teacher for teacher in teachers if teacher.name == name).identity
 
 
 def _sample_index(config: DictConfig) -> SampleIndex:
     shards = OmegaConf.to_container(config.data, resolve=True)["shards"]  # type: ignore[call-overload, index]
     index = SampleIndex.from_shards(shards)
-    return index.permuted(int(config.seed)) if config.order == "permuted" else index
+    if config.order == "permuted":
+        return index.permuted(int(config.seed))
+    if class_sorted(index.labels):
+        print(
+            "warning: the labels show that these shards are sorted by class, so neighbouring rows "
+            "of the store will be alike and shuffled reading will be poor; order=permuted mends it",
+            file=sys.stderr,
+        )
+    return index
 
 
 def _validate(config: DictConfig) -> None:
