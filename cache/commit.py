@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import StoreError
-from .durable import directory_lock, sync_directory, write_whole
+from .durable import directory_lock, sync_directory
 from .layout import Layout
-from .manifest import Json, Manifest, SpaceSpec, sealed, unsealed
-from .statistics import Moments
+from .manifest import Json, Manifest, sealed, unsealed
 
 COMMITS = "commits"
 
@@ -239,22 +235,6 @@ class Completion:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{where} lacks or misstates a member: {error}") from None
 
-    def moments(self, space: SpaceSpec, arrays: Mapping[str, np.ndarray]) -> Moments:
-        """The statistics of a space from its ``mean`` and ``covariance``, checked.
-
-        Raises:
-            StoreError: they are not what was sealed.
-        """
-        mean, covariance = arrays["mean"], arrays["covariance"]
-        seal = statistics_sha256(mean.tobytes(), covariance.tobytes())
-        if seal != self.statistics.get(space.name):
-            raise StoreError(f"the statistics of {space.id} are damaged: run `preceptor repair`")
-        count = self.tokens[space.name]
-        return Moments(count, mean.copy(), covariance * count)
-
-    def write(self, path: Path) -> None:
-        write_whole(path / completion_name(self.unit), self.to_bytes())
-
 
 def _run_lengths(values: Sequence[int]) -> list[list[int]]:
     runs: list[list[int]] = []
@@ -264,7 +244,3 @@ def _run_lengths(values: Sequence[int]) -> list[list[int]]:
         else:
             runs.append([value, 1])
     return runs
-
-
-def statistics_sha256(mean: bytes, covariance: bytes) -> str:
-    return hashlib.sha256(mean + covariance).hexdigest()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Iterable, Sequence
 
 from ..errors import StoreError
 from .commit import COMMITS, Completion, completion_name
-from .layout import CRC, ArraySpec, Layout, crc32c
+from .layout import Layout
 from .manifest import MANIFEST, ROWS, Manifest
 from .source import Source
 
@@ -135,18 +133,18 @@ def _file_problems(source: Source, layout: Layout, unit: str, completion: Comple
     return problems
 
 
-def read_constant(source: Source, spec: ArraySpec) -> np.ndarray:
-    """The values of an array that is one chunk.
+def read_files(source: Source, names: Iterable[str]) -> dict[str, bytes]:
+    """Whole files by path.
 
     Raises:
-        StoreError: missing or damaged.
+        StoreError: one is missing.
     """
-    name = f"{source.location}/{spec.file(0)}"
-    try:
-        raw = source.read(spec.file(0))
-    except FileNotFoundError:
-        raise StoreError(f"{name} is missing: run `preceptor repair`") from None
-    body, tail = raw[:-CRC], raw[-CRC:]
-    if len(body) != spec.chunk_bytes or crc32c(body) != int.from_bytes(tail, "little"):
-        raise StoreError(f"{name} is damaged: run `preceptor repair`")
-    return np.frombuffer(body, spec.dtype).reshape(spec.shape)
+    found = {}
+    for name in names:
+        try:
+            found[name] = source.read(name)
+        except FileNotFoundError:
+            raise StoreError(
+                f"{source.location}/{name} is missing: run `preceptor repair`"
+            ) from None
+    return found

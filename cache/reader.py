@@ -15,17 +15,22 @@ from ..errors import StoreError
 from .batches import BatchIterator
 from .buffers import BufferPool
 from .commit import Completion
+from .constants import (
+    calibration_files,
+    calibration_values,
+    statistics_files,
+    statistics_values,
+)
 from .facts import Keys, RowFacts
 from .gather import Destination, Gatherer, by_group
-from .layout import ArraySpec, Layout
+from .layout import Layout
 from .manifest import ROWS, Manifest, SpaceSpec, StorePlan
-from .opening import open_units, read_constant
+from .opening import open_units, read_files
 from .order import EpochOrder
 from .shard_index import ChunkReader
 from .source import Source, open_source
 from .statistics import Moments
 from .tokens import Tokens
-from .writer import read_calibration
 
 
 class Space:
@@ -41,11 +46,8 @@ class Space:
         self._cache = cache
         self._arrays = cache.layout.space_arrays(spec)
         frozen = cache.manifest.calibrations[spec.id]
-        raw = {
-            name: cache.source.read(array.file(0))
-            for name, array in cache.layout.calibration_arrays(spec).items()
-        }
-        mean, std = read_calibration(raw, frozen, spec.id)
+        raw = read_files(cache.source, calibration_files(cache.layout, spec))
+        mean, std = calibration_values(cache.layout, spec, raw, frozen)
         self.mean, self.std = torch.from_numpy(mean), torch.from_numpy(std)
 
     @property
@@ -109,7 +111,12 @@ class Space:
         Raises:
             StoreError: the arrays are damaged.
         """
-        return self._cache.statistics(self.spec)
+        cache, spec = self._cache, self.spec
+        done = cache.completions[spec.teacher]
+        raw = read_files(cache.source, statistics_files(cache.layout, spec))
+        mean, covariance = statistics_values(cache.layout, spec, raw, done.statistics[spec.name])
+        count = done.tokens[spec.name]
+        return Moments(count, mean, covariance * count)
 
 
 class Cache:
@@ -307,13 +314,6 @@ class Cache:
             threads=threads,
             pinned=torch.cuda.is_available() if pinned is None else pinned,
         )
-
-    def statistics(self, space: SpaceSpec) -> Moments:
-        """See :meth:`Space.statistics`."""
-        completion = self.completions[space.teacher]
-        arrays: dict[str, ArraySpec] = self.layout.statistics_arrays(space)
-        raw = {name: read_constant(self.source, spec) for name, spec in arrays.items()}
-        return completion.moments(space, raw)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,19 +11,12 @@ import numpy as np
 
 from ..errors import StoreError
 from ..version import __version__
-from .commit import (
-    COMMITS,
-    Commit,
-    Completion,
-    committed,
-    completion_name,
-    read_commit,
-    record_name,
-    statistics_sha256,
-)
+from .commit import COMMITS, committed, read_commit
+from .constants import calibration_files, calibration_sha256, calibration_values, constant_bytes
 from .durable import TEMPORARY, directory_lock, remove_torn, sync_directory, write_whole
 from .encodings import encoding
-from .layout import ArraySpec, Layout, node_bytes, pad_to_chunks, shard_file
+from .finish import finish_unit
+from .layout import Layout, node_bytes
 from .manifest import (
     MANIFEST,
     ROWS,
@@ -36,8 +28,8 @@ from .manifest import (
     plan_difference,
     read_manifest,
 )
-from .shard_writer import PARTIAL, ShardWriter, partial_name
-from .statistics import Moments
+from .shard_writer import PARTIAL, ShardWriter
+from .spare import SPARE, write_twice
 
 
 class StoreWriter:
@@ -88,7 +80,7 @@ class StoreWriter:
                 _make_nodes(path, list(layout.root_nodes()))
                 for unit in plan.units:
                     _make_unit(path, layout, unit)
-                write_whole(path / MANIFEST, manifest.to_bytes())
+                write_twice(path, MANIFEST, manifest.to_bytes())
                 sync_directory(path.parent)
                 return cls(path, manifest)
         return cls.open_or_create(path, plan)  # another process made it meanwhile
@@ -152,8 +144,7 @@ class StoreWriter:
         if not (sides["std"] > 0).all():
             dims = np.flatnonzero(~(sides["std"] > 0))[:5].tolist()
             raise StoreError(f"{space_id}: the deviation of dimension {dims} is not positive")
-        raw = sides["mean"].tobytes() + sides["std"].tobytes()
-        frozen = Calibration(rows_used, hashlib.sha256(raw).hexdigest())
+        frozen = Calibration(rows_used, calibration_sha256(sides["mean"], sides["std"]))
         with directory_lock(self.path):
             self.manifest = read_manifest(self.path)  # another process may have calibrated
             present = self.manifest.calibrations.get(space_id)
@@ -165,16 +156,9 @@ class StoreWriter:
                     "calibration is frozen"
                 )
             for name, spec in self._layout.calibration_arrays(space).items():
-                self._write_constant(spec, sides[name])
+                write_twice(self.path, spec.file(0), constant_bytes(spec, sides[name]))
             self.manifest = self.manifest.calibrated(space_id, frozen)
-            write_whole(self.path / MANIFEST, self.manifest.to_bytes())
-
-    def _write_constant(self, spec: ArraySpec, values: np.ndarray) -> None:
-        buffer = pad_to_chunks(spec, len(values))
-        buffer[:] = values
-        write_whole(
-            self.path / spec.file(0), b"".join(bytes(b) for b in shard_file(spec, buffer)[0])
-        )
+            write_twice(self.path, MANIFEST, self.manifest.to_bytes())
 
     def calibration(self, space_id: str) -> tuple[np.ndarray, np.ndarray]:
         """Frozen mean and deviation of a space, float32 ``[D]`` each.
@@ -185,16 +169,14 @@ class StoreWriter:
         frozen = self.manifest.calibrations.get(space_id)
         if frozen is None:
             raise StoreError(f"{space_id} in {self.path} is not calibrated yet")
-        arrays = self._layout.calibration_arrays(self.plan.spaces[space_id])
-        return read_calibration(
-            {name: self._bytes(spec.file(0)) for name, spec in arrays.items()}, frozen, space_id
-        )
-
-    def _bytes(self, name: str) -> bytes:
-        try:
-            return (self.path / name).read_bytes()
-        except FileNotFoundError:
-            raise StoreError(f"{self.path / name} is missing: run `preceptor repair`") from None
+        space = self.plan.spaces[space_id]
+        raw = {}
+        for name in calibration_files(self._layout, space):
+            try:
+                raw[name] = (self.path / name).read_bytes()
+            except FileNotFoundError:
+                raise StoreError(f"{self.path / name} is missing: run `preceptor repair`") from None
+        return calibration_values(self._layout, space, raw, frozen)
 
     def pending(self) -> list[tuple[int, tuple[str, ...]]]:
         """(shard, its units without a whole committed shard), for every shard that has such.
@@ -256,73 +238,8 @@ class StoreWriter:
                 f"committed ({shards}{', ...' if len(todo) > 8 else ''})"
             )
         for unit in self.plan.units:
-            self._finish_unit(unit)
+            finish_unit(self.path, self.manifest, unit)
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
-
-    def _finish_unit(self, unit: str) -> None:
-        shards = range(self.plan.shards)
-        raws = [self._bytes(record_name(unit, shard)) for shard in shards]
-        records = tuple(hashlib.sha256(raw).hexdigest() for raw in raws)
-        before = self._completion(unit)
-        if before is not None and before.records == records:
-            return
-        commits = [
-            Commit.from_bytes(raw, record_name(unit, shard))
-            for shard, raw in zip(shards, raws, strict=True)
-        ]
-        sizes = {
-            path: [commit.files[path].bytes for commit in commits]
-            for path in self._layout.unit_arrays(unit)
-        }
-        done = Completion(unit, self.manifest.configuration(unit), records, sizes)
-        spaces = () if unit == ROWS else self.plan.teacher(unit).spaces
-        for space in spaces:
-            done = self._with_statistics(space, commits, before, done)
-        done.write(self.path)
-
-    def _completion(self, unit: str) -> Completion | None:
-        try:
-            raw = (self.path / completion_name(unit)).read_bytes()
-            found = Completion.from_bytes(raw, completion_name(unit))
-        except (FileNotFoundError, StoreError):
-            return None
-        return found if found.configuration == self.manifest.configuration(unit) else None
-
-    def _with_statistics(
-        self, space: SpaceSpec, commits: list[Commit], before: Completion | None, done: Completion
-    ) -> Completion:
-        merged = Moments.empty(space.dim)
-        for commit in commits:
-            try:
-                raw = (self.path / partial_name(space, commit.shard)).read_bytes()
-            except FileNotFoundError:
-                if before is None:
-                    raise StoreError(
-                        f"the statistics of shard {commit.shard} of {space.id} are missing in "
-                        f"{self.path}: run `preceptor repair`"
-                    ) from None
-                # A repair: the moments of the other shards were merged and dropped long ago.
-                return replace(
-                    done,
-                    tokens={**done.tokens, space.name: before.tokens[space.name]},
-                    statistics={**done.statistics, space.name: before.statistics[space.name]},
-                    exact=False,
-                )
-            if hashlib.sha256(raw).hexdigest() != commit.statistics.get(space.name):
-                raise StoreError(
-                    f"the statistics of shard {commit.shard} of {space.id} in {self.path} are "
-                    "damaged: run `preceptor repair`"
-                )
-            merged = merged.merged(Moments.unpacked(np.frombuffer(raw, "<f8"), space.dim))
-        values = {"mean": merged.mean, "covariance": merged.covariance}
-        for name, spec in self._layout.statistics_arrays(space).items():
-            self._write_constant(spec, values[name])
-        seal = statistics_sha256(merged.mean.tobytes(), merged.covariance.tobytes())
-        return replace(
-            done,
-            tokens={**done.tokens, space.name: merged.count},
-            statistics={**done.statistics, space.name: seal},
-        )
 
     def add(self, teacher: TeacherRecord) -> None:
         """Add a teacher to the plan; its shards are then pending, the others' stay as they are.
@@ -353,32 +270,18 @@ class StoreWriter:
             self._replace(
                 replace(manifest, plan=replace(manifest.plan, teachers=left), calibrations=kept)
             )
-        for name in (f"spaces/{teacher}", f"{COMMITS}/{teacher}", f"{PARTIAL}/{teacher}"):
+        for name in (f"spaces/{teacher}", f"{COMMITS}/{teacher}"):
             shutil.rmtree(self.path / name, ignore_errors=True)
+            shutil.rmtree(self.path / SPARE / name, ignore_errors=True)
+        shutil.rmtree(self.path / PARTIAL / teacher, ignore_errors=True)
 
     def _replace(self, manifest: Manifest) -> None:
-        write_whole(self.path / MANIFEST, manifest.to_bytes())
+        write_twice(self.path, MANIFEST, manifest.to_bytes())
         self.manifest = manifest
         self._layout = Layout(manifest.plan)
 
 
-_OURS = {"zarr.json", "spaces", ROWS, COMMITS, PARTIAL, MANIFEST}
-
-
-def read_calibration(
-    raw: dict[str, bytes], frozen: Calibration, space_id: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation from the bytes of their chunk files, checked against the manifest.
-
-    Raises:
-        StoreError: they differ from what was frozen.
-    """
-    mean, std = raw["mean"][:-4], raw["std"][:-4]
-    if hashlib.sha256(mean + std).hexdigest() != frozen.sha256:
-        raise StoreError(
-            f"the calibration of {space_id} is damaged: restore its mean and std files"
-        )
-    return np.frombuffer(mean, "<f4").copy(), np.frombuffer(std, "<f4").copy()
+_OURS = {"zarr.json", "spaces", ROWS, COMMITS, PARTIAL, SPARE, MANIFEST}
 
 
 def _make_unit(path: Path, layout: Layout, unit: str) -> None:
