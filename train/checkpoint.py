@@ -28,8 +28,8 @@ LAST = "checkpoints/last.pt"
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a training state so that `path` always holds a whole one.
 
-    The state holds tensors, numbers, strings and plain containers only; it is written aside, synced,
-    read back and renamed. When that fails (a full disk), the earlier checkpoint stays.
+    The state holds tensors, numbers, strings and plain containers only; it is written aside,
+    synced, read back and renamed. When that fails (a full disk), the earlier checkpoint stays.
 
     Raises:
         StoreError: the file could not be written.
@@ -37,7 +37,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_whole(path, buffer.getbuffer())
+    write_whole(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -82,7 +82,9 @@ def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any
         )
 
 
-def save_model(out: Path, student: Student, alignment: Alignment, config: Mapping[str, Any]) -> None:
+def save_model(
+    out: Path, student: Student, alignment: Alignment, config: Mapping[str, Any]
+) -> None:
     """Write the trained student and its alignment, loadable by `load_model` without the store.
 
     Args:

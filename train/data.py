@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from ..cache import Cache, SampleIndex, Tokens, View
+from ..cache import Cache, Tokens
+from ..cache.samples import SampleIndex
+from ..cache.views import View
 from ..errors import DataError, PreceptorError
 
 T = TypeVar("T")
@@ -55,7 +57,7 @@ class ColorJitter:
     def __call__(self, pixels: NDArray[np.uint8], entropy: Sequence[int]) -> NDArray[np.uint8]:
         """uint8 [H, W, 3] to the same; equal entropy gives equal pixels."""
         random = np.random.default_rng(list(entropy))
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         for strength, adjust in (
             (self.brightness, transforms.adjust_brightness),
             (self.contrast, transforms.adjust_contrast),
@@ -103,10 +105,7 @@ class StoredViews(Dataset[Tensor]):
         self.jitter, self.seed = jitter, seed
         self._limit = {} if max_pixels is None else {"max_pixels": max_pixels}
         self._samples, self.unused = join(cache, index)
-        # Copies: a worker process gets these and never touches the store.
-        self._boxes = np.asarray(cache.boxes, dtype=np.float32).copy()
-        self._flips = np.asarray(cache.flips, dtype=bool).copy()
-        self._sizes = np.asarray(cache.sizes, dtype=np.int64).copy()
+        self._boxes, self._flips, self._sizes = cache.boxes, cache.flips, cache.sizes
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -145,8 +144,8 @@ class TrainData:
     """An endless, repeatable sequence of joined batches.
 
     Step k of a run is the same batch whatever was run before it: rows come from the store's
-    shuffled groups by (seed, epoch), so a run can go on at any step. Every rank gets the same number
-    of batches an epoch.
+    shuffled groups by (seed, epoch), so a run can go on at any step. Every rank gets the same
+    number of batches an epoch.
 
     Args:
         cache: the store.
@@ -178,9 +177,7 @@ class TrainData:
         self.cache, self.views, self.spaces = cache, views, list(spaces)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world, self.pin = rank, world, pin
-        valid = np.asarray(cache.valid, dtype=bool)
-        self.rows = None if valid.all() else np.flatnonzero(valid)
-        count = int(valid.sum())
+        count = int(cache.valid.sum())
         self.steps_per_epoch = count // (batch_size * world)
         if not self.steps_per_epoch:
             raise DataError(
@@ -223,10 +220,10 @@ class TrainData:
                 rank=self.rank,
                 world=self.world,
                 start_step=first,
-                rows=self.rows,
             )
-            for _, batch in zip(range(min(stop - step, self.steps_per_epoch - first)), batches,
-                                strict=False):
+            for _, batch in zip(
+                range(min(stop - step, self.steps_per_epoch - first)), batches, strict=False
+            ):
                 yield epoch, batch
                 step += 1
 
@@ -347,5 +344,5 @@ class _Told(Dataset[Any]):
             return error
 
 
-def _as_is(batch: Tensor) -> Tensor:
+def _as_is(batch: Any) -> Any:
     return batch

@@ -1,4 +1,4 @@
-"""Stage 2: train a student against a store. Reads top to bottom; the rest of `train` is its parts."""
+"""Stage 2: train a student against a store. The rest of `train` is parts of this loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from ..cache import Cache, SampleIndex
+from ..cache import Cache
+from ..cache.samples import SampleIndex
 from ..errors import ConfigError
 from ..measure import peak_memory_mb
 from ..progress import ProgressLine
@@ -31,6 +32,7 @@ from .checkpoint import (
     write_json,
 )
 from .data import ColorJitter, StoredViews, TrainBatch, TrainData, normalise
+from .engine import launch, precision
 from .meter import FiniteWatch, Meter
 from .students import Student, build_student
 
@@ -73,7 +75,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     _validate(config)
     recipe, out = config.recipe, Path(config.out)
-    fabric = _fabric(config)
+    fabric = launch(config.engine)
     rank_zero, world = fabric.global_rank == 0, fabric.world_size
 
     # What is read: the store, its images, and which of its spaces the alignment asks for.
@@ -108,7 +110,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     # What is trained.
     distiller = Distiller(student, alignment)
     if config.engine.channels_last:
-        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        student.to(memory_format=torch.channels_last)
     if config.engine.compile:
         student.compile()
     optimizer = create_optimizer_v2(
@@ -212,7 +214,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         },
         "parameters": {"student": _parameters(student), "alignment": _parameters(alignment)},
         "device": str(fabric.device),
-        "precision": str(_precision(config)),
+        "precision": str(precision(config.engine)),
         "ranks": world,
         "peak_memory_mb": peak_memory_mb(),
     }
@@ -234,9 +236,7 @@ def learning_rate(step: int, steps: int, recipe: DictConfig) -> float:
     if step < warm:
         return float(recipe.lr * (step + 1) / warm)
     part = (step - warm) / max(1, steps - warm)
-    return float(
-        recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
-    )
+    return float(recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * part)))
 
 
 def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -245,7 +245,10 @@ def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str
     Tokens travel as codes and are decoded where they arrive.
     """
     pixels = normalise(batch.pixels, device)
-    targets = {name: tokens.to(device).standardised() for name, tokens in batch.tokens.items()}
+    targets = {
+        name: tokens.to(device, non_blocking=True).standardised()
+        for name, tokens in batch.tokens.items()
+    }
     return pixels, targets
 
 
@@ -261,14 +264,15 @@ def _state(
     random = {"cpu": torch.get_rng_state()}
     if fabric.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(fabric.device)
+    world = fabric.world_size
     gathered = {
-        name: fabric.all_gather(state.to(fabric.device)).cpu().view(fabric.world_size, -1)
+        name: cast(Tensor, fabric.all_gather(state.to(fabric.device))).cpu().view(world, -1)
         for name, state in random.items()
     }
     return {
         "step": step,
         "epoch": step // max(1, data.steps_per_epoch),
-        "ranks": fabric.world_size,
+        "ranks": world,
         "student": distiller.student.state_dict(),
         "alignment": distiller.alignment.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -306,35 +310,15 @@ def _identity(config: DictConfig, cache: Cache) -> dict[str, Any]:
         "student": _plain(config.student),
         "align": _plain(config.align),
         "recipe": recipe,
-        "precision": str(_precision(config)),
+        "precision": str(precision(config.engine)),
         "store": {unit: cache.manifest.configuration(unit) for unit in cache.manifest.plan.units},
     }
 
 
-def _fabric(config: DictConfig) -> Fabric:
-    engine = config.engine
-    fabric = Fabric(
-        accelerator=engine.accelerator,
-        devices=engine.devices,
-        num_nodes=engine.num_nodes,
-        strategy=engine.strategy,
-        precision=_precision(config),
-    )
-    fabric.launch()
-    return fabric
-
-
-def _precision(config: DictConfig) -> Any:
-    if config.engine.precision != "auto":
-        return config.engine.precision
-    cuda = config.engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
-    return "bf16-mixed" if cuda else "32-true"
-
-
 def _validate(config: DictConfig) -> None:
     for group, prefix in ((config, ""), (config.data, "data.")):
-        for key in group:
-            if OmegaConf.is_missing(group, str(key)):
+        for key in map(str, group):
+            if OmegaConf.is_missing(group, key):
                 raise ConfigError(f"{prefix}{key} is required: say {prefix}{key}=...")
     recipe = config.recipe
     if (recipe.steps is None) == (recipe.epochs is None):

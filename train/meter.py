@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
@@ -75,8 +76,8 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Mean losses over all ranks and images a second since the last reading."""
-        means = torch.stack(list(self._sums.values())) / self._batches
-        means = self._fabric.all_reduce(means, reduce_op="mean")
+        local = torch.stack(list(self._sums.values())) / self._batches
+        means = cast(Tensor, self._fabric.all_reduce(local, reduce_op="mean"))
         scalars = dict(zip(self._sums, means.tolist(), strict=True))
         now = time.perf_counter()
         fresh = (self.images - self._images_read) * self._fabric.world_size

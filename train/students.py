@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        self.model = _create(name, pretrained, self.size, options)
+        self.model: Any = _create(name, pretrained, self.size, options)
         with torch.no_grad():
             training, _ = self.model.training, self.model.eval()
             try:
@@ -95,7 +95,7 @@ class Student(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the backbone wants undecayed (position embeddings and such)."""
-        names = getattr(self.model, "no_weight_decay", set)
+        names: Callable[[], Iterable[str]] = getattr(self.model, "no_weight_decay", tuple)
         return {f"model.{name}" for name in names()}
 
 

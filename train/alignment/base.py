@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,7 @@ class Space:
     grid: Grid | None
 
 
-@dataclass(frozen=True)
-class AlignmentOutput:
+class AlignmentOutput(NamedTuple):
     """One evaluation of an alignment on a batch.
 
     Attributes:
@@ -99,7 +98,7 @@ class Alignment(nn.Module, ABC):
         self.spaces = dict(spaces)
         self.dense_weight, self.match = dense_weight, match
         self.dense = [name for name, space in spaces.items() if space.grid is not None]
-        self.descriptors = _descriptors(spaces)
+        self.descriptors = descriptor_spaces(spaces)
         self.grids = nn.ModuleDict()
         for name in self.dense:
             grid = spaces[name].grid
@@ -205,8 +204,8 @@ class GridResample(nn.Module):
     """Tokens of one grid on another, by one fixed matrix [N_to, N_from].
 
     Bilinear with half-pixel centres and edges held; where the grid shrinks the triangle widens by
-    the ratio, so that every source token counts (antialiasing). Rows sum to one: constants stay, and
-    resampling commutes with any linear projection. As a matrix it runs everywhere and its
+    the ratio, so that every source token counts (antialiasing). Rows sum to one: constants stay,
+    and resampling commutes with any linear projection. As a matrix it runs everywhere and its
     gradient is deterministic on CUDA, which the interpolation kernels' is not.
     """
 
@@ -253,9 +252,7 @@ def select_spaces(
         return dict(available)
     chosen: dict[str, SpaceTarget] = {}
     for name in wanted:
-        found = {
-            key: space for key, space in available.items() if name in (key, space.teacher)
-        }
+        found = {key: space for key, space in available.items() if name in (key, space.teacher)}
         if not found:
             raise ConfigError(
                 f"align.spaces names {name!r}, which {where} does not hold; there are "
@@ -277,8 +274,12 @@ def dense_projector(source: int, target: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(source), nn.Linear(source, target))
 
 
-def _descriptors(spaces: Mapping[str, SpaceTarget]) -> dict[str, str]:
-    """Label of each descriptor term -> the space that its target is the token mean of."""
+def descriptor_spaces(spaces: Mapping[str, SpaceTarget]) -> dict[str, str]:
+    """Label of each teacher's descriptor -> the space whose token mean it is.
+
+    A global space stands for itself; a teacher without one is given the label ``SPACE:mean`` of its
+    last dense space.
+    """
     found = {name: name for name, space in spaces.items() if space.grid is None}
     with_own = {spaces[name].teacher for name in found}
     stand_ins: dict[str, str] = {}
@@ -286,4 +287,3 @@ def _descriptors(spaces: Mapping[str, SpaceTarget]) -> dict[str, str]:
         if space.teacher not in with_own:
             stand_ins[space.teacher] = name  # the last one stays
     return found | {f"{name}:mean": name for name in stand_ins.values()}
-

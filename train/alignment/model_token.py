@@ -44,8 +44,8 @@ class ModelToken(Alignment):
         x^_s = W_s LN S
 
     where m_t are the model tokens of all spaces of teacher t. At the start this is exactly
-    `Regression` with the same projectors: the tokens earn their part. The intra-space attention runs
-    on `kernels.cross_attention`, which never builds keys and values of the student's tokens.
+    `Regression` with the same projectors: the tokens earn their part. The intra-space attention
+    runs on `kernels.cross_attention`, which never builds keys and values of the student's tokens.
 
     The reading of the model token is this project's own, after the abstract of "Unified
     Multi-Teacher Distillation Across Hybrid Neural Architectures": intra-space and inter-space
@@ -93,8 +93,8 @@ class ModelToken(Alignment):
             raise ConfigError(f"align.inter={inter}: valid are {', '.join(INTER)}")
         if layers < 1 or tokens < 1 or heads < 1 or width % heads:
             raise ConfigError(
-                f"align: layers={layers} and tokens={tokens} must be at least 1 and width={width} a "
-                f"multiple of heads={heads}"
+                f"align: layers={layers} and tokens={tokens} must be at least 1 and width={width} "
+                f"a multiple of heads={heads}"
             )
         self.streams = _streams(spaces)
         teachers = [spaces[name].teacher for name in self.streams]
@@ -127,7 +127,7 @@ class ModelToken(Alignment):
         )
 
     def attend(self, output: StudentOutput) -> Tensor:
-        """The model tokens after all layers, normalised: [B, S, M, d], S in the order of `streams`."""
+        """The model tokens after all layers, normalised: [B, S, M, d], S as in `streams`."""
         student = output.tokens
         seen = [
             project(student) + position

@@ -1,0 +1,149 @@
+"""Images and tokens of a real store, joined."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from preceptor.cache import Cache
+from preceptor.cache.samples import SampleIndex
+from preceptor.errors import DataError
+from preceptor.train.data import (
+    ColorJitter,
+    StoredViews,
+    TrainData,
+    join,
+    normalise,
+    prefetched,
+)
+
+BOTH = ["vit/patch", "vit/cls"]
+
+
+@pytest.fixture
+def cache(bed):
+    return Cache.open(bed.cache)
+
+
+def data(bed, cache, **options) -> TrainData:
+    views = StoredViews(cache, bed.index, (24, 16))
+    return TrainData(cache, views, BOTH, 8, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_join_the_stored_view_with_its_tokens(bed, cache, workers):
+    seen = []
+    for batch in data(bed, cache, seed=3, workers=workers).batches(0, 9):
+        assert batch.pixels.shape == (8, 24, 16, 3)
+        for place, row in enumerate(batch.rows.tolist()):
+            seen.append(row)
+            sample, view = divmod(row, 2)
+            image = bed.index.image(sample)
+            drawn = bed.policy.draw(bed.index.keys[sample], view, *image.size)
+            assert np.array_equal(batch.pixels[place].numpy(), drawn.pixels(image, (24, 16)))
+            for space in BOTH:
+                codes = cache[space].read([row]).codes[0]
+                assert torch.equal(batch.tokens[space].codes[place], codes)
+    assert 5 not in seen  # no tokens
+    assert len(set(seen)) == 72  # an epoch of 79 rows gives nine whole batches
+
+
+def test_any_step_is_reached_directly_and_epochs_differ(bed, cache):
+    rows = [b.rows.tolist() for b in data(bed, cache, seed=3).batches(0, 20)]
+    assert data(bed, cache).steps_per_epoch == 9
+    later = [b.rows.tolist() for b in data(bed, cache, seed=3).batches(13, 20)]
+    assert later == rows[13:]
+    assert rows[:9] != rows[9:18]
+    assert rows != [b.rows.tolist() for b in data(bed, cache, seed=4).batches(0, 20)]
+
+
+def test_ranks_share_the_rows_in_equal_steps(bed, cache):
+    parts = [data(bed, cache, seed=3, rank=rank, world=2) for rank in range(2)]
+    assert [part.steps_per_epoch for part in parts] == [4, 4]
+    rows = [[r for b in part.batches(0, 4) for r in b.rows.tolist()] for part in parts]
+    assert len(rows[0]) == len(rows[1]) == 32
+    assert not set(rows[0]) & set(rows[1])
+
+
+def test_other_order_of_images_gives_the_same_pixels(bed, cache):
+    plain = StoredViews(cache, bed.index, (16, 16))
+    mixed = StoredViews(cache, bed.index.permuted(9), (16, 16))
+    assert torch.equal(plain.__getitems__([3, 70]), mixed.__getitems__([3, 70]))
+
+
+def test_missing_images_are_counted_and_named(bed, cache, tmp_path, write_shard):
+    write_shard(tmp_path / "train.tar", 38, 0)
+    fewer = SampleIndex.from_shards(str(tmp_path / "train.tar"))
+    with pytest.raises(DataError, match=r"2 of the 40 images .* such as 'train-038', 'train-039'"):
+        join(cache, fewer)
+
+
+def test_images_without_rows_are_counted(bed, cache, tmp_path, write_shard):
+    write_shard(tmp_path / "train.tar", 43, 0)
+    more = SampleIndex.from_shards(str(tmp_path / "train.tar"))
+    samples, unused = join(cache, more)
+    assert unused == 3
+    assert samples.tolist() == [row // 2 for row in range(80)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_other_images_of_the_same_name_are_refused(bed, cache, tmp_path, write_shard, workers):
+    write_shard(tmp_path / "train.tar", 40, 5)
+    other = SampleIndex.from_shards(str(tmp_path / "train.tar"))
+    views = StoredViews(cache, other, (16, 16))
+    with pytest.raises(DataError, match=r"^image 'train-\d+' is \d+ x \d+ pixels and the store"):
+        list(TrainData(cache, views, BOTH, 8, workers=workers).batches(0, 2))
+
+
+def test_a_batch_larger_than_the_store_is_refused(bed, cache):
+    views = StoredViews(cache, bed.index, (16, 16))
+    with pytest.raises(DataError, match="79 valid rows"):
+        TrainData(cache, views, BOTH, 80)
+
+
+def test_jitter_depends_on_seed_epoch_and_row_alone(bed, cache):
+    jitter = ColorJitter(0.4, 0.4, 0.4)
+    views = StoredViews(cache, bed.index, (16, 16), jitter=jitter, seed=1)
+    first = views.__getitems__([(3, 0), (3, 1), (4, 0)])
+    assert torch.equal(first[2], views.__getitems__([(4, 0)])[0])
+    assert not torch.equal(first[0], first[1])
+    plain = StoredViews(cache, bed.index, (16, 16), jitter=ColorJitter())
+    assert torch.equal(plain[3], StoredViews(cache, bed.index, (16, 16))[3])
+
+
+def test_normalise_is_imagenets():
+    pixels = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = ((pixels.numpy() / 255 - mean) / std).transpose(0, 3, 1, 2)
+    found = normalise(pixels, torch.device("cpu"))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_prefetching_keeps_order_and_passes_errors_on():
+    def source():
+        yield from range(5)
+        raise DataError("the sixth")
+
+    found = prefetched(source(), 2)
+    assert list(islice(found, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="the sixth"):
+        next(found)
+
+
+def test_a_closed_prefetch_stops_its_source():
+    drawn = []
+
+    def endless():
+        while True:
+            drawn.append(len(drawn))
+            yield drawn[-1]
+
+    found = prefetched(endless(), 2)
+    assert next(found) == 0
+    found.close()
+    count = len(drawn)
+    assert count <= 5
+    assert len(drawn) == count

@@ -1,0 +1,75 @@
+"""Features and table on real stores."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from preceptor.cache import Cache
+from preceptor.errors import ConfigError, DataError
+from preceptor.train.evaluation.features import LabelledRows, teacher_features
+from preceptor.train.evaluation.run import evaluate
+from preceptor.train.loop import train
+from sklearn.neighbors import KNeighborsClassifier
+
+
+def test_rows_are_the_first_view_of_valid_labelled_images(bed):
+    images = LabelledRows.open(bed.cache, bed.shards)
+    assert images.rows.tolist() == list(range(0, 80, 2))  # row 5 is a second view
+    assert images.labels.tolist() == [sample % 3 for sample in range(40)]
+
+
+def test_teacher_features_are_the_stored_descriptors(bed):
+    images = LabelledRows.open(bed.cache, bed.shards)
+    found = dict(teacher_features(images))
+    assert list(found) == ["vit/cls"]
+    cache = Cache.open(bed.cache)
+    codes = cache["vit/cls"].read(images.rows)
+    by_hand = codes.codes[:, 0].double() * codes.scales.double()
+    by_hand = by_hand * cache["vit/cls"].std + cache["vit/cls"].mean
+    torch.testing.assert_close(found["vit/cls"].double(), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, test_bed, tmp_path):
+    folders = []
+    for align in ("regression", "model_token"):
+        train(train_config(f"align={align}", "recipe.steps=12", "recipe.lr=0.003", out=align))
+        folders.append(str(tmp_path / align))
+    result = evaluate(eval_config(f"students=[{','.join(folders)}]", "knn.k=5"))
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text()) == result
+    assert result["images"] == {"train": 40, "test": 21}
+    rows = [(s["kind"], s["name"], s["readout"], s["dim"]) for s in result["scores"]]
+    assert rows == [
+        ("teacher", "vit/cls", "store", 24),
+        ("student", "regression", "pooled", 16),
+        ("student", "regression", "predictions", 24),
+        ("untrained", "resnet_micro-s0", "pooled", 16),
+        ("student", "model_token", "pooled", 16),
+        ("student", "model_token", "predictions", 24),
+        ("student", "model_token", "tokens", 512),
+        ("student", "model_token", "both", 528),
+    ]
+    assert all(0 <= s["knn"] <= 1 and 0 <= s["linear"] <= 1 for s in result["scores"])
+
+    # The teacher's row, from the store to the score, in scikit-learn.
+    sides = []
+    for side in (bed, test_bed):
+        images = LabelledRows.open(side.cache, side.shards)
+        sides.append((dict(teacher_features(images))["vit/cls"].double().numpy(), images.labels))
+    judge = KNeighborsClassifier(
+        5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    ).fit(*sides[0])
+    assert result["scores"][0]["knn"] == pytest.approx(judge.score(*sides[1]), abs=1e-9)
+
+
+def test_mistakes_are_told(eval_config, tmp_path):
+    with pytest.raises(DataError, match="holds no trained student"):
+        evaluate(eval_config(f"students=[{tmp_path}]", "with_teachers=false"))
+    with pytest.raises(ConfigError, match="nothing to score"):
+        evaluate(eval_config("with_teachers=false"))
+    with pytest.raises(ConfigError, match=r"write a list, students=\[x\]"):
+        evaluate(eval_config("students=x"))
+    with pytest.raises(ConfigError, match=r"train\.cache is required"):
+        evaluate(eval_config("train.cache=???"))

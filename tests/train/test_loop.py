@@ -1,0 +1,187 @@
+"""The whole loop on a real store: it learns, resumes bitwise, and stops with a sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from preceptor.cache import Cache
+from preceptor.errors import ConfigError, DataError, TrainingError
+from preceptor.train import loop
+from preceptor.train.checkpoint import LAST, load_checkpoint, load_model, save_checkpoint
+from preceptor.train.data import StoredViews, normalise
+from preceptor.train.loop import learning_rate, train
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CNN = ("student=resnet_micro", "student.options.channels=[8,8,16,16]")
+VIT = (
+    "student=vit_micro",
+    "student.options.depth=2",
+    "student.options.embed_dim=48",
+    "+student.options.drop_path_rate=0.2",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("align", ["regression", "model_token"])
+def test_a_run_learns_and_leaves_what_it_says(train_config, tmp_path, bed, align):
+    config = train_config(f"align={align}", "recipe.steps=24", "recipe.lr=0.003")
+    summary = train(config)
+    out = tmp_path / "run"
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert OmegaConf.load(out / "config.yaml").align.name == align
+    events = EventAccumulator(str(out / "logs")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss", "lr", "images_per_second", "wait_share"} <= tags
+    assert {"loss/vit/patch", "loss/vit/cls"} <= tags
+    losses = [event.value for event in events.Scalars("loss")]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert losses[-1] == pytest.approx(summary["loss"], rel=1e-6)
+
+    # What was saved is what was trained, and gives the loss that the log ends with or better.
+    student, alignment, _ = load_model(out)
+    state = load_checkpoint(out / LAST)
+    assert state["step"] == 24
+    for name, value in load_file(out / "student.safetensors").items():
+        assert torch.equal(value, state["student"][f"model.{name}"])
+    cache = Cache.open(bed.cache)
+    rows = [row for row in range(80) if row != 5]
+    pixels = StoredViews(cache, bed.index, (32, 32)).__getitems__(rows)
+    targets = {name: cache[name].read(rows).standardised() for name in alignment.spaces}
+    with torch.no_grad():
+        loss = alignment(student(normalise(pixels, torch.device("cpu"))), targets).loss
+    assert float(loss) < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("student", "options"),
+    [(CNN, ("align=model_token",)), (VIT, ("align=regression", "recipe.accumulate=2"))],
+    ids=["cnn", "vit-dropping-paths"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(
+    train_config, tmp_path, student, options, monkeypatch
+):
+    whole = train(train_config(*options, student=student, out="whole"))
+    config = train_config(*options, "recipe.checkpoint_every=3", student=student, out="parts")
+    stop_after(monkeypatch, 5)  # after the checkpoint of step 3, in the middle of an epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "parts" / LAST)["step"] == 3
+    parts = train(config)
+    assert parts["steps"] == whole["steps"] == 8
+    for name in ("student.safetensors", "alignment.safetensors"):
+        a, b = (load_file(tmp_path / run / name) for run in ("whole", "parts"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=0, abs=0)
+
+    # A finished run is not run again, unless asked to.
+    assert train(config) == parts
+    assert train(OmegaConf.merge(config, {"resume": False}))["seconds"] != parts["seconds"]
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """Interrupts the loop as Ctrl-C would, when the learning rate of a later step is asked for."""
+    original = loop.learning_rate
+
+    def interrupted(step, *rest):
+        if step == steps:
+            raise KeyboardInterrupt
+        return original(step, *rest)
+
+    monkeypatch.setattr(loop, "learning_rate", interrupted)
+
+
+def test_workers_change_nothing(train_config, tmp_path):
+    for workers in (0, 2):
+        train(
+            train_config(
+                "align=regression", "recipe.steps=3", f"workers={workers}", out=f"w{workers}"
+            )
+        )
+    a, b = (load_file(tmp_path / run / "student.safetensors") for run in ("w0", "w2"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_another_configuration_does_not_continue_a_checkpoint(train_config):
+    train(train_config("recipe.steps=2"))
+    with pytest.raises(ConfigError, match=r"align.width \(128 there, 64 here\).*recipe.steps"):
+        train(train_config("recipe.steps=4", "align.width=64"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_space(train_config, tmp_path, monkeypatch):
+    original = loop.to_device
+    calls = iter(range(100))
+
+    def poisoned(batch, device):
+        pixels, targets = original(batch, device)
+        if next(calls) == 5:
+            targets["vit/patch"][0, 0, 0] = float("nan")
+        return pixels, targets
+
+    monkeypatch.setattr(loop, "to_device", poisoned)
+    with pytest.raises(TrainingError, match=r"step 5 \(spaces: vit/patch\).*last.pt \(step 4\)"):
+        train(train_config("recipe.checkpoint_every=2"))
+    assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 4
+
+
+def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    import os
+
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1, "weights": torch.ones(3)})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(Exception, match="No space left"):
+            save_checkpoint(path, {"step": 2, "weights": torch.zeros(3)})
+    assert load_checkpoint(path)["step"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(DataError, match="is not a checkpoint"):
+        load_checkpoint(path)
+    torch.save({"step": 1, "call": print}, path)  # would need code to be run
+    with pytest.raises(DataError, match="is not a checkpoint"):
+        load_checkpoint(path)
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    recipe = OmegaConf.create({"lr": 2.0, "min_lr": 0.5, "warmup": 0.25})
+    rates = [learning_rate(step, 8, recipe) for step in range(8)]
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert rates[5] == pytest.approx(0.5 + 1.5 * 0.5)  # half of the way down
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cache=???", "cache is required"),
+        ("recipe.epochs=1", "either steps or epochs"),
+        ("recipe.lr=0", "recipe.lr=0: expected a positive number"),
+        ("align.spaces=[clip]", "does not hold; there are vit/patch, vit/cls"),
+        ("engine.precision=float8", "engine: "),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(train_config, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        train(train_config(override))
+    assert not (tmp_path / "run").exists()
