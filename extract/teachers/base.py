@@ -1,0 +1,88 @@
+"""What every teacher is: a frozen network that maps normalised images to named spaces."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels reach a teacher.
+
+    Attributes:
+        size: (height, width) of the input in pixels.
+        mean, std: of the red, green and blue channel, for pixels in [0, 1].
+        interpolation: name of the resampling filter, as in ``cache.views.INTERPOLATIONS``.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+    def describe(self) -> dict[str, Any]:
+        """The preprocessing as JSON, for the manifest."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class SpaceShape:
+    """One space of a teacher: ``tokens`` vectors of ``dim`` numbers an image.
+
+    ``grid`` is (rows, columns) of the tokens, which follow each other row by row, or None for a
+    global descriptor, which is one token.
+    """
+
+    name: str
+    tokens: int
+    dim: int
+    grid: tuple[int, int] | None
+
+
+class Teacher(ABC):
+    """A frozen pretrained network.
+
+    Attributes:
+        name: of the teacher, as in the configuration and the store.
+        preprocessing: what ``__call__`` expects of its input.
+        spaces: shapes of what ``__call__`` returns, in its order.
+    """
+
+    name: str
+    preprocessing: Preprocessing
+    spaces: tuple[SpaceShape, ...]
+
+    @abstractmethod
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Tokens of normalised images: ``[B, 3, H, W]`` to ``[B, N, D]`` a space, without gradient.
+
+        The dtype of the result follows the input, the weights and autocast.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a store must be made from to hold this teacher's tokens, as JSON.
+
+        Holds the source, the sha256 of the weights, the preprocessing, what every space takes, and
+        the versions of the libraries that compute it.
+        """
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Teacher:
+        """Moves the weights and returns the teacher itself."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the most similar known ones, or all if few."""
+    known = list(known)
+    similar = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    if similar:
+        return f"; similar: {', '.join(similar)}"
+    return f"; known: {', '.join(known)}" if 0 < len(known) <= 20 else ""
