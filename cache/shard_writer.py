@@ -23,6 +23,7 @@ from .rows import RowBatch
 from .statistics import Accumulator
 
 PARTIAL = "partial"
+_BLOCK = 1 << 18
 
 
 class ShardWriter:
@@ -116,7 +117,16 @@ class ShardWriter:
             )
         if not len(at):
             return
-        x = x.detach().float()
+        block = len(at)
+        if x.device.type == "cpu":  # temporaries that stay in the processor's cache
+            block = max(1, _BLOCK // (space.tokens * space.dim))
+        for start in range(0, len(at), block):
+            part = slice(start, start + block)
+            self._encode_block(space, x[part].detach().float(), at[part], keys[part])
+
+    def _encode_block(
+        self, space: SpaceSpec, x: torch.Tensor, at: np.ndarray, keys: list[str]
+    ) -> None:
         mean, std = (side.to(x.device) for side in self._calibrations[space.id])
         z = (x - mean) / std
         how = encoding(space.encoding)
@@ -132,8 +142,8 @@ class ShardWriter:
                 f"token {token} of {space.id} {problem} for row key {keys[row]!r}: check the "
                 "image and the teacher's precision"
             )
-        for name, part in how.encode(z).items():
-            self._values[space.id][name][at] = to_numpy(part)
+        for name, encoded in how.encode(z).items():
+            self._values[space.id][name][at] = to_numpy(encoded)
         self._moments[space.id].add(x)
 
     def __enter__(self) -> ShardWriter:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ...errors import StoreError
 from .base import Array, Component, Encoding
+from .compact import Compact
 from .fp16 import Fp16
+from .int4 import Int4
 from .int8 import Int8
 
 ENCODINGS: dict[str, Encoding] = {
@@ -12,6 +14,8 @@ ENCODINGS: dict[str, Encoding] = {
     for encoding in (
         Fp16(),
         Int8(),
+        Compact(),
+        Int4(),
     )
 }
 

@@ -124,3 +124,29 @@ def quantise(z: Array, scale: Array, levels: int) -> Array:
     """int8 codes: round-half-even(z / scale), limited to +-levels."""
     xp = namespace(z)
     return cast(xp.clip(xp.round(z / cast(scale, "float32")), -levels, levels), "int8")
+
+
+def padded(x: Array, length: int) -> Array:
+    """The last axis filled up with zeros."""
+    xp = namespace(x)
+    if x.shape[-1] == length:
+        return x
+    shape = (*x.shape[:-1], length - x.shape[-1])
+    zeros = x.new_zeros(shape) if xp is torch else np.zeros(shape, x.dtype)
+    return xp.concatenate([x, zeros], -1)
+
+
+def folded_sum(x: Array) -> Array:
+    """The sum over the last axis, kept as an axis, in a stated order.
+
+    The axis is filled up with zeros to a power of two; then its second half is added to its first
+    until one is left.
+    """
+    length = 1
+    while length < x.shape[-1]:
+        length *= 2
+    x = padded(x, length)
+    while length > 1:
+        length //= 2
+        x = x[..., :length] + x[..., length:]
+    return x
