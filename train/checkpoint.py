@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..cache.durable import write_whole
 from ..errors import ConfigError, DataError
 from .alignment import Alignment, build_alignment
 from .alignment.base import Space
-from .students import Student, build_student
+from .students import (
+    MODEL,
+    WEIGHTS,
+    Student,
+    load_student,
+    load_weights,
+    read_model_json,
+)
 
-STUDENT = "student.safetensors"
 ALIGNMENT = "alignment.safetensors"
-MODEL = "model.json"
 LAST = "checkpoints/last.pt"
 
 
@@ -90,7 +94,7 @@ def save_model(
     Args:
         config: the ``student`` and ``align`` groups and the ``seed``, as plain containers.
     """
-    write_whole(out / STUDENT, save(_contiguous(student.model)))
+    write_whole(out / WEIGHTS, save(_contiguous(student.model)))
     write_whole(out / ALIGNMENT, save(_contiguous(alignment)))
     spaces = {
         name: {"teacher": s.teacher, "tokens": s.tokens, "dim": s.dim, "grid": s.grid}
@@ -113,27 +117,15 @@ def load_model(out: Path) -> tuple[Student, Alignment, dict[str, Any]]:
     Raises:
         DataError: the folder holds no finished run, or its files do not fit each other.
     """
-    try:
-        config = json.loads((out / MODEL).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"{out} holds no trained student ({MODEL} is missing): run preceptor train out={out}"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{out / MODEL} is damaged: train the student again") from error
-    student = build_student({**config["student"], "pretrained": False}, config["seed"])
+    config = read_model_json(out)
+    student, _, _ = load_student(out)
     spaces = {
         name: Space(s["teacher"], s["tokens"], s["dim"], s["grid"] and (*s["grid"],))
         for name, s in config["spaces"].items()
     }
     alignment = build_alignment({**config["align"], "spaces": None}, student, spaces)
-    for name, module in ((STUDENT, student.model), (ALIGNMENT, alignment)):
-        try:
-            module.load_state_dict(load_file(out / name))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise DataError(f"{out / name} cannot be loaded: {line}") from error
-    return student.eval(), alignment.eval(), config
+    load_weights(alignment, out / ALIGNMENT)
+    return student, alignment.eval(), config
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,11 +19,10 @@ from ..cache import Cache, Tokens
 from ..cache.samples import SampleIndex
 from ..cache.views import View
 from ..errors import DataError, PreceptorError
+from .students import IMAGENET_MEAN, IMAGENET_STD
 
 T = TypeVar("T")
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 AHEAD = 3
 """Batches that are ready before they are asked for."""
 

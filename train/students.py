@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
+
+WEIGHTS = "student.safetensors"
+"""The timm model's weights in a run's folder."""
+MODEL = "model.json"
+"""What the run's student and alignment were built from."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""How pixels from 0 to 1 are normalised for every student."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,52 @@ def build_student(config: Mapping[str, Any], seed: int) -> Student:
         size=int(size) if isinstance(size, int | float) else (int(size[0]), int(size[1])),
         **dict(config.get("options") or {}),
     )
+
+
+def load_student(folder: str | Path) -> tuple[Student, Tensor, Tensor]:
+    """The trained student of a run's folder, in evaluation mode, and what normalises its pixels.
+
+    Returns:
+        (student, mean float32 [3], std float32 [3]): the student takes (pixels - mean) / std of RGB
+        pixels from 0 to 1.
+
+    Raises:
+        DataError: the folder holds no finished run, or its files do not fit each other.
+    """
+    config = read_model_json(Path(folder))
+    student = build_student({**config["student"], "pretrained": False}, config["seed"])
+    load_weights(student.model, Path(folder) / WEIGHTS)
+    return student.eval(), torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+
+
+def read_model_json(folder: Path) -> dict[str, Any]:
+    """model.json of a run's folder: ``student``, ``align``, ``seed``, ``spaces``.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{folder} holds no trained student ({MODEL} is missing): run preceptor train "
+            f"out={folder}"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{folder / MODEL} is damaged: train the student again") from error
+    return found
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load all of a module's weights from a safetensors file.
+
+    Raises:
+        DataError: the file is missing, damaged, or another module's.
+    """
+    try:
+        module.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise DataError(f"{path} cannot be loaded: {_line(error)}") from error
 
 
 def _create(

@@ -38,9 +38,9 @@ def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, te
         train(train_config(f"align={align}", "recipe.steps=12", "recipe.lr=0.003", out=align))
         folders.append(str(tmp_path / align))
     result = evaluate(eval_config(f"students=[{','.join(folders)}]", "knn.k=5"))
-    assert json.loads((tmp_path / "eval" / "eval.json").read_text()) == result
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text()) == result
     assert result["images"] == {"train": 40, "test": 21}
-    rows = [(s["kind"], s["name"], s["readout"], s["dim"]) for s in result["scores"]]
+    rows = [(s["kind"], s["name"], s["readout"], s["dim"]) for s in result["rows"]]
     assert rows == [
         ("teacher", "vit/cls", "store", 24),
         ("student", "regression", "pooled", 16),
@@ -51,7 +51,7 @@ def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, te
         ("student", "model_token", "tokens", 512),
         ("student", "model_token", "both", 528),
     ]
-    assert all(0 <= s["knn"] <= 1 and 0 <= s["linear"] <= 1 for s in result["scores"])
+    assert all(0 <= s["knn"] <= 1 and 0 <= s["linear"] <= 1 for s in result["rows"])
 
     # The teacher's row, from the store to the score, in scikit-learn.
     sides = []
@@ -61,7 +61,7 @@ def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, te
     judge = KNeighborsClassifier(
         5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
     ).fit(*sides[0])
-    assert result["scores"][0]["knn"] == pytest.approx(judge.score(*sides[1]), abs=1e-9)
+    assert result["rows"][0]["knn"] == pytest.approx(judge.score(*sides[1]), abs=1e-9)
 
 
 def test_mistakes_are_told(eval_config, tmp_path):

@@ -13,6 +13,7 @@ from preceptor.train import loop
 from preceptor.train.checkpoint import LAST, load_checkpoint, load_model, save_checkpoint
 from preceptor.train.data import StoredViews, normalise
 from preceptor.train.loop import learning_rate, train
+from preceptor.train.students import load_student
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -51,6 +52,9 @@ def test_a_run_learns_and_leaves_what_it_says(train_config, tmp_path, bed, align
 
     # What was saved is what was trained, and gives the loss that the log ends with or better.
     student, alignment, _ = load_model(out)
+    alone, mean, _ = load_student(out)
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in alone.state_dict().items())
+    assert mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
     state = load_checkpoint(out / LAST)
     assert state["step"] == 24
     for name, value in load_file(out / "student.safetensors").items():

@@ -21,17 +21,17 @@ from .knn import knn_predict
 from .linear import fit_linear_probe
 from .table import Score, print_table
 
-RESULT = "eval.json"
+RESULT = "summary.json"
 
 Features = tuple[str, str, str, Tensor, Tensor]
 """kind, name, readout, training features [n, K], test features [q, K]."""
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
-    """Score what `config` (configs/eval.yaml) names, print the table and write `eval.json`.
+    """Score what `config` (configs/eval.yaml) names, print the table and write `summary.json`.
 
     Returns:
-        What the file holds: ``scores`` (see `Score`), the protocol, counts and seconds.
+        What the file holds: ``rows`` (see `Score`), the protocol, counts and seconds.
 
     Raises:
         ConfigError, DataError, StoreError: an input cannot be used.
@@ -46,7 +46,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         scores.append(_score(config, kind, name, readout, learn, judge, train, test))
     protocol = {key: _plain(config[key]) for key in ("train", "test", "knn", "linear", "seed")}
     result = {
-        "scores": [score.as_json() for score in scores],
+        "rows": [score.as_json() for score in scores],
         "images": {"train": len(train.rows), "test": len(test.rows)},
         "protocol": protocol,
         "seconds": time.perf_counter() - started,
