@@ -1,113 +1,16 @@
-"""Small stores with known tokens."""
+"""Fixtures: a finished small store, and copies of it that a test may harm."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from preceptor.cache import (
-    Cache,
-    RowBatch,
-    SpaceSpec,
-    StorePlan,
-    StoreWriter,
-    TeacherRecord,
-)
+from preceptor.cache import Cache
 
-ROWS, SHARD_ROWS, GROUP_ROWS = 42, 16, 4
-CORRUPT = (7, 33)
+sys.path.insert(0, str(Path(__file__).parent))  # for small_stores, in this and in new processes
 
-SPACES = (
-    SpaceSpec("vit", "patch", tokens=6, dim=70, grid=(2, 3)),
-    SpaceSpec("vit", "cls", tokens=1, dim=70, grid=None, encoding="fp16"),
-    SpaceSpec("cnn", "map", tokens=4, dim=9, grid=(2, 2), encoding="compact"),
-    SpaceSpec("cnn", "small", tokens=4, dim=129, grid=(2, 2), encoding="int4"),
-)
-
-
-def make_plan(
-    spaces: Iterable[SpaceSpec] = SPACES,
-    rows: int = ROWS,
-    shard_rows: int = SHARD_ROWS,
-    group_rows: int = GROUP_ROWS,
-) -> StorePlan:
-    grouped: dict[str, list[SpaceSpec]] = {}
-    for space in spaces:
-        grouped.setdefault(space.teacher, []).append(space)
-    teachers = tuple(
-        TeacherRecord(name, tuple(found), {"source": f"call:tests:{name}", "size": [28, 28]})
-        for name, found in grouped.items()
-    )
-    samples = {"count": rows, "sha256": "ab" * 32, "order": "source"}
-    return StorePlan(
-        samples, {"name": "center", "count": 1}, rows, shard_rows, group_rows, teachers
-    )
-
-
-def tokens_of(space: SpaceSpec, rows: np.ndarray) -> np.ndarray:
-    """float32 ``[len(rows), N, D]``: what the teacher of a test says about rows, a pure function."""
-    seed = int.from_bytes(hashlib.sha256(space.id.encode()).digest()[:4], "big")
-    parts = []
-    for row in rows:
-        rng = np.random.default_rng([seed, int(row)])
-        x = rng.standard_normal((space.tokens, space.dim)) * (1 + np.arange(space.dim) % 5)
-        parts.append(x * (1 + 20 * (rng.random((space.tokens, 1)) < 0.1)) + 3)
-    return np.stack(parts).astype(np.float32) if parts else np.zeros((0, *shape(space)), np.float32)
-
-
-def shape(space: SpaceSpec) -> tuple[int, int]:
-    return space.tokens, space.dim
-
-
-def facts_of(rows: np.ndarray, corrupt: Iterable[int] = CORRUPT) -> RowBatch:
-    count = len(rows)
-    return RowBatch(
-        keys=[f"train/{row:05d}é" for row in rows],
-        labels=rows % 7 - 1,
-        sizes=np.stack([rows + 100, rows + 200], 1),
-        boxes=np.stack([rows * 0.5, rows * 0.25, rows + 28.0, rows + 28.5], 1),
-        flips=rows % 3 == 0,
-        valid=~np.isin(rows, list(corrupt)),
-    )
-
-
-def calibrate(writer: StoreWriter) -> None:
-    for space in writer.uncalibrated:
-        x = tokens_of(space, np.arange(20)).reshape(-1, space.dim)
-        writer.calibrate(space.id, x.mean(0), x.std(0), rows_used=20)
-
-
-def write_shard(writer: StoreWriter, shard: int, units: tuple[str, ...], batch: int = 5) -> None:
-    plan = writer.plan
-    first = shard * plan.shard_rows
-    rows = np.arange(first, first + plan.rows_in(shard))
-    spaces = [space for space in plan.spaces.values() if space.teacher in units]
-    with writer.shard(shard, units) as out:
-        for at in range(0, len(rows), batch):
-            facts = facts_of(rows[at : at + batch])
-            seen = rows[at : at + batch][facts.valid]
-            out.append(facts, {space.id: tokens_of(space, seen) for space in spaces})
-
-
-def write_store(path: Path, plan: StorePlan | None = None) -> StoreWriter:
-    writer = StoreWriter.open_or_create(path, plan or make_plan())
-    calibrate(writer)
-    for shard, units in writer.pending():
-        write_shard(writer, shard, units)
-    writer.finish()
-    return writer
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """Every file of a store by its path within."""
-    return {
-        str(file.relative_to(path)): file.read_bytes()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
+from small_stores import contents, write_store
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +34,3 @@ def store(tmp_path: Path, finished: Path) -> Path:
 @pytest.fixture
 def cache(finished: Path) -> Cache:
     return Cache.open(finished)
-
-
-Builder = Callable[[Path], StoreWriter]

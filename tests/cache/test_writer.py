@@ -1,0 +1,333 @@
+"""The writer: whole or absent, the same bytes whatever happened on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from preceptor.cache import Cache, StoreWriter
+from preceptor.cache.commit import discard, read_commit
+from preceptor.cache.layout import Layout
+from preceptor.cache.spare import mend, problems
+from preceptor.errors import DataError, StoreError
+from small_stores import (
+    SPACES,
+    calibrate,
+    contents,
+    facts_of,
+    make_plan,
+    tokens_of,
+    write_shard,
+    write_store,
+)
+
+HERE = Path(__file__).parent
+DRIVER = f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+from pathlib import Path
+from small_stores import calibrate, make_plan, write_shard
+from preceptor.cache import StoreWriter
+path, mode = Path(sys.argv[1]), sys.argv[2]
+writer = StoreWriter.open_or_create(path, make_plan())
+calibrate(writer)
+print("ready", flush=True)
+sys.stdin.readline()
+if mode == "race":
+    write_shard(writer, 1, ("rows", "vit", "cnn"))
+else:
+    for shard, units in writer.pending():
+        write_shard(writer, shard, units)
+        print(shard, flush=True)
+"""
+
+
+def driver(path: Path, mode: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(path), mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, finished: Path) -> None:
+    path = tmp_path / "store"
+    process = driver(path, "all")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.strip() == "0":  # the first shard is committed, the second is under way
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    writer = StoreWriter.open_or_create(path, make_plan())
+    todo = writer.pending()
+    assert 0 not in dict(todo)
+    assert 2 in dict(todo)
+    calibrate(writer)
+    for shard, units in todo:
+        write_shard(writer, shard, units)
+    writer.finish()
+    assert contents(path) == contents(finished)
+
+
+def test_two_processes_at_one_shard_leave_one_whole_shard(tmp_path: Path, finished: Path) -> None:
+    path = tmp_path / "store"
+    writer = StoreWriter.open_or_create(path, make_plan())
+    calibrate(writer)
+    racers = [driver(path, "race") for _ in range(2)]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    outputs = [racer.communicate("go\n") for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0], outputs
+    assert [shard for shard, _ in writer.pending()] == [0, 2]
+    for shard, units in writer.pending():
+        write_shard(writer, shard, units)
+    writer.finish()
+    assert contents(path) == contents(finished)
+
+
+def test_torn_files_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    StoreWriter.open_or_create(path, make_plan())
+    torn = path / "rows/key/.c.0.0.0123.tmp"
+    torn.write_bytes(b"half")
+    from preceptor.cache.durable import Staged
+
+    living = Staged(path / "rows/key/c.1.0", [b"whole"])
+    StoreWriter.open_or_create(path, make_plan())
+    assert not torn.exists()
+    living.publish()
+    assert (path / "rows/key/c.1.0").read_bytes() == b"whole"
+
+
+def test_another_configuration_is_refused_with_both_sides(store: Path) -> None:
+    plan = make_plan()
+    other = replace(plan, samples={**plan.samples, "sha256": "cd" * 32})
+    with pytest.raises(StoreError, match=r"samples.sha256 is \"abab.* in the store and \"cdcd"):
+        StoreWriter.open_or_create(store, other)
+    teacher = replace(plan.teachers[0], identity={"source": "call:other"})
+    with pytest.raises(StoreError, match=r"teachers\[vit\].identity"):
+        StoreWriter.open_or_create(store, replace(plan, teachers=(teacher, *plan.teachers[1:])))
+    with pytest.raises(StoreError, match=r"group_rows is 4 in the store and 8"):
+        StoreWriter.open_or_create(store, replace(plan, group_rows=8))
+
+
+def test_a_directory_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(StoreError, match=r"thesis\.tex"):
+        StoreWriter.open_or_create(tmp_path, make_plan())
+
+
+def test_a_shard_that_is_not_full_commits_nothing(tmp_path: Path) -> None:
+    writer = StoreWriter.open_or_create(tmp_path / "store", make_plan())
+    before = contents(tmp_path)
+    with pytest.raises(StoreError, match="got 4 of its 16 rows"):
+        with writer.shard(0, ("rows",)) as shard:
+            shard.append(facts_of(np.arange(4)), {})
+    with pytest.raises(StoreError, match="cannot be stored"), writer.shard(0, ("rows",)) as shard:
+        shard.append(facts_of(np.arange(16)), {})
+        shard.append(replace(facts_of(np.arange(1)), keys=[""]), {})
+    with pytest.raises(StoreError, match="takes 16 rows, not 17"):
+        with writer.shard(0, ("rows",)) as shard:
+            shard.append(facts_of(np.arange(17)), {})
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(np.nan, "not finite"), (np.inf, "not finite"), (1e30, "too far")]
+)
+def test_tokens_that_cannot_be_stored_are_named(tmp_path: Path, value: float, words: str) -> None:
+    writer = StoreWriter.open_or_create(tmp_path / "store", make_plan(SPACES[:1]))
+    calibrate(writer)
+    rows = np.arange(3)
+    x = tokens_of(SPACES[0], rows)
+    x[2, 4, 1] = value
+    with pytest.raises(DataError, match=rf"token 4 of vit/patch is {words}.*train/00002é"):
+        with writer.shard(0, ("vit",)) as shard:
+            shard.append(facts_of(rows), {"vit/patch": torch.from_numpy(x)})
+
+
+def test_wrong_shapes_and_spaces_are_named(tmp_path: Path) -> None:
+    writer = StoreWriter.open_or_create(tmp_path / "store", make_plan(SPACES[:1]))
+    with pytest.raises(StoreError, match=r"vit/patch .* is not calibrated"):
+        writer.shard(0, ("vit",))
+    calibrate(writer)
+    rows = facts_of(np.arange(3))
+    shard = writer.shard(0, ("vit",))
+    with pytest.raises(StoreError, match=r"\(3, 6, 70\), not \(2, 6, 70\)"):
+        shard.append(rows, {"vit/patch": np.zeros((2, 6, 70), np.float32)})
+    with pytest.raises(StoreError, match="wants tokens of"):
+        shard.append(rows, {})
+    with pytest.raises(StoreError, match="label of 3 rows"):
+        shard.append(replace(rows, labels=np.zeros(2)), {})
+    with pytest.raises(StoreError, match="key_bytes"):
+        shard.append(replace(rows, keys=["a", "b" * 129, "c"]), {})
+    with pytest.raises(StoreError, match="shards 0 to 2, not 3"):
+        writer.shard(3, ("vit",))
+    with pytest.raises(StoreError, match="no teacher 'vgg'"):
+        writer.shard(0, ("vgg",))
+
+
+def test_a_calibration_is_frozen(tmp_path: Path) -> None:
+    writer = StoreWriter.open_or_create(tmp_path / "store", make_plan(SPACES[:1]))
+    assert [space.id for space in writer.uncalibrated] == ["vit/patch"]
+    mean, std = np.arange(70.0), np.arange(70.0) + 1
+    for bad in (std[:3], std * np.nan, std - 1):
+        with pytest.raises(StoreError, match="vit/patch"):
+            writer.calibrate("vit/patch", mean, bad, rows_used=3)
+    writer.calibrate("vit/patch", mean, std, rows_used=3)
+    writer.calibrate("vit/patch", mean, std, rows_used=3)
+    with pytest.raises(StoreError, match="frozen"):
+        writer.calibrate("vit/patch", mean, std + 1, rows_used=3)
+    again = StoreWriter.open_or_create(tmp_path / "store", make_plan(SPACES[:1]))
+    assert again.uncalibrated == []
+    assert (again.calibration("vit/patch")[1] == std.astype(np.float32)).all()
+
+
+def test_tokens_of_other_rows_than_the_store_has_are_refused(store: Path) -> None:
+    discard(store, StoreWriter.open(store).manifest, "vit", 1)
+    writer = StoreWriter.open(store)
+    assert writer.pending() == [(1, ("vit",))]
+    rows = np.arange(16, 32)
+    facts = facts_of(rows)
+    facts.keys[3] = "another"
+    spaces = [space for space in SPACES if space.teacher == "vit"]
+    with pytest.raises(StoreError, match="shard 1: key of the rows"):
+        with writer.shard(1, ("vit",)) as shard:
+            shard.append(facts, {space.id: tokens_of(space, rows) for space in spaces})
+
+
+def test_a_shard_extracted_again_gives_the_same_store(store: Path, finished: Path) -> None:
+    manifest = StoreWriter.open(store).manifest
+    discard(store, manifest, "cnn", 2)
+    discard(store, manifest, "rows", 2)
+    with pytest.raises(StoreError, match="shard 2 of rows has no commit record"):
+        Cache.open(store)
+    writer = StoreWriter.open(store)
+    assert writer.pending() == [(2, ("rows", "cnn"))]
+    with pytest.raises(StoreError, match="not committed"):
+        read_commit(store, manifest, Layout(manifest.plan), "cnn", 2)
+    for shard, units in writer.pending():
+        write_shard(writer, shard, units)
+    writer.finish()
+    assert contents(store) == contents(finished)
+
+
+def test_a_repair_with_other_tokens_says_that_statistics_are_not_exact(store: Path) -> None:
+    manifest = StoreWriter.open(store).manifest
+    discard(store, manifest, "vit", 1)
+    writer = StoreWriter.open(store)
+    rows = np.arange(16, 32)
+    spaces = [space for space in SPACES if space.teacher == "vit"]
+    with writer.shard(1, ("vit",)) as shard:
+        facts = facts_of(rows)
+        seen = rows[facts.valid]
+        shard.append(facts, {space.id: tokens_of(space, seen) * 1.001 for space in spaces})
+    writer.finish()
+    cache = Cache.open(store)
+    assert not cache.completions["vit"].exact
+    assert cache.completions["cnn"].exact
+    assert cache["vit/patch"].statistics().count == 40 * 6
+
+
+def test_finishing_names_what_is_pending(tmp_path: Path) -> None:
+    writer = StoreWriter.open_or_create(tmp_path / "store", make_plan())
+    calibrate(writer)
+    write_shard(writer, 1, ("rows", "vit", "cnn"))
+    write_shard(writer, 0, ("rows",))
+    assert writer.pending() == [(0, ("vit", "cnn")), (2, ("rows", "vit", "cnn"))]
+    with pytest.raises(StoreError, match=r"2 of 3 shards are not committed \(0, 2\)"):
+        writer.finish()
+    with pytest.raises(StoreError, match=r"vit lacks 2 of 3 shards \(0, 2\).*extract"):
+        Cache.open(tmp_path / "store")
+
+
+def test_a_teacher_is_added_and_dropped_without_touching_the_others(
+    tmp_path: Path, finished: Path
+) -> None:
+    path = tmp_path / "store"
+    whole = make_plan()
+    write_store(path, replace(whole, teachers=whole.teachers[:1]))
+    before = contents(path)
+    writer = StoreWriter.open(path)
+    writer.add(whole.teachers[1])
+    assert len(Cache.open(path, teachers=["vit"]).spaces) == 2
+    calibrate(writer)
+    for shard, units in writer.pending():
+        assert units == ("cnn",)
+        write_shard(writer, shard, units)
+    writer.finish()
+    assert contents(path) == contents(finished)
+    writer.drop("cnn")
+    assert contents(path) == before
+    with pytest.raises(StoreError, match="no teacher 'cnn'"):
+        writer.drop("cnn")
+
+
+def test_kept_files_and_their_copies_mend_each_other(store: Path, finished: Path) -> None:
+    whole = contents(finished)
+    assert problems(store) == []
+    kept = [name for name in whole if f"spare/{name}" in whole]
+    assert len(kept) == 1 + 3 + 4 * 4
+    for name in [*kept, *(f"spare/{name}" for name in kept)]:
+        (store / name).write_bytes(whole[name][:-7])
+        assert any(name.removeprefix("spare/") in problem for problem in problems(store))
+        assert mend(store) == [name]
+        (store / name).unlink()
+        assert mend(store) == [name]
+    assert contents(store) == whole
+    for name in ("manifest.json", "spare/manifest.json"):
+        (store / name).write_bytes(b"{}")
+    with pytest.raises(StoreError, match="both damaged"):
+        mend(store)
+
+
+def test_the_disk_giving_back_other_bytes_is_noticed(tmp_path: Path) -> None:
+    from preceptor.cache.durable import Staged
+
+    staged = Staged(tmp_path / "file", [b"abc", b"def"])
+    (temporary,) = tmp_path.iterdir()
+    temporary.write_bytes(b"abcdeg")
+    with pytest.raises(StoreError, match="the disk gave back other bytes"):
+        staged.verify()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    import resource
+
+    from preceptor.cache.durable import Staged
+
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, size[1]))
+    try:
+        with pytest.raises(StoreError, match="nothing was committed"):
+            Staged(tmp_path / "file", [bytes(10000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_store_stays_as_it_is_when_opened_again(store: Path, finished: Path) -> None:
+    writer = StoreWriter.open_or_create(store, make_plan())
+    assert writer.pending() == []
+    writer.finish()
+    shutil.rmtree(store / "partial", ignore_errors=True)
+    assert contents(store) == contents(finished)
