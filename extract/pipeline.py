@@ -221,11 +221,12 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
             )
         theirs = other.manifest.plan.teacher(spec.teacher).identity
         ours = writer.plan.teacher(spec.teacher).identity
-        if theirs["weights"] != ours["weights"]:
-            raise StoreError(
-                f"calibration.store={path} was made by other weights of {spec.teacher}: "
-                f"{theirs['weights']} there, {ours['weights']} here"
-            )
+        for part in (theirs.keys() | ours.keys()) - {"versions", "precision"}:
+            if theirs.get(part) != ours.get(part):
+                raise StoreError(
+                    f"calibration.store={path} was made by another {spec.teacher}: its {part} is "
+                    f"{theirs.get(part)} there and {ours.get(part)} here"
+                )
         space = other[spec.id]
         writer.calibrate(
             spec.id,
