@@ -9,11 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from preceptor.cache import Cache, StoreWriter
+from preceptor.cache import Cache, RowBatch, StoreWriter
 from preceptor.cache.commit import discard, read_commit
 from preceptor.cache.layout import Layout
 from preceptor.cache.spare import mend, problems
@@ -48,6 +49,13 @@ else:
         write_shard(writer, shard, units)
         print(shard, flush=True)
 """
+
+
+def fill(
+    writer: StoreWriter, shard: int, unit: str, facts: RowBatch, tokens: dict[str, Any]
+) -> None:
+    with writer.shard(shard, (unit,)) as out:
+        out.append(facts, tokens)
 
 
 def driver(path: Path, mode: str) -> subprocess.Popen[str]:
@@ -88,12 +96,15 @@ def test_two_processes_at_one_shard_leave_one_whole_shard(tmp_path: Path, finish
     path = tmp_path / "store"
     writer = StoreWriter.open_or_create(path, make_plan())
     calibrate(writer)
-    racers = [driver(path, "race") for _ in range(2)]
-    for racer in racers:
-        assert racer.stdout is not None
-        assert racer.stdout.readline() == "ready\n"
-    outputs = [racer.communicate("go\n") for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0], outputs
+    racer = driver(path, "race")
+    assert racer.stdout is not None
+    assert racer.stdin is not None
+    assert racer.stdout.readline() == "ready\n"
+    racer.stdin.write("go\n")
+    racer.stdin.flush()
+    write_shard(writer, 1, ("rows", "vit", "cnn"))
+    racer.communicate()
+    assert racer.returncode == 0
     assert [shard for shard, _ in writer.pending()] == [0, 2]
     for shard, units in writer.pending():
         write_shard(writer, shard, units)
@@ -136,15 +147,13 @@ def test_a_directory_with_other_things_is_refused(tmp_path: Path) -> None:
 def test_a_shard_that_is_not_full_commits_nothing(tmp_path: Path) -> None:
     writer = StoreWriter.open_or_create(tmp_path / "store", make_plan())
     before = contents(tmp_path)
+    whole = facts_of(np.arange(16))
     with pytest.raises(StoreError, match="got 4 of its 16 rows"):
-        with writer.shard(0, ("rows",)) as shard:
-            shard.append(facts_of(np.arange(4)), {})
-    with pytest.raises(StoreError, match="cannot be stored"), writer.shard(0, ("rows",)) as shard:
-        shard.append(facts_of(np.arange(16)), {})
-        shard.append(replace(facts_of(np.arange(1)), keys=[""]), {})
+        fill(writer, 0, "rows", facts_of(np.arange(4)), {})
+    with pytest.raises(StoreError, match="cannot be stored"):
+        fill(writer, 0, "rows", replace(whole, keys=["", *whole.keys[1:]]), {})
     with pytest.raises(StoreError, match="takes 16 rows, not 17"):
-        with writer.shard(0, ("rows",)) as shard:
-            shard.append(facts_of(np.arange(17)), {})
+        fill(writer, 0, "rows", facts_of(np.arange(17)), {})
     assert contents(tmp_path) == before
 
 
@@ -158,8 +167,7 @@ def test_tokens_that_cannot_be_stored_are_named(tmp_path: Path, value: float, wo
     x = tokens_of(SPACES[0], rows)
     x[2, 4, 1] = value
     with pytest.raises(DataError, match=rf"token 4 of vit/patch is {words}.*train/00002é"):
-        with writer.shard(0, ("vit",)) as shard:
-            shard.append(facts_of(rows), {"vit/patch": torch.from_numpy(x)})
+        fill(writer, 0, "vit", facts_of(rows), {"vit/patch": torch.from_numpy(x)})
 
 
 def test_wrong_shapes_and_spaces_are_named(tmp_path: Path) -> None:
@@ -207,9 +215,9 @@ def test_tokens_of_other_rows_than_the_store_has_are_refused(store: Path) -> Non
     facts = facts_of(rows)
     facts.keys[3] = "another"
     spaces = [space for space in SPACES if space.teacher == "vit"]
+    tokens = {space.id: tokens_of(space, rows) for space in spaces}
     with pytest.raises(StoreError, match="shard 1: key of the rows"):
-        with writer.shard(1, ("vit",)) as shard:
-            shard.append(facts, {space.id: tokens_of(space, rows) for space in spaces})
+        fill(writer, 1, "vit", facts, tokens)
 
 
 def test_a_shard_extracted_again_gives_the_same_store(store: Path, finished: Path) -> None:
