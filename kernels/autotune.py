@@ -25,21 +25,18 @@ _FORCED: list[int] = []
 Tile = dict[str, Any]
 
 
-def chunk_of(width: int, lanes: int, itemsize: int) -> int:
+def chunk_of(width: int, ceiling: int, most: int) -> int:
     """The chunk DC in which a token's ``width`` elements are read: a power of two.
 
-    The largest one that divides the width, unless that makes too many chunks (each is an unrolled
-    product); then one that leaves little of its last chunk unused.
+    The largest one up to ``ceiling`` that divides the width, unless that makes more than ``most``
+    chunks (each is an unrolled product); then the smallest one that makes few enough.
     """
-    floor = 16
-    ceiling = 64 if lanes == 4 else 512 // max(itemsize, 2)
-    most = 4 if lanes == 4 else 8
     exact = ceiling
-    while exact > floor and width % exact:
+    while exact > 16 and width % exact:
         exact //= 2
     if width % exact == 0 and width // exact <= most:
         return exact
-    chunk = floor
+    chunk = 16
     while chunk * most < width:
         chunk *= 2
     return chunk
@@ -53,40 +50,46 @@ def row_tiles(kernel: str, width: int, lanes: int, itemsize: int) -> list[Tile]:
         itemsize: bytes of one token channel.
     """
     dim = width * lanes
-    wide = itemsize == 4
+    # (BM, BN, warps, stages): tokens held in shared memory between their two uses.
+    held: list[tuple[int, int, int, int]] = []
+    # The same with both read again from the caches: what wide tokens leave room for.
+    again = [(16, 32, 8, 1)]
     if INTERPRETED:
-        shapes = [(16, 16, 4, 2), (32, 32, 4, 2)]
+        # Small blocks have more edges, and nothing is timed.
+        held, again = [(16, 16, 4, 2), (32, 32, 4, 2)], [(16, 16, 4, 1)]
+    elif itemsize == 4:
+        again += [(16, 16, 8, 1)]
     elif kernel == "forward":
-        shapes = [(16, 32, 8, 2)]
-        if dim <= 768:
-            shapes += [(16, 32, 4, 2), (16, 32, 8, 3)] if not wide else [(16, 16, 4, 2)]
-            shapes += [(16, 64, 8, 2)] if not wide else []
-        if dim <= 1024 and not wide:
-            shapes += [(32, 32, 8, 2)]
-        if dim > 768:
-            shapes += [(16, 16, 8, 2)]
-    else:
-        shapes = [(16, 32, 8, 2)]
-        if dim <= 384:
-            shapes += [(16, 32, 4, 2)]
-        if dim <= 768:
-            shapes += [(16, 16, 4, 2)]
-            shapes += [(32, 32, 8, 2)] if itemsize == 2 else []
-        if dim > 768:
-            shapes += [(16, 16, 8, 2)]
-    chunk = chunk_of(width, lanes, itemsize)
-    return [
-        {
-            "BM": rows,
-            "BN": tokens,
-            "DC": chunk,
-            "NC": triton.cdiv(width, chunk),
-            "EVEN": width % chunk == 0,
-            "num_warps": warps,
-            "num_stages": stages,
-        }
-        for rows, tokens, warps, stages in shapes
-    ]
+        held = [(16, 32, 8, 2)]
+        held += [(16, 32, 4, 2), (16, 32, 8, 3), (16, 64, 8, 2)] if dim <= 768 else []
+        held += [(32, 32, 8, 2)] if 384 < dim <= 1024 or itemsize == 2 else []
+    elif dim <= 1024 or lanes == 1:
+        held = [(16, 32, 8, 2)]
+        held += [(16, 32, 4, 2)] if dim <= 384 else []
+        held += [(16, 16, 4, 2), (32, 32, 8, 2)] if dim <= 768 and itemsize == 2 else []
+        held += [(16, 16, 8, 2)] if dim > 384 and lanes == 4 else []
+    tiles = []
+    for shapes, reload in ((held, False), (again, True)):
+        if reload:
+            chunk = chunk_of(width, 64, 12)
+        elif lanes == 4:
+            chunk = chunk_of(width, 64, 4)
+        else:
+            chunk = chunk_of(width, 512 // max(itemsize, 2), 8)
+        tiles += [
+            {
+                "BM": rows,
+                "BN": tokens,
+                "DC": chunk,
+                "NC": triton.cdiv(width, chunk),
+                "EVEN": width % chunk == 0,
+                "RELOAD": reload,
+                "num_warps": warps,
+                "num_stages": stages,
+            }
+            for rows, tokens, warps, stages in shapes
+        ]
+    return tiles
 
 
 def token_tiles(itemsize: int) -> list[Tile]:
@@ -104,9 +107,11 @@ def shared_bytes(kernel: str, tile: Mapping[str, Any], lanes: int, itemsize: int
     """About how many bytes of shared memory a configuration takes.
 
     One block of rows for each of the query and dy, one block of tokens for each stage but the one
-    at work, and for codes in the backward pass their decoded block.
+    at work, and for codes in the backward pass their decoded block; with RELOAD two chunks of each.
     """
     operand = max(itemsize, 2)
+    if tile["RELOAD"]:
+        return 2 * (tile["BM"] + tile["BN"]) * tile["DC"] * lanes * operand + 4096
     dim = tile["DC"] * tile["NC"] * lanes
     rows = tile["BM"] * dim * operand * (1 if kernel == "forward" else 2)
     tokens = tile["BN"] * dim * itemsize * max(1, tile["num_stages"] - 1)

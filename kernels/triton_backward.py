@@ -41,7 +41,7 @@ def attend_backward_query(
     query_batch_stride, query_row_stride, token_batch_stride, token_stride,
     HAS_GAIN: tl.constexpr, NORM: tl.constexpr, EMIT: tl.constexpr, LANES: tl.constexpr,
     EVEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, RELOAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, NC: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one sample over one part of its tokens.
@@ -58,31 +58,30 @@ def attend_backward_query(
     row = row_block * BM + tl.arange(0, BM)
     row_inside = row < rows
     row_place = sample * rows
-    COUNT: tl.constexpr = NC * LANES
+    query += sample * query_batch_stride
+    tokens += sample * token_batch_stride
+    grad_output += row_place * dim
+    output += row_place * dim
 
     q, q_factor, q_sum = row_operands(
-        query + sample * query_batch_stride, row, row_inside, query_row_stride, dim,
-        NC, DC, EVEN, LANES, OPERAND, EMULATE, BM,
+        query, row, row_inside, query_row_stride, dim,
+        NC, DC, EVEN, LANES, OPERAND, EMULATE, RELOAD, BM,
     )  # fmt: skip
     dy, dy_factor, dy_sum = row_operands(
-        grad_output + row_place * dim, row, row_inside, dim, dim,
-        NC, DC, EVEN, LANES, OPERAND, EMULATE, BM,
+        grad_output, row, row_inside, dim, dim,
+        NC, DC, EVEN, LANES, OPERAND, EMULATE, RELOAD, BM,
     )  # fmt: skip
     delta = tl.zeros((BM,), tl.float32)
     for chunk in tl.static_range(NC):
-        grad = load_row_chunk(
-            grad_output + row_place * dim, row, row_inside, dim, dim, chunk, DC, EVEN, LANES
-        )
-        y = load_row_chunk(
-            output + row_place * dim, row, row_inside, dim, dim, chunk, DC, EVEN, LANES
-        )
+        grad = load_row_chunk(grad_output, row, row_inside, dim, dim, chunk, DC, EVEN, LANES)
+        y = load_row_chunk(output, row, row_inside, dim, dim, chunk, DC, EVEN, LANES)
         delta += tl.sum(grad * y, axis=1)
     row_lse = tl.load(lse + row_place + row, mask=row_inside, other=float("-inf"))
     attends = row_lse > float("-inf")
     shift = tl.where(attends, row_lse, 0.0) * LOG2E
     dlse = tl.load(grad_lse + row_place + row, mask=row_inside & attends, other=0.0)
 
-    accumulators = zeros(COUNT, BM, DC)
+    accumulators = zeros(NC * LANES, BM, DC)
     centre = tl.zeros((BM,), tl.float32)
     residual = tl.zeros((BM,), tl.float32)
     # float16 operands: the largest |a ds| of a row so far is divided out, since a gradient may lie
@@ -96,11 +95,18 @@ def attend_backward_query(
         valid = position < end
         place = sample * count + position
         x = load_tokens(
-            tokens + sample * token_batch_stride, position, valid, token_stride, width,
-            NC, DC, EVEN, LANES, OPERAND,
+            tokens, position, valid, token_stride, width, NC, DC, EVEN, LANES, OPERAND, RELOAD
+        )
+        t = products(
+            q, x, query, row, row_inside, query_row_stride, dim, q_factor,
+            tokens, position, valid, token_stride, width,
+            NC, DC, EVEN, LANES, OPERAND, PRECISION, EMULATE, RELOAD, BM, BN,
         )  # fmt: skip
-        t = products(q, x, COUNT, BM, BN, PRECISION)
-        u = products(dy, x, COUNT, BM, BN, PRECISION)
+        u = products(
+            dy, x, grad_output, row, row_inside, dim, dim, dy_factor,
+            tokens, position, valid, token_stride, width,
+            NC, DC, EVEN, LANES, OPERAND, PRECISION, EMULATE, RELOAD, BM, BN,
+        )  # fmt: skip
         attended = valid
         a = tl.full((BN,), 1.0, tl.float32)
         if HAS_GAIN:
@@ -158,17 +164,16 @@ def attend_backward_query(
                 centre = centre * alpha
             centre += part_centre
         accumulators = accumulate(
-            accumulators, alpha, rounded, x, COUNT, OPERAND == tl.float16, PRECISION
-        )
+            accumulators, alpha, rounded, x, tokens, position, valid, token_stride, width,
+            NC, DC, EVEN, LANES, OPERAND, PRECISION, RELOAD, OPERAND == tl.float16,
+        )  # fmt: skip
 
     if OPERAND != tl.float16:
         unit = tl.full((BM,), 1.0, tl.float32)
     part_place = split * batch * rows + row_place
     for chunk in tl.static_range(NC):
         summed = (join_lanes(accumulators, chunk, LANES) - centre[:, None]) * unit[:, None]
-        y = load_row_chunk(
-            output + row_place * dim, row, row_inside, dim, dim, chunk, DC, EVEN, LANES
-        )
+        y = load_row_chunk(output, row, row_inside, dim, dim, chunk, DC, EVEN, LANES)
         dq = summed - residual[:, None] * y
         store_row_chunk(
             grad_query + part_place * dim, dq, row, row_inside, dim, dim, chunk,

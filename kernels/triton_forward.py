@@ -11,6 +11,7 @@ import triton.language as tl
 from .triton_tiles import (
     accumulate,
     join_lanes,
+    load_token_chunk,
     load_tokens,
     products,
     round_to_bfloat16,
@@ -33,6 +34,7 @@ def attend_forward(
     query_batch_stride, query_row_stride, token_batch_stride, token_stride, norm_eps,
     HAS_WEIGHT: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, SPLITS: tl.constexpr,
+    RELOAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, NC: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one sample over one part of its tokens.
@@ -49,9 +51,12 @@ def attend_forward(
     row = row_block * BM + tl.arange(0, BM)
     row_inside = row < rows
 
+    query += sample * query_batch_stride
+    tokens += sample * token_batch_stride
+
     operands, factor, row_sum = row_operands(
-        query + sample * query_batch_stride, row, row_inside, query_row_stride, dim,
-        NC, DC, EVEN, LANES, OPERAND, EMULATE, BM,
+        query, row, row_inside, query_row_stride, dim,
+        NC, DC, EVEN, LANES, OPERAND, EMULATE, RELOAD, BM,
     )  # fmt: skip
     accumulators = zeros(NC * LANES, BM, DC)
     # The running maximum is over log2(p a), so that the weights p a of the sum stay at most 1
@@ -66,17 +71,23 @@ def attend_forward(
         position = start + tl.arange(0, BN)
         valid = position < end
         x = load_tokens(
-            tokens + sample * token_batch_stride, position, valid, token_stride, width,
-            NC, DC, EVEN, LANES, OPERAND,
+            tokens, position, valid, token_stride, width, NC, DC, EVEN, LANES, OPERAND, RELOAD
+        )
+        t = products(
+            operands, x, query, row, row_inside, query_row_stride, dim, factor,
+            tokens, position, valid, token_stride, width,
+            NC, DC, EVEN, LANES, OPERAND, PRECISION, EMULATE, RELOAD, BM, BN,
         )  # fmt: skip
-        t = products(operands, x, NC * LANES, BM, BN, PRECISION)
         attended = valid
         gain = tl.full((BN,), 1.0, tl.float32)
         if HAS_WEIGHT:
             gain = tl.load(weight + sample * count + position, mask=valid, other=-1.0)
             attended = gain >= 0.0
         if NORM:
-            mean, deviation = token_statistics(x, width, dim, NC, DC, EVEN, LANES, BN)
+            mean, deviation = token_statistics(
+                x, tokens, position, valid, token_stride, width, dim,
+                NC, DC, EVEN, LANES, OPERAND, RELOAD, BN,
+            )  # fmt: skip
             kept = gain
             if HAS_WEIGHT:
                 gain = tl.maximum(gain, 0.0)
@@ -107,7 +118,10 @@ def attend_forward(
         if NORM:
             part = tl.sum(rounded.to(tl.float32) * mean[None, :], axis=1)
             centre = centre * alpha + part
-        accumulators = accumulate(accumulators, alpha, rounded, x, NC * LANES, True, PRECISION)
+        accumulators = accumulate(
+            accumulators, alpha, rounded, x, tokens, position, valid, token_stride, width,
+            NC, DC, EVEN, LANES, OPERAND, PRECISION, RELOAD, True,
+        )  # fmt: skip
         top = new_top
 
     some = denominator > 0.0
@@ -125,21 +139,42 @@ def attend_forward(
 
 @triton.jit
 def token_statistics(
-    x, width, dim, NC: tl.constexpr, DC: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
-    BN: tl.constexpr,
+    x, tokens, position, valid, token_stride, width, dim,
+    NC: tl.constexpr, DC: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
+    OPERAND: tl.constexpr, RELOAD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance [BN] of each token over its channels, the variance about the mean."""
-    # Chunk by chunk, so that one chunk at a time is in registers; two chunks' means and sums of
-    # squared deviations merge exactly (Chan, Golub and LeVeque, 1983).
     mean = tl.zeros((BN,), tl.float32)
     squares = tl.zeros((BN,), tl.float32)
-    seen = 0.0
-    for index in tl.static_range(NC * LANES):
-        tile = x[index].to(tl.float32)
-        size = DC * 1.0
-        if not EVEN:
-            columns = (index // LANES) * DC + tl.arange(0, DC)
-            size = tl.minimum(width - (index // LANES) * DC, DC).to(tl.float32)
+    if RELOAD:
+        for chunk in tl.range(0, NC, num_stages=2):
+            tiles = load_token_chunk(
+                tokens, position, valid, token_stride, width, chunk, DC, EVEN, LANES, OPERAND
+            )
+            mean, squares = merge_statistics(mean, squares, tiles, chunk, width, DC, EVEN, LANES)
+    else:
+        for chunk in tl.static_range(NC):
+            tiles = x[chunk * LANES : (chunk + 1) * LANES]
+            mean, squares = merge_statistics(mean, squares, tiles, chunk, width, DC, EVEN, LANES)
+    return mean, squares / dim
+
+
+@triton.jit
+def merge_statistics(
+    mean, squares, tiles, chunk, width, DC: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Mean and sum of squared deviations [BN] with one more chunk of channels.
+
+    Chunk by chunk, so that one chunk at a time is in registers, and exact about whatever mean the
+    tokens have (Chan, Golub and LeVeque, 1983).
+    """
+    columns = chunk * DC + tl.arange(0, DC)
+    size = DC * 1.0
+    if not EVEN:
+        size = tl.minimum(width - chunk * DC, DC).to(tl.float32)
+    seen = chunk * (DC * LANES) * 1.0
+    for lane in tl.static_range(LANES):
+        tile = tiles[lane].to(tl.float32)
         part_mean = tl.sum(tile, axis=1) / size
         centred = tile - part_mean[:, None]
         if not EVEN:
@@ -149,7 +184,7 @@ def token_statistics(
         squares += tl.sum(centred * centred, axis=1) + gap * gap * (seen * size / together)
         mean += gap * (size / together)
         seen = together
-    return mean, squares / dim
+    return mean, squares
 
 
 @triton.jit

@@ -4,10 +4,13 @@ A tile of tokens [BN, D] is a tuple of NC * LANES tiles [BN, DC], because Triton
 powers of two and D = 384, 768 or 1536 is not. Packed int8 codes are loaded as 32-bit words, four
 channels each, since byte-wide loads are neither vectorised nor asynchronous; lane k of a word chunk
 holds the channels 4 j + k, and rows are split and interleaved to match.
+
+Where a tile does not fit beside its rows (float32 tokens, wide codes in the backward pass), RELOAD
+reads tokens and rows again from the caches for each product instead of holding them.
 """
 
 # Triton's language is a subset of Python: no unpacking into tuples, constants on the right.
-# ruff: noqa: RUF005, SIM108, SIM300
+# ruff: noqa: RUF005, SIM300
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -17,39 +20,42 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tokens(
-    base,
-    positions,
-    valid,
-    stride,
-    width,
-    NC: tl.constexpr,
-    DC: tl.constexpr,
-    EVEN: tl.constexpr,
-    LANES: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """NC * LANES tiles [BN, DC] of dot operands; zeros outside.
+def load_token_chunk(
+    base, positions, valid, stride, width, chunk, DC: tl.constexpr,
+    EVEN: tl.constexpr, LANES: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """LANES tiles [BN, DC] of dot operands; zeros outside.
 
     ``width`` and ``stride`` count elements of the pointer: channels, or words of four.
     """
+    columns = chunk * DC + tl.arange(0, DC)
+    places = base + positions[:, None] * stride + columns[None, :]
+    inside = valid[:, None] if EVEN else valid[:, None] & (columns < width)[None, :]
     tiles = ()
-    for chunk in tl.static_range(NC):
-        columns = chunk * DC + tl.arange(0, DC)
-        places = base + positions[:, None] * stride + columns[None, :]
-        if EVEN:
-            inside = valid[:, None]
-        else:
-            inside = valid[:, None] & (columns < width)[None, :]
-        if LANES == 4:
-            words = tl.load(places, mask=inside, other=0)
-            for lane in tl.static_range(4):
-                # The biased code u = code + 128 in the low mantissa bits of 1024.0 reads 1024 + u,
-                # exactly; subtracting 1152 leaves the code, without an integer conversion.
-                bits = (((words >> (8 * lane)) & 0xFF) ^ 0x80) | 0x6400
-                tiles = tiles + ((bits.to(tl.int16).to(tl.float16, bitcast=True) - 1152.0),)
-        else:
-            tiles = tiles + (tl.load(places, mask=inside, other=0.0).to(OPERAND),)
+    if LANES == 4:
+        words = tl.load(places, mask=inside, other=0)
+        for lane in tl.static_range(4):
+            # The biased code u = code + 128 in the low mantissa bits of 1024.0 reads 1024 + u,
+            # exactly; subtracting 1152 leaves the code, without an integer conversion.
+            bits = (((words >> (8 * lane)) & 0xFF) ^ 0x80) | 0x6400
+            tiles = tiles + ((bits.to(tl.int16).to(tl.float16, bitcast=True) - 1152.0),)
+    else:
+        tiles = (tl.load(places, mask=inside, other=0.0).to(OPERAND),)
+    return tiles
+
+
+@triton.jit
+def load_tokens(
+    base, positions, valid, stride, width, NC: tl.constexpr, DC: tl.constexpr,
+    EVEN: tl.constexpr, LANES: tl.constexpr, OPERAND: tl.constexpr, RELOAD: tl.constexpr,
+):  # fmt: skip
+    """All NC * LANES tiles of a block of tokens, or none where they are to be read again."""
+    tiles = ()
+    if not RELOAD:
+        for chunk in tl.static_range(NC):
+            tiles = tiles + load_token_chunk(
+                base, positions, valid, stride, width, chunk, DC, EVEN, LANES, OPERAND
+            )
     return tiles
 
 
@@ -137,20 +143,23 @@ def to_operand(x, OPERAND: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def load_operand_chunk(
+    base, rows, inside, stride, dim, factor, chunk, DC: tl.constexpr, EVEN: tl.constexpr,
+    LANES: tl.constexpr, OPERAND: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    block = load_row_chunk(base, rows, inside, stride, dim, chunk, DC, EVEN, LANES)
+    if OPERAND == tl.float16:
+        # Divided, not multiplied by a reciprocal: 1 / factor overflows for subnormal rows.
+        block = block / factor[:, None]
+    return to_operand(block, OPERAND, EMULATE)
+
+
+@triton.jit
 def row_operands(
-    base,
-    rows,
-    inside,
-    stride,
-    dim,
-    NC: tl.constexpr,
-    DC: tl.constexpr,
-    EVEN: tl.constexpr,
-    LANES: tl.constexpr,
-    OPERAND: tl.constexpr,
-    EMULATE: tl.constexpr,
+    base, rows, inside, stride, dim, NC: tl.constexpr, DC: tl.constexpr, EVEN: tl.constexpr,
+    LANES: tl.constexpr, OPERAND: tl.constexpr, EMULATE: tl.constexpr, RELOAD: tl.constexpr,
     BM: tl.constexpr,
-):
+):  # fmt: skip
     """Rows as NC * LANES dot operands, the factor [BM] divided out, and the operands' sums [BM].
 
     Each row is brought to a maximum of 1 before it is rounded to float16, whose range is narrow.
@@ -165,49 +174,65 @@ def row_operands(
     operands = ()
     total = tl.zeros((BM,), tl.float32)
     for chunk in tl.static_range(NC):
-        block = load_row_chunk(base, rows, inside, stride, dim, chunk, DC, EVEN, LANES)
-        if OPERAND == tl.float16:
-            # Divided, not multiplied by a reciprocal: 1 / factor overflows for subnormal rows.
-            block = block / factor[:, None]
-        operand = to_operand(block, OPERAND, EMULATE)
+        operand = load_operand_chunk(
+            base, rows, inside, stride, dim, factor, chunk, DC, EVEN, LANES, OPERAND, EMULATE
+        )
         total += tl.sum(operand.to(tl.float32), axis=1)
-        operands = operands + split_lanes(operand, DC, LANES)
+        if not RELOAD:
+            operands = operands + split_lanes(operand, DC, LANES)
     return operands, factor, total
 
 
 @triton.jit
 def products(
-    operands,
-    tiles,
-    COUNT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    operands, tiles, row_base, rows, inside, row_stride, dim, factor,
+    token_base, positions, valid, token_stride, width,
+    NC: tl.constexpr, DC: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, RELOAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """[BM, BN] float32 inner products of rows and tokens."""
     total = tl.zeros((BM, BN), tl.float32)
-    for index in tl.static_range(COUNT):
-        total = tl.dot(operands[index], tl.trans(tiles[index]), total, input_precision=PRECISION)
+    if RELOAD:
+        # A loop at run time, or the compiler would merge these loads with later ones and hold all.
+        for chunk in tl.range(0, NC, num_stages=2):
+            operand = load_operand_chunk(
+                row_base, rows, inside, row_stride, dim, factor, chunk,
+                DC, EVEN, LANES, OPERAND, EMULATE,
+            )  # fmt: skip
+            ours = split_lanes(operand, DC, LANES)
+            theirs = load_token_chunk(
+                token_base, positions, valid, token_stride, width, chunk, DC, EVEN, LANES, OPERAND
+            )
+            for lane in tl.static_range(LANES):
+                total = tl.dot(ours[lane], tl.trans(theirs[lane]), total, input_precision=PRECISION)
+    else:
+        for index in tl.static_range(NC * LANES):
+            total = tl.dot(
+                operands[index], tl.trans(tiles[index]), total, input_precision=PRECISION
+            )
     return total
 
 
 @triton.jit
 def accumulate(
-    accumulators,
-    alpha,
-    weights,
-    tiles,
-    COUNT: tl.constexpr,
-    RESCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    accumulators, alpha, weights, tiles, token_base, positions, valid, token_stride, width,
+    NC: tl.constexpr, DC: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr, RESCALE: tl.constexpr,
+):  # fmt: skip
     """alpha * accumulators + weights @ tokens, chunk by chunk."""
     updated = ()
-    for index in tl.static_range(COUNT):
-        held = accumulators[index]
-        if RESCALE:
-            held = held * alpha[:, None]
-        updated = updated + (tl.dot(weights, tiles[index], held, input_precision=PRECISION),)
+    for chunk in tl.static_range(NC):
+        if RELOAD:
+            theirs = load_token_chunk(
+                token_base, positions, valid, token_stride, width, chunk, DC, EVEN, LANES, OPERAND
+            )
+        for lane in tl.static_range(LANES):
+            held = accumulators[chunk * LANES + lane]
+            if RESCALE:
+                held = held * alpha[:, None]
+            x = theirs[lane] if RELOAD else tiles[chunk * LANES + lane]
+            updated = updated + (tl.dot(weights, x, held, input_precision=PRECISION),)
     return updated
 
 
