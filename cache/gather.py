@@ -67,7 +67,7 @@ class Destination:
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, list[np.ndarray]] = {}
         for name, spec in self.arrays.items():
-            counts = [min(batch_size, rows - at) for at in range(0, rows, batch_size)]
+            counts = [min(batch_size, rows - at) for at in range(0, max(rows, 1), batch_size)]
             buffers = [pool.take(count * spec.row_bytes) for count in counts]
             dtype = getattr(torch, spec.dtype)
             self._bytes[name] = [

@@ -1,0 +1,169 @@
+"""Manifests, records and completions: they round-trip, and no changed byte passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from preceptor.cache.commit import Commit, Completion, FileRecord
+from preceptor.cache.manifest import (
+    Calibration,
+    Manifest,
+    SpaceSpec,
+    StorePlan,
+    TeacherRecord,
+    canonical,
+    difference,
+    digest,
+)
+from preceptor.cache.rows import decode_keys
+from preceptor.errors import StoreError
+from small_stores import facts_of, make_plan
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,12}", fullmatch=True).filter(
+    lambda name: name != "rows"
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+HEX = st.binary(min_size=32, max_size=32).map(bytes.hex)
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> Manifest:
+    teachers, calibrations = [], {}
+    for name in draw(st.lists(NAMES, max_size=3, unique=True)):
+        spaces = []
+        for space in draw(st.lists(NAMES, min_size=1, max_size=3, unique=True)):
+            grid = draw(st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)))
+            tokens = grid[0] * grid[1] if grid else 1
+            spaces.append(SpaceSpec(name, space, tokens, draw(st.integers(1, 2000)), grid))
+            if draw(st.booleans()):
+                calibrations[spaces[-1].id] = Calibration(draw(st.integers(1, 99)), draw(HEX))
+        identity = draw(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
+        teachers.append(TeacherRecord(name, tuple(spaces), identity))
+    group = draw(st.integers(1, 50))
+    plan = StorePlan(
+        samples={"sha256": draw(HEX)},
+        views=draw(st.dictionaries(st.text(max_size=5), JSON, max_size=3)),
+        rows=draw(st.integers(1, 10**9)),
+        shard_rows=group * draw(st.integers(1, 9)),
+        group_rows=group,
+        teachers=tuple(teachers),
+    )
+    return Manifest(plan, calibrations, "preceptor test")
+
+
+@settings(max_examples=60, deadline=None)
+@given(manifests())
+def test_a_manifest_round_trips(manifest: Manifest) -> None:
+    raw = manifest.to_bytes()
+    again = Manifest.from_bytes(raw, "manifest.json")
+    assert again.to_bytes() == raw
+    assert again == manifest or canonical(again.plan.rows_json()) == canonical(
+        manifest.plan.rows_json()
+    )
+    for unit in manifest.plan.units:
+        assert again.configuration(unit) == manifest.configuration(unit)
+
+
+@settings(max_examples=150, deadline=None)
+@given(manifests(), st.data())
+def test_no_flipped_bit_of_a_manifest_passes(manifest: Manifest, data: st.DataObject) -> None:
+    raw = bytearray(manifest.to_bytes())
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        again = Manifest.from_bytes(bytes(raw), "manifest.json")
+    except StoreError:
+        return
+    assert again.to_bytes() == manifest.to_bytes()  # white space alone was changed
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    files=st.dictionaries(
+        NAMES,
+        st.builds(
+            FileRecord,
+            st.integers(0, 2**60),
+            HEX,
+            st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple),
+        ),
+    ),
+    key=st.text(max_size=8),
+    sizes=st.lists(st.integers(0, 3), max_size=20),
+)
+def test_records_and_completions_round_trip(files, key: str, sizes: list[int]) -> None:
+    commit = Commit("vit", 3, "c" * 64, 16, 15, key, key, files, {"patch": "d" * 64})
+    assert Commit.from_bytes(commit.to_bytes(), "3.json") == commit
+    done = Completion("vit", "c" * 64, ("e",) * len(sizes), {"codes": tuple(sizes)}, {"a": 3})
+    assert Completion.from_bytes(done.to_bytes(), "complete.json") == done
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{}", b"null", b"\xff", b'{"sha256": 1}', b"[" * 100000, b'"format"']
+)
+def test_what_is_no_document_is_refused(raw: bytes) -> None:
+    for parse in (Manifest.from_bytes, Commit.from_bytes, Completion.from_bytes):
+        with pytest.raises(StoreError, match="here"):
+            parse(raw, "here")
+
+
+def test_the_configuration_hash_is_the_documented_one() -> None:
+    manifest = Manifest(make_plan())
+    body = json.loads(manifest.to_bytes())
+    members = ("format", "version", "samples", "views", "rows", "shard_rows", "group_rows")
+    rows = {name: body[name] for name in (*members, "key_bytes")}
+    text = json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()
+    assert manifest.configuration("rows") == hashlib.sha256(text).hexdigest()
+    teacher = {"rows": manifest.configuration("rows"), "teacher": body["teachers"][0]}
+    assert manifest.configuration("vit") == digest(teacher)
+
+
+def test_differences_name_both_sides() -> None:
+    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
+    assert difference({"a": 1}, {"a": 2}) == "a is 1 in the store and 2 in this configuration"
+    assert difference({"a": {"b": 1}}, {"a": {}}) == "only the store has a.b"
+    assert difference({}, {"c": 1}) == "only this configuration has c"
+    left = {"teachers": [{"name": "vit", "size": 224}]}
+    right = {"teachers": [{"name": "vit", "size": 112}]}
+    assert difference(left, right) == (
+        "teachers[vit].size is 224 in the store and 112 in this configuration"
+    )
+    assert difference({"a": 1}, {"a": True}) is not None
+
+
+@pytest.mark.parametrize("name", ["", "rows", "../up", "a/b", ".hidden", "é", "x" * 65])
+def test_names_that_could_leave_their_folder_are_refused(name: str) -> None:
+    with pytest.raises(StoreError):
+        SpaceSpec(name, "patch", 4, 8, (2, 2))
+    with pytest.raises(StoreError):
+        SpaceSpec("vit", name, 4, 8, (2, 2))
+
+
+def test_impossible_plans_are_refused() -> None:
+    with pytest.raises(StoreError, match="does not hold 5 tokens"):
+        SpaceSpec("vit", "patch", 5, 8, (2, 2))
+    with pytest.raises(StoreError, match="does not hold 5 tokens"):
+        SpaceSpec("vit", "cls", 5, 8, None)
+    with pytest.raises(StoreError, match="multiple"):
+        make_plan(shard_rows=1000, group_rows=32)
+    with pytest.raises(StoreError, match="at least one row"):
+        make_plan(rows=0)
+    teacher = make_plan().teachers[0]
+    with pytest.raises(StoreError, match="named twice"):
+        StorePlan({}, {}, 1, 4, 4, (teacher, teacher))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=9).filter(lambda key: "\0" not in key), min_size=1))
+def test_keys_round_trip(keys: list[str]) -> None:
+    facts = facts_of(np.arange(len(keys)))
+    facts.keys = [key.encode("utf-8", "replace").decode() for key in keys]
+    assert decode_keys(facts.arrays(64)["key"]) == facts.keys
