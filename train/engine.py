@@ -12,11 +12,11 @@ from ..errors import ConfigError
 
 
 def launch(engine: DictConfig) -> Fabric:
-    """Start the processes that the group asks for (or join those of torchrun).
+    """Fabric for this process, joined with those that torchrun or Slurm started beside it.
 
     Raises:
-        ConfigError: this machine has no such accelerator or not so many devices, or an option has a
-            value that Fabric does not know.
+        ConfigError: this machine has no such accelerator or not so many devices, an option has a
+            value that Fabric does not know, or several devices were asked of a single process.
     """
     try:
         fabric = Fabric(
@@ -29,6 +29,12 @@ def launch(engine: DictConfig) -> Fabric:
     except Exception as error:  # Fabric raises several kinds for a value that it cannot use
         line = str(error).strip().splitlines()[0]
         raise ConfigError(f"engine: {line}") from error
+    cluster = getattr(fabric.strategy, "cluster_environment", None)
+    if fabric.world_size > 1 and cluster is not None and not cluster.creates_processes_externally:
+        raise ConfigError(
+            f"engine.devices={engine.devices}: several processes are started by torchrun "
+            f"--nproc-per-node={fabric.world_size} -m preceptor.cli train ... (or by Slurm)"
+        )
     fabric.launch()
     return fabric
 
