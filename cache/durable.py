@@ -122,11 +122,14 @@ def write_whole(path: Path, raw: bytes) -> None:
     sync_directory(path.parent)
 
 
-def remove_torn(directories: Iterable[Path]) -> int:
-    """Remove the temporary files of writers that died; returns how many."""
+def remove_torn(root: Path) -> int:
+    """Remove the temporary files below a directory of writers that died; returns how many."""
     removed = 0
-    for directory in directories:
-        for path in directory.glob(f".*{TEMPORARY}"):
+    for directory, _, names in os.walk(root):
+        for name in names:
+            if not (name.startswith(".") and name.endswith(TEMPORARY)):
+                continue
+            path = Path(directory, name)
             try:
                 fd = os.open(path, os.O_RDONLY)
             except FileNotFoundError:

@@ -54,9 +54,12 @@ def problems(root: Path) -> list[str]:
     for kept in _kept(root):
         first = {name: _read(root / name) for name in kept.names}
         second = {name: _read(root / SPARE / name) for name in kept.names}
-        for where, contents in (("", first), (f"{SPARE}/", second)):
-            if not _all_good(kept, contents):
-                found.append(f"{where}{' or '.join(kept.names)} is missing or damaged")
+        for where, ours, other in (("", first, second), (f"{SPARE}/", second, first)):
+            if not _all_good(kept, ours):
+                # the other copy, if it is sound, tells which of the files it is
+                sound = _all_good(kept, other)
+                names = [n for n in kept.names if not sound or ours[n] != other[n]]
+                found += [f"{where}{name} is missing or damaged" for name in names]
     return found
 
 

@@ -82,6 +82,7 @@ class StoreWriter:
                     _make_unit(path, layout, unit)
                 write_twice(path, MANIFEST, manifest.to_bytes())
                 sync_directory(path.parent)
+                remove_torn(path)  # of a process that died before there was a manifest
                 return cls(path, manifest)
         return cls.open_or_create(path, plan)  # another process made it meanwhile
 
@@ -94,19 +95,8 @@ class StoreWriter:
         _make_nodes(path, list(writer._layout.root_nodes()))
         for unit in manifest.plan.units:
             _make_unit(path, writer._layout, unit)
-        remove_torn(directory for directory in writer._directories() if directory.is_dir())
+        remove_torn(path)
         return writer
-
-    def _directories(self) -> list[Path]:
-        units = self.manifest.plan.units
-        arrays = [path for unit in units for path, _ in self._layout.nodes(unit)]
-        teachers = [teacher.name for teacher in self.manifest.plan.teachers]
-        return [
-            self.path,
-            *(self.path / array for array in arrays),
-            *(self.path / COMMITS / unit for unit in units),
-            *(self.path / PARTIAL / name for name in teachers),
-        ]
 
     @property
     def plan(self) -> StorePlan:

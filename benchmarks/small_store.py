@@ -1,0 +1,121 @@
+"""A store of a few kilobytes with every encoding, whose tokens depend on the row alone.
+
+For fault injection, in tests and in torture_cache.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from preceptor.cache import (
+    Accumulator,
+    RowBatch,
+    SpaceSpec,
+    StorePlan,
+    StoreWriter,
+    TeacherRecord,
+    calibration,
+)
+
+ROWS, SHARD, GROUP = 14, 8, 4
+INVALID = 5
+
+
+def spaces(teacher: str, first: str, second: str) -> tuple[SpaceSpec, ...]:
+    return (
+        SpaceSpec(teacher, "patch", 4, 10, (2, 2), first),
+        SpaceSpec(teacher, "cls", 1, 6, None, second),
+    )
+
+
+TEACHERS = (
+    TeacherRecord("vit", spaces("vit", "int8", "fp16"), {"weights": "a"}),
+    TeacherRecord("cnn", spaces("cnn", "compact", "int4"), {"weights": "b"}),
+)
+
+
+def plan(*teachers: TeacherRecord, rows: int = ROWS) -> StorePlan:
+    return StorePlan(
+        samples={"count": rows, "sha256": "0" * 64},
+        views={"name": "center", "count": 1},
+        rows=rows,
+        shard_rows=SHARD,
+        group_rows=GROUP,
+        teachers=teachers or TEACHERS,
+    )
+
+
+def tokens(space: SpaceSpec, rows: np.ndarray, version: int = 0) -> np.ndarray:
+    """float32 [rows, N, D]; another version gives other tokens for the same rows."""
+    name = int.from_bytes(hashlib.sha256(space.id.encode()).digest()[:4], "little")
+    draws = [
+        np.random.default_rng([name, version, int(row)]).normal(2, 3, (space.tokens, space.dim))
+        for row in rows
+    ]
+    return np.array(draws, np.float32).reshape(len(rows), space.tokens, space.dim)
+
+
+def batch(first: int, last: int) -> RowBatch:
+    rows = np.arange(first, last)
+    return RowBatch(
+        keys=[f"key{row:04d}" for row in rows],
+        labels=rows % 3,
+        sizes=np.stack([40 + rows, 50 + rows], 1),
+        boxes=np.stack([rows, rows, rows + 40, rows + 40], 1).astype(np.float32),
+        flips=rows % 3 == 1,
+        valid=rows != INVALID,
+    )
+
+
+def calibrate(writer: StoreWriter) -> None:
+    for space in writer.uncalibrated:
+        sums = Accumulator(torch.full((space.dim,), 2.0))
+        sums.add(torch.from_numpy(tokens(space, np.arange(4))))
+        mean, std = calibration(sums.moments())
+        writer.calibrate(space.id, mean, std, rows_used=4)
+
+
+def fill(writer: StoreWriter, version: int = 0) -> None:
+    """Extract every pending shard, three rows at a time."""
+    for shard, units in writer.pending():
+        fill_shard(writer, shard, units, version)
+
+
+def fill_shard(writer: StoreWriter, shard: int, units: tuple[str, ...], version: int = 0) -> None:
+    first = shard * writer.plan.shard_rows
+    last = first + writer.plan.rows_in(shard)
+    teachers = [writer.plan.teacher(unit) for unit in units if unit != "rows"]
+    wanted = [space for teacher in teachers for space in teacher.spaces]
+    with writer.shard(shard, units) as out:
+        for start in range(first, last, 3):
+            rows = batch(start, min(start + 3, last))
+            numbers = np.arange(start, start + len(rows))[rows.valid]
+            out.append(rows, {space.id: tokens(space, numbers, version) for space in wanted})
+
+
+def extract(path: Path, *teachers: TeacherRecord, rows: int = ROWS) -> StoreWriter:
+    writer = StoreWriter.open_or_create(path, plan(*teachers, rows=rows))
+    calibrate(writer)
+    fill(writer)
+    writer.finish()
+    return writer
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of a store by its path within it."""
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def restore(path: Path, files: dict[str, bytes]) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    for name, raw in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(raw)

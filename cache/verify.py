@@ -1,0 +1,308 @@
+"""Every checksum of a local store, read from the disk: what is wrong, where, and what mends it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import StoreError
+from ..progress import ProgressLine
+from . import spare
+from .commit import COMMITS, Commit, Completion, FileRecord, completion_name, record_name
+from .copies import best_completion, best_manifest, stray_units
+from .layout import CRC, ArraySpec, Layout, crc32c, node_bytes, parse_index, plain_index
+from .manifest import MANIFEST, ROWS, Manifest
+from .rows import decode_keys
+from .shard_writer import partial_name
+from .verify_report import Problem, VerifyReport, fingerprint
+
+_BLOCK = 4 << 20
+Told = Callable[[int], None] | None
+
+
+def verify_store(path: str | Path, *, threads: int = 2, progress: bool = False) -> VerifyReport:
+    """Read every file of a store and compare it with every checksum and hash there is of it.
+
+    Checked are the manifest, the Zarr metadata, calibrations, statistics and completions with
+    their copies, every commit record, and of every shard's file its length, SHA-256, shard index
+    and the checksum of every chunk. Data is read from the device, not from the page cache, where
+    the system allows that.
+
+    Args:
+        threads: files that are read at once.
+        progress: show a progress line.
+
+    Raises:
+        StoreError: there is no store at all.
+    """
+    root, started = Path(path), time.monotonic()
+    if not (root / MANIFEST).exists() and not (root / spare.SPARE / MANIFEST).exists():
+        raise StoreError(
+            f"{root} holds no store ({MANIFEST} is missing): run `preceptor extract` to make one"
+        )
+    before = fingerprint(root)
+    problems = [_kept_problem(sentence) for sentence in spare.problems(root)]
+    manifest = best_manifest(root)
+    if manifest is None:
+        return VerifyReport(str(root), before, problems)
+    layout = Layout(manifest.plan)
+    problems += _manifest_problems(root, manifest)
+    problems += _node_problems(root, layout)
+    work = _Work(root, manifest, layout)
+    for unit in manifest.plan.units:
+        problems += work.add_unit(unit)
+    if progress:
+        with ProgressLine("verify", work.total >> 20, "MiB") as line:
+            problems += work.run(threads, line.advance)
+    else:
+        problems += work.run(threads, lambda mebibytes: None)
+    return VerifyReport(
+        str(root),
+        before,
+        problems,
+        files=work.files,
+        bytes=work.total,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _kept_problem(sentence: str) -> Problem:
+    file, _, why = sentence.partition(" is ")
+    return Problem(file, f"is {why}")
+
+
+def _manifest_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Copies that differ though each is sound, and units that the manifest does not know."""
+    raw = manifest.to_bytes()
+    for name in (MANIFEST, f"{spare.SPARE}/{MANIFEST}"):
+        file = root / name
+        if file.exists() and file.read_bytes() != raw:
+            yield Problem(name, "is not the newest manifest: an older one was put in its place")
+    for unit in manifest.plan.units:
+        done = best_completion(root, manifest, unit)
+        for name in (completion_name(unit), f"{spare.SPARE}/{completion_name(unit)}"):
+            file = root / name
+            if done is not None and file.exists() and file.read_bytes() != done.to_bytes():
+                yield Problem(name, "is not the completion of the records that are there", unit)
+    for unit in stray_units(root, manifest):
+        yield Problem(
+            f"{COMMITS}/{unit}",
+            f"belongs to no teacher of the manifest; `preceptor drop teacher={unit}` removes it",
+            unit,
+        )
+
+
+def _node_problems(root: Path, layout: Layout) -> Iterator[Problem]:
+    units = [(unit, layout.nodes(unit)) for unit in layout.plan.units]
+    for unit, nodes in [("", layout.root_nodes()), *units]:
+        for path, metadata in nodes:
+            name = f"{path}/zarr.json".lstrip("/")
+            try:
+                if (root / name).read_bytes() != node_bytes(metadata):
+                    yield Problem(name, f"is not what {MANIFEST} calls for", unit or None)
+            except OSError:
+                yield Problem(name, "is missing", unit or None)
+
+
+class _Work:
+    """The shards' files that are to be read, and what was found about them."""
+
+    def __init__(self, root: Path, manifest: Manifest, layout: Layout) -> None:
+        self._root, self._manifest, self._layout = root, manifest, layout
+        self._jobs: list[tuple[str, int, ArraySpec, FileRecord]] = []
+        self._rows: dict[int, Commit] = {}
+        self.files = 0
+        self.total = 0
+
+    def add_unit(self, unit: str) -> list[Problem]:
+        """Check a unit's records, and plan the reading of the files that they promise."""
+        problems: list[Problem] = []
+        done = best_completion(self._root, self._manifest, unit)
+        missing: list[int] = []
+        for shard in range(self._manifest.plan.shards):
+            name = record_name(unit, shard)
+            try:
+                raw = (self._root / name).read_bytes()
+            except OSError:
+                missing.append(shard)
+                state = "" if done else ": the shard was not extracted yet"
+                problems.append(Problem(name, f"is missing{state}", unit, shard))
+                continue
+            try:
+                commit = Commit.from_bytes(raw, name)
+                commit.refuse_other(self._manifest, self._layout, unit, shard)
+            except StoreError as error:
+                problems.append(Problem(name, _reason(error, name), unit, shard))
+                continue
+            if why := self._unsealed(done, unit, shard, raw, commit):
+                problems.append(Problem(name, why, unit, shard))
+                continue
+            if done is None:
+                problems += self._moment_problems(unit, commit)
+            for path, spec in self._layout.unit_arrays(unit).items():
+                self._jobs.append((unit, shard, spec, commit.files[path]))
+                self.total += commit.files[path].bytes
+        if done is None and not missing:
+            problems.append(
+                Problem(completion_name(unit), "is missing: the unit was not finished", unit)
+            )
+        self.files = len(self._jobs)
+        return problems
+
+    def _moment_problems(self, unit: str, commit: Commit) -> Iterator[Problem]:
+        """Until a unit is finished, every shard's moments lie beside it."""
+        for space in () if unit == ROWS else self._manifest.plan.teacher(unit).spaces:
+            name = partial_name(space, commit.shard)
+            try:
+                raw = (self._root / name).read_bytes()
+            except OSError:
+                yield Problem(name, "is missing", unit, commit.shard)
+                continue
+            if hashlib.sha256(raw).hexdigest() != commit.statistics.get(space.name):
+                yield Problem(name, "is damaged", unit, commit.shard)
+
+    def _unsealed(
+        self, done: Completion | None, unit: str, shard: int, raw: bytes, commit: Commit
+    ) -> str | None:
+        if done is not None and hashlib.sha256(raw).hexdigest() != done.records[shard]:
+            return "is not the record that was sealed"
+        if unit == ROWS:
+            self._rows[shard] = commit
+            return None
+        rows = self._rows.get(shard)
+        facts = (commit.valid, commit.first_key, commit.last_key)
+        if rows is not None and facts != (rows.valid, rows.first_key, rows.last_key):
+            return "is of other rows than the store's"
+        return None
+
+    def run(self, threads: int, advance: Callable[[int], None]) -> Iterable[Problem]:
+        """Read all planned files; ``advance`` is told of every MiB."""
+        lock, seen = threading.Lock(), [0]
+
+        def told(count: int) -> None:
+            with lock:
+                whole = (seen[0] + count) // (1 << 20) - seen[0] // (1 << 20)
+                seen[0] += count
+                if whole:
+                    advance(whole)
+
+        def one(job: tuple[str, int, ArraySpec, FileRecord]) -> list[Problem]:
+            unit, shard, spec, record = job
+            name = spec.file(shard)
+            chunks = self._layout.chunks_in(spec, shard)
+            whys = check_file(self._root / name, spec, record, chunks, told)
+            if not whys and unit == ROWS:
+                whys = self._row_problems(spec, shard)
+            return [Problem(name, why, unit, shard) for why in whys]
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+            return [problem for found in pool.map(one, self._jobs) for problem in found]
+
+    def _row_problems(self, spec: ArraySpec, shard: int) -> list[str]:
+        """Whether keys and validity are those that the record names."""
+        fact, commit = spec.path.rpartition("/")[2], self._rows[shard]
+        if fact not in ("key", "valid"):
+            return []
+        raw = np.frombuffer((self._root / spec.file(shard)).read_bytes()[:-CRC], np.uint8)
+        try:
+            values = spec.decode_chunk(raw)[: commit.rows]
+            if fact == "valid":
+                good = int(values.sum()) == commit.valid
+            else:
+                keys = decode_keys(values[[0, -1]])
+                good = keys == [commit.first_key, commit.last_key]
+        except ValueError as error:
+            return [str(error)]
+        return [] if good else [f"holds another {fact} than its commit record names"]
+
+
+def check_file(
+    file: Path, spec: ArraySpec, record: FileRecord, chunks: int, told: Told = None
+) -> list[str]:
+    """What is wrong with one shard's file, a sentence each; the damaged groups are numbered.
+
+    Args:
+        chunks: how many chunks of the file hold rows.
+        told: called with the number of bytes after every block.
+    """
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return ["is missing" if isinstance(error, FileNotFoundError) else str(error.strerror)]
+    try:
+        size = os.fstat(fd).st_size
+        if size != record.bytes:
+            return [f"has {size} bytes, not {record.bytes}"]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return _read_problems(fd, spec, record, chunks, told)
+    except OSError as error:
+        return [f"cannot be read: {error.strerror}"]
+    finally:
+        os.close(fd)
+
+
+def _read_problems(
+    fd: int, spec: ArraySpec, record: FileRecord, chunks: int, told: Told
+) -> list[str]:
+    problems = []
+    entries = plain_index(spec, record.bytes)
+    if spec.group is not None:
+        tail = os.pread(fd, spec.index_bytes, record.bytes - spec.index_bytes)
+        try:
+            entries = parse_index(spec, tail, record.bytes, chunks)
+        except ValueError as error:
+            problems.append(str(error))
+            entries = np.zeros((0, 2), np.int64)
+    # Chunks lie one after another, as they were written; what is between or after them is hashed.
+    whole, at = hashlib.sha256(), 0
+    spans = sorted((int(o), int(n), number) for number, (o, n) in enumerate(entries.tolist()))
+    buffer = np.empty(_BLOCK, np.uint8)
+    for offset, length, number in spans:
+        if offset < at:
+            problems.append(f"group {number} overlaps another")
+            continue
+        at = _hash_span(fd, whole, at, offset - at, buffer, told)[0]
+        at, value = _hash_span(fd, whole, at, length - CRC, buffer, told)
+        stated = os.pread(fd, CRC, at)
+        whole.update(stated)
+        at += CRC
+        if value != int.from_bytes(stated, "little"):
+            problems.append(f"group {number} does not match its checksum")
+        elif value != record.chunks[number]:
+            problems.append(f"group {number} is not what was committed")
+    _hash_span(fd, whole, at, record.bytes - at, buffer, told)
+    if not problems and whole.hexdigest() != record.sha256:
+        problems.append("does not match its SHA-256")
+    return problems
+
+
+def _hash_span(
+    fd: int, whole: hashlib._Hash, at: int, length: int, buffer: Any, told: Told
+) -> tuple[int, int]:
+    """Hash a span of a file; returns where it ends, and its CRC-32C."""
+    value, end = 0, at + length
+    while at < end:
+        part = buffer[: min(len(buffer), end - at)]
+        got = os.preadv(fd, [part], at)
+        if not got:
+            break
+        whole.update(part[:got])
+        value = crc32c(part[:got], value)
+        at += got
+        if told is not None:
+            told(got)
+    return at, value
+
+
+def _reason(error: StoreError, name: str) -> str:
+    return str(error).partition(": run `")[0].removeprefix(f"{name} ")
