@@ -163,8 +163,9 @@ class SampleIndex:
 
         Args:
             shards: one path or several. Braces expand as in WebDataset (``train-{000..146}.tar``,
-                ``a.tar::b.tar``), then ``*`` and ``?``. A shard may be compressed (gzip, xz, bzip2): it is then held in
-                memory, and all of them together may take ``MAX_UNPACKED`` bytes unpacked.
+                ``a.tar::b.tar``), then ``*`` and ``?``. A shard may be compressed (gzip, xz,
+                bzip2): it is then held in memory, and all of them together may take
+                ``MAX_UNPACKED`` bytes unpacked.
             progress: called with (shards listed, shards in all) after each shard.
 
         Raises:

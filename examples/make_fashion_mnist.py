@@ -4,9 +4,9 @@
     python examples/make_fashion_mnist.py source=/path/to/idx out=/tmp/fashion-mnist
 
 4,000 training and 1,000 test images, the same number of each class, in an order that does not
-depend on the class. Shards are tar files of PNG (grey, 28 x 28, pixels untouched) and .cls, gzipped:
-the headers and padding of so small members are four fifths of a plain tar. Two runs with the same
-versions of Pillow and zlib write the same bytes.
+depend on the class. Shards are tar files of PNG (grey, 28 x 28, pixels untouched) and .cls,
+gzipped: the headers and padding of so small members are four fifths of a plain tar. Two runs with
+the same versions of Pillow and zlib write the same bytes.
 """
 
 from __future__ import annotations

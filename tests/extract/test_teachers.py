@@ -1,0 +1,445 @@
+"""Teachers against timm's and open_clip's own forward passes, with local checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub import constants
+from preceptor.errors import TeacherError
+from preceptor.extract.teachers import Teacher, load_teacher
+from preceptor.extract.teachers.weights import read_checkpoint
+from timm.data import resolve_model_data_config
+from torch import nn
+
+# Small networks of every layout that timm's features come in.
+NETWORKS = ["test_vit", "test_vit3", "test_efficientnet", "test_convnext", "resnet10t"]
+CLIP = "ViT-test"
+
+
+def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights in which no norm, bias or statistic is at its neutral value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                tensor.add_(noise.abs() * 0.1 if "running_var" in name else noise * 0.05)
+    return network.eval()
+
+
+def images(teacher: Teacher, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, *teacher.preprocessing.size, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("weights")
+    paths = {}
+    for name in [*NETWORKS, "swin_tiny_patch4_window7_224"]:
+        paths[name] = folder / f"{name}.safetensors"
+        network = randomised(timm.create_model(name))
+        safetensors.torch.save_file(network.state_dict(), str(paths[name]))
+    return paths
+
+
+def reference(name: str, path: Path, **options: object) -> nn.Module:
+    network = timm.create_model(name, **options)
+    network.load_state_dict(safetensors.torch.load_file(path))
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_default_spaces_equal_timms_features_and_head(
+    name: str, checkpoints: dict[str, Path]
+) -> None:
+    teacher = load_teacher("t", f"timm:{name}", checkpoint=str(checkpoints[name]))
+    network = reference(name, checkpoints[name])
+    config = resolve_model_data_config(network)
+    assert teacher.preprocessing.size == config["input_size"][1:]
+    assert teacher.preprocessing.mean == config["mean"]
+    assert teacher.preprocessing.std == config["std"]
+    assert teacher.preprocessing.interpolation == config["interpolation"]
+    pixels = images(teacher)
+    tokens, descriptor = teacher(pixels).values()
+    with torch.no_grad():
+        features = network.forward_features(pixels)
+        expected = network.forward_head(features, pre_logits=True)
+    if features.ndim == 3:
+        features = features[:, network.num_prefix_tokens :]
+    else:
+        features = features.flatten(2).transpose(1, 2)
+    assert torch.equal(tokens, features)
+    assert torch.equal(descriptor, expected[:, None])
+    assert not tokens.requires_grad
+    shapes = [(s.tokens, s.dim) for s in teacher.spaces]
+    assert shapes == [tuple(tokens.shape[1:]), tuple(descriptor.shape[1:])]
+    rows, columns = teacher.spaces[0].grid or (0, 0)
+    assert rows * columns == tokens.shape[1]
+    assert teacher.spaces[1].grid is None
+
+
+def test_channels_last_layouts_become_a_grid(checkpoints: dict[str, Path]) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    spaces = {"map": {}, "stage": {"take": "tokens", "block": 1}, "mean": {}}
+    teacher = load_teacher("t", f"timm:{name}", checkpoint=str(checkpoints[name]), spaces=spaces)
+    network = reference(name, checkpoints[name])
+    pixels = images(teacher, 1)
+    found = teacher(pixels)
+    with torch.no_grad():
+        final, (stage,) = network.forward_intermediates(pixels, indices=[1], output_fmt="NCHW")
+    assert torch.allclose(found["map"], final.flatten(1, 2), atol=1e-6)
+    assert torch.allclose(found["stage"], stage.flatten(2).transpose(1, 2), atol=1e-6)
+    assert torch.allclose(found["mean"][:, 0], final.mean((1, 2)), atol=1e-6)
+    assert [space.grid for space in teacher.spaces] == [(7, 7), (28, 28), None]
+
+
+def test_vit_blocks_are_its_own_activations(checkpoints: dict[str, Path]) -> None:
+    spaces = {
+        "raw": {"take": "tokens", "block": 2, "norm": False},
+        "normed": {"take": "tokens", "block": 2},
+        "cls": {"block": 2},
+        "mean": {"block": -1, "norm": False},
+        "pooled": {},
+    }
+    path = checkpoints["test_vit"]
+    teacher = load_teacher("t", "timm:test_vit", checkpoint=str(path), spaces=spaces)
+    network = reference("test_vit", path)
+    seen: list[torch.Tensor] = []
+    for block in network.blocks:  # what timm computes, seen from outside
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    pixels = images(teacher)
+    with torch.no_grad():
+        pooled = network.forward_head(network.forward_features(pixels), pre_logits=True)
+        normed = network.norm(seen[2])
+    found = teacher(pixels)
+    assert torch.equal(found["raw"], seen[2][:, 1:])
+    assert torch.allclose(found["normed"], normed[:, 1:], atol=1e-6)
+    assert torch.allclose(found["cls"], normed[:, :1], atol=1e-6)
+    assert torch.allclose(found["mean"][:, 0], seen[-1][:, 1:].mean(1), atol=1e-6)
+    assert torch.equal(found["pooled"], pooled[:, None])
+    early = {"cls": {"block": 1}}  # stops before the end of the network
+    teacher = load_teacher("t", "timm:test_vit", checkpoint=str(path), spaces=early)
+    with torch.no_grad():
+        assert torch.allclose(teacher(pixels)["cls"], network.norm(seen[1])[:, :1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext", "resnet10t"])
+def test_cnn_stages_together_with_final_features(name: str, checkpoints: dict[str, Path]) -> None:
+    spaces = {"stage": {"take": "tokens", "block": -2}, "map": {}, "pooled": {}}
+    teacher = load_teacher("t", f"timm:{name}", checkpoint=str(checkpoints[name]), spaces=spaces)
+    network = reference(name, checkpoints[name])
+    seen: list[torch.Tensor] = []
+    module = network.get_submodule(network.feature_info[-2]["module"])
+    module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    pixels = images(teacher)
+    found = teacher(pixels)
+    with torch.no_grad():
+        final = network.forward_features(pixels)
+        pooled = network.forward_head(final, pre_logits=True)
+    assert torch.allclose(found["stage"], seen[0].flatten(2).transpose(1, 2), atol=1e-6)
+    assert torch.allclose(found["map"], final.flatten(2).transpose(1, 2), atol=1e-6)
+    assert torch.allclose(found["pooled"][:, 0], pooled, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [64, (64, 96)])
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3", "test_convnext"])
+def test_another_input_size(name: str, size: object, checkpoints: dict[str, Path]) -> None:
+    path = checkpoints[name]
+    teacher = load_teacher("t", f"timm:{name}", checkpoint=str(path), size=size)  # type: ignore[arg-type]
+    height, width = (size, size) if isinstance(size, int) else size  # type: ignore[misc]
+    assert teacher.preprocessing.size == (height, width)
+    options = {"dynamic_img_size": True} if name.startswith("test_vit") else {}
+    network = reference(name, path, **options)  # timm resamples positions in every forward pass
+    pixels = images(teacher)
+    with torch.no_grad():
+        features = network.forward_features(pixels)
+    tokens = next(iter(teacher(pixels).values()))
+    if features.ndim == 3:
+        features = features[:, network.num_prefix_tokens :]
+    else:
+        features = features.flatten(2).transpose(1, 2)
+    assert torch.allclose(tokens, features, atol=1e-5)
+    stride = 16 if name.startswith("test_vit") else 32
+    assert teacher.spaces[0].grid == (height // stride, width // stride)
+    with pytest.raises(TeacherError, match=r"takes images \[B, 3, "):
+        teacher(torch.zeros(1, 3, 7, 7))
+
+
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "module", "ema"])
+def test_checkpoint_forms(wrap: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    state = safetensors.torch.load_file(checkpoints["test_vit"])
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    content = {
+        "plain": state,
+        "state_dict": {"state_dict": state, "epoch": 3},
+        "model": {"model": state},
+        "module": {f"module.{name}": tensor for name, tensor in state.items()},
+        "ema": {"state_dict": other, "state_dict_ema": state},
+    }[wrap]
+    torch.save(content, tmp_path / "weights.pth")
+    teacher = load_teacher("t", "timm:test_vit", checkpoint=str(tmp_path / "weights.pth"))
+    same = load_teacher("t", "timm:test_vit", checkpoint=str(checkpoints["test_vit"]))
+    assert teacher.identity() == same.identity()
+    pixels = images(teacher)
+    assert torch.equal(teacher(pixels)["patch"], same(pixels)["patch"])
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_checkpoint_of_another_classifier(
+    classes: int, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    network = randomised(timm.create_model("test_vit", num_classes=classes))
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(network.state_dict(), str(path))
+    teacher = load_teacher("t", "timm:test_vit", checkpoint=str(path))
+    pixels = images(teacher)
+    with torch.no_grad():
+        assert torch.equal(teacher(pixels)["patch"], network.forward_features(pixels)[:, 1:])
+
+
+def test_identity_names_what_tokens_depend_on(checkpoints: dict[str, Path]) -> None:
+    path = str(checkpoints["test_vit"])
+    teacher = load_teacher("t", "timm:test_vit", checkpoint=path)
+    identity = teacher.identity()
+    digest = hashlib.sha256()
+    for name, tensor in timm.create_model("test_vit").state_dict().items():
+        tensor = safetensors.torch.load_file(path)[name]
+        digest.update(f"{name} torch.float32 {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.numpy().tobytes())
+    assert identity["weights_sha256"] == digest.hexdigest()
+    assert identity["source"] == "timm:test_vit"
+    assert identity["versions"] == {"timm": version("timm"), "torch": version("torch")}
+    assert json.loads(json.dumps(identity)) == identity
+    other = load_teacher(
+        "t", "timm:test_vit", checkpoint=path, size=64, spaces={"cls": {"block": 1}}
+    )
+    assert other.identity()["weights_sha256"] == identity["weights_sha256"]
+    assert other.identity()["preprocessing"]["size"] == [64, 64]
+    assert other.identity()["spaces"] == {"cls": {"take": "cls", "block": 1, "norm": True}}
+
+
+class _Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("code in a checkpoint has run",))
+
+
+def test_bad_checkpoints_are_named(
+    checkpoints: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    absent = str(tmp_path / "absent.pth")
+    with pytest.raises(TeacherError, match=r"absent\.pth is no file"):
+        load_teacher("t", "timm:test_vit", checkpoint=absent)
+    torch.save({"model": _Code()}, tmp_path / "code.pth")
+    with pytest.raises(TeacherError, match=r"code\.pth holds more than tensors"):
+        load_teacher("t", "timm:test_vit", checkpoint=str(tmp_path / "code.pth"))
+    assert "has run" not in capfd.readouterr().out
+    whole = checkpoints["test_vit"].read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TeacherError, match=r"cut\.safetensors cannot be read"):
+        load_teacher("t", "timm:test_vit", checkpoint=str(tmp_path / "cut.safetensors"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(TeacherError, match=r"list\.pth holds no dictionary of tensors"):
+        read_checkpoint(tmp_path / "list.pth")
+    with pytest.raises(TeacherError, match=r"resnet10t\.safetensors does not fit timm:test_vit"):
+        load_teacher("t", "timm:test_vit", checkpoint=str(checkpoints["resnet10t"]))
+    state = safetensors.torch.load_file(checkpoints["test_vit"])
+    del state["blocks.3.norm1.weight"]
+    safetensors.torch.save_file(state, str(tmp_path / "part.safetensors"))
+    with pytest.raises(TeacherError, match=r"part\.safetensors does not fit.*blocks\.3\.norm1"):
+        load_teacher("t", "timm:test_vit", checkpoint=str(tmp_path / "part.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("spaces", "message"),
+    [
+        ({"stage9": {}}, r"spaces\.stage9: the network has no 'stage9'; it has take=tokens"),
+        ({"x": {"take": "embedding"}}, "has no take='embedding'.*pooled"),
+        ({"patch": {"block": 99}}, r"no block 99; the network has blocks 0 to \d+"),
+        ({"patch": {"blok": 3}}, "take, block and norm, not blok"),
+        ({"pooled": {"block": 3}}, "final features; drop block"),
+        ({"patch": {"norm": False}}, "norm belongs to a block"),
+        ({}, "is empty"),
+    ],
+)
+def test_unknown_spaces_are_answered_with_those_there_are(
+    spaces: dict, message: str, checkpoints: dict[str, Path]
+) -> None:
+    path = str(checkpoints["test_vit"])
+    with pytest.raises(TeacherError, match=message):
+        load_teacher("t", "timm:test_vit", checkpoint=path, spaces=spaces)
+
+
+def test_sizes_that_a_network_refuses(checkpoints: dict[str, Path]) -> None:
+    path = str(checkpoints["test_vit"])
+    for size in (0, [1, 2, 3]):
+        with pytest.raises(TeacherError, match="size is one positive number"):
+            load_teacher("t", "timm:test_vit", checkpoint=path, size=size)  # type: ignore[arg-type]
+    with pytest.raises(TeacherError, match="65 x 65 pixels"):
+        load_teacher("t", "timm:test_vit", checkpoint=path, size=65)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("timm:resnet10q", "no network 'resnet10q'; similar: .*resnet10t"),
+        ("timm:test_vit.r161_in1k", "no weights 'r161_in1k' for test_vit; known: r160_in1k"),
+        ("open_clip:ViT-B-61/openai", "no architecture 'ViT-B-61'; similar: ViT-B-16"),
+        ("open_clip:ViT-B-16/openia", "unknown weights of ViT-B-16; known: openai"),
+        ("open_clip:ViT-B-16", "no weights of ViT-B-16; known: openai"),
+        ("torchvision:resnet50", "is none of timm:NAME"),
+        ("timm:", "is none of timm:NAME"),
+        ("call:json", "not of the form call:module:function"),
+        ("call:no_such_module:f", "no_such_module cannot be imported"),
+        ("call:json:dump_all", "json has no function dump_all; similar: dump"),
+        ("call:json:dumps", "json:dumps failed: TypeError"),
+        ("call:platform:python_version", "returned str, not a Teacher"),
+    ],
+)
+def test_unknown_sources_are_named(source: str, message: str) -> None:
+    with pytest.raises(TeacherError, match=message):
+        load_teacher("t", source)
+
+
+def test_function_that_takes_no_option() -> None:
+    with pytest.raises(TeacherError, match="takes no size"):
+        load_teacher("t", "call:platform:python_version", size=112)
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub address where nothing listens, and an empty cache."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield
+    assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("source", ["timm:test_vit.r160_in1k", "open_clip:RN50/yfcc15m"])
+def test_absent_hub_is_named_with_the_way_around_it(source: str) -> None:
+    with pytest.raises(TeacherError) as caught:
+        load_teacher("small", source)
+    message = str(caught.value)
+    assert source in message
+    assert "http://127.0.0.1:9, which does not answer" in message
+    assert "teachers.small.checkpoint" in message
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_offline_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(TeacherError, match="the local cache \\(HF_HUB_OFFLINE is set\\)"):
+            load_teacher("t", "timm:test_vit.r160_in1k")
+
+
+def test_network_without_pretrained_weights_is_never_random() -> None:
+    bare = next(n for n in timm.list_models() if not timm.list_pretrained(f"{n}.*"))
+    with pytest.raises(TeacherError, match=f"no pretrained weights for {bare}; or set"):
+        load_teacher("t", f"timm:{bare}")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, str]:
+    """A small model of CLIP's architecture, known to open_clip, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 64, "layers": 3, "width": 64, "patch_size": 16},
+        "text_cfg": {
+            "context_length": 8, "vocab_size": 100, "width": 64, "heads": 2, "layers": 1
+        },
+    }  # fmt: skip
+    (folder / f"{CLIP}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{CLIP}.json")
+    model = randomised(open_clip.create_model(CLIP))
+    torch.save(model.state_dict(), folder / "clip.pt")
+    return model, str(folder / "clip.pt")
+
+
+def test_open_clip_spaces_equal_its_own_forward(clip: tuple[nn.Module, str]) -> None:
+    model, path = clip
+    spaces = {
+        "patch": {},
+        "embedding": {},
+        "cls": {},
+        "early": {"take": "tokens", "block": 0, "norm": False},
+        "mean": {"block": 1},
+    }
+    teacher = load_teacher("t", f"open_clip:{CLIP}", checkpoint=path, spaces=spaces)
+    pixels = images(teacher)
+    found = teacher(pixels)
+    seen: list[torch.Tensor] = []
+    for block in model.visual.transformer.resblocks:
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    model.visual.output_tokens = True
+    with torch.no_grad():
+        _, tokens = model.visual(pixels)
+        embedding = model.encode_image(pixels)
+        embedding = embedding[0] if isinstance(embedding, tuple) else embedding
+        mean = model.visual.ln_post(seen[1])[:, 1:].mean(1)
+        cls = model.visual.ln_post(seen[2])[:, 0]
+    assert torch.allclose(found["patch"], tokens, atol=1e-6)
+    assert torch.allclose(found["embedding"][:, 0], embedding, atol=1e-6)
+    assert torch.allclose(found["cls"][:, 0], cls, atol=1e-6)
+    assert torch.allclose(found["early"], seen[0][:, 1:], atol=1e-6)
+    assert torch.allclose(found["mean"][:, 0], mean, atol=1e-6)
+    assert [space.grid for space in teacher.spaces] == [(4, 4), None, None, (4, 4), None]
+    assert teacher.preprocessing.size == (64, 64)
+    np.testing.assert_allclose(teacher.preprocessing.mean, open_clip.OPENAI_DATASET_MEAN)
+    np.testing.assert_allclose(teacher.preprocessing.std, open_clip.OPENAI_DATASET_STD)
+    assert teacher.preprocessing.interpolation == "bicubic"
+
+
+def test_open_clip_size_and_errors(clip: tuple[nn.Module, str], tmp_path: Path) -> None:
+    _, path = clip
+    teacher = load_teacher("t", f"open_clip:{CLIP}", checkpoint=path, size=96)
+    assert teacher.spaces[0].grid == (6, 6)
+    assert teacher.preprocessing.size == (96, 96)
+    resized = open_clip.create_model(CLIP, pretrained=path, force_image_size=96).eval()
+    pixels = images(teacher)
+    with torch.no_grad():
+        expected = resized.encode_image(pixels)
+    assert torch.allclose(teacher(pixels)["embedding"][:, 0], expected, atol=1e-6)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(TeacherError, match=rf"other\.pt does not fit open_clip:{CLIP}"):
+        load_teacher("t", f"open_clip:{CLIP}", checkpoint=str(tmp_path / "other.pt"))
+
+
+def test_open_clip_resnet_tower(tmp_path: Path) -> None:
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
+        "text_cfg": {
+            "context_length": 8, "vocab_size": 100, "width": 64, "heads": 2, "layers": 1
+        },
+    }  # fmt: skip
+    (tmp_path / "RN-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "RN-test.json")
+    model = randomised(open_clip.create_model("RN-test"))
+    torch.save(model.state_dict(), tmp_path / "rn.pt")
+    spaces = {"map": {}, "stem": {"take": "tokens", "block": 0}, "embedding": {}}
+    path = str(tmp_path / "rn.pt")
+    teacher = load_teacher("t", "open_clip:RN-test", checkpoint=path, spaces=spaces)
+    pixels = images(teacher)
+    found = teacher(pixels)
+    visual = model.visual
+    with torch.no_grad():
+        stem = visual.stem(pixels)
+        final = visual.layer4(visual.layer3(visual.layer2(visual.layer1(stem))))
+        embedding = model.encode_image(pixels)
+    assert torch.allclose(found["map"], final.flatten(2).transpose(1, 2), atol=1e-6)
+    assert torch.allclose(found["stem"], stem.flatten(2).transpose(1, 2), atol=1e-6)
+    assert torch.allclose(found["embedding"][:, 0], embedding, atol=1e-6)
