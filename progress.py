@@ -76,7 +76,7 @@ class ProgressLine:
         if self._bar is not None:
             rate = f"{self.rate:,.1f} {self.unit}/s"
             self._bar.update(self._task, completed=self.done, rate=rate, note=note)
-        elif time.monotonic() - self._last >= self._every:
+        elif time.monotonic() - self._last >= self._every and self.done < self.total:
             self._last = time.monotonic()
             self._print(note)
 
