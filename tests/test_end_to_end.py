@@ -17,7 +17,9 @@ def test_extract_sweep_and_evaluate(
     teachers: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     store = tmp_path / "store"
     images = f"data.shards='{shards}'"
     assert (
