@@ -66,7 +66,6 @@ def backward(
     tokens: Tensor,
     gain: Tensor | None,
     mean: Tensor | None,
-    output: Tensor,
     lse: Tensor,
     tokens_need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -85,8 +84,10 @@ def backward(
         p, t, _ = _probabilities(q, x, a, centre, lse[step])
         factor = None if a is None else a.clamp_min(0).unsqueeze(1)
         u = _products(dy, x, centre)
-        delta = (dy * output[step]).sum(-1) - grad_lse[step]
-        ds = p * ((u if factor is None else factor * u) - delta.unsqueeze(-1))
+        gain_u = u if factor is None else factor * u
+        # dy . y, but from these very p and u: ds then sums to zero however large the tokens' mean.
+        delta = (p * gain_u).sum(-1) - grad_lse[step]
+        ds = p * (gain_u - delta.unsqueeze(-1))
         weighted = ds if factor is None else ds * factor
         dq = torch.bmm(weighted, x)
         if centre is not None:

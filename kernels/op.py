@@ -61,8 +61,8 @@ def cross_attention(
             calls `torch.nn.functional.scaled_dot_product_attention`; "auto" takes "triton" on CUDA
             where it can and "absorbed" elsewhere. (With the projections in the picture there is one
             more choice, which `CrossAttention` makes.)
-        validate: check that ``scale`` is finite, which on CUDA waits for the device. It is never
-            checked while compiling or capturing a graph.
+        validate: check that the scales of attended tokens are finite and not negative, which on
+            CUDA waits for the device. It is never checked while compiling or capturing a graph.
 
     Returns:
         y [B, R, D] in the query's dtype and, if asked for, lse [B, R] in float32 (float64 for
@@ -77,7 +77,7 @@ def cross_attention(
     """
     _check(query, tokens, scale, mean, std, mask, lengths, norm_eps, implementation)
     if validate and scale is not None:
-        _check_finite("scale", scale)
+        _check_scale(scale, mask, lengths)
     device_type = tokens.device.type
     if torch.is_autocast_enabled(device_type):
         autocast_dtype = torch.get_autocast_dtype(device_type)
@@ -194,7 +194,7 @@ def _check(
                 f"{name} must be on the device of tokens, {tokens.device}, got {value.device}"
             )
         if kind != _kind(value.dtype):
-            raise TypeError(f"{name} must have a {kind} dtype, got {value.dtype}")
+            raise TypeError(f"{name} must have {_KINDS[kind]} dtype, got {value.dtype}")
     if query.device != tokens.device:
         raise ValueError(
             f"query must be on the device of tokens, {tokens.device}, got {query.device}"
@@ -208,22 +208,30 @@ def _check(
             )
 
 
+_KINDS = {"float": "a float", "bool": "the bool", "integer": "an integer"}
+
+
 def _kind(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "bool"
     return "float" if dtype.is_floating_point else "integer"
 
 
-def _check_finite(name: str, value: Tensor) -> None:
+def _check_scale(scale: Tensor, mask: Tensor | None, lengths: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
-    if value.is_cuda and torch.cuda.is_current_stream_capturing():
+    if scale.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    finite = torch.isfinite(value) & (value >= 0)
-    if not bool(finite.all()):
-        index = tuple(int(i) for i in torch.nonzero(~finite)[0])
+    bad = ~(torch.isfinite(scale) & (scale >= 0))
+    if mask is not None:
+        bad &= mask
+    if lengths is not None:
+        bad &= torch.arange(scale.shape[1], device=scale.device) < lengths.unsqueeze(1)
+    if bool(bad.any()):
+        index = tuple(int(i) for i in torch.nonzero(bad)[0])
         raise ValueError(
-            f"{name} must be finite and not negative, got {float(value[index])} at {index}"
+            f"scale must be finite and not negative where tokens are attended, "
+            f"got {float(scale[index])} at {index}"
         )
 
 
@@ -243,7 +251,8 @@ def _forward(
     if triton:
         from . import triton_launch
 
-        return triton_launch.forward(query, tokens, weight, norm_eps)
+        with torch.cuda.device_of(tokens):
+            return triton_launch.forward(query, tokens, weight, norm_eps)
     return absorbed.forward(query, tokens, weight, norm_eps)
 
 
@@ -278,11 +287,12 @@ def _backward(
     if triton:
         from . import triton_launch
 
-        return triton_launch.backward(
-            grad_output, grad_lse, query, tokens, gain, mean, output, lse, tokens_need_grad
-        )
+        with torch.cuda.device_of(tokens):
+            return triton_launch.backward(
+                grad_output, grad_lse, query, tokens, gain, mean, output, lse, tokens_need_grad
+            )
     return absorbed.backward(
-        grad_output, grad_lse, query, tokens, gain, mean, output, lse, tokens_need_grad
+        grad_output, grad_lse, query, tokens, gain, mean, lse, tokens_need_grad
     )
 
 

@@ -1,0 +1,183 @@
+"""The Triton attention kernels, run by the interpreter, against float64."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from preceptor.kernels import autotune, cross_attention
+
+fused = partial(cross_attention, return_lse=True, implementation="triton")
+
+# Relative L2 errors of y, lse, dq and dx, about twice what rounding the operands gives.
+BOUNDS = {
+    torch.float32: (1e-6, 1e-6, 2e-6, 2e-6),
+    torch.float16: (6e-4, 5e-4, 1e-3, 1e-3),
+    torch.bfloat16: (5e-3, 1e-3, 7e-3, 8e-3),
+    torch.int8: (6e-4, 5e-4, 1e-3),
+}
+# One row; N prime and R past a block; R = 2 blocks and D with an unfilled chunk and no
+# packing (D % 4); several parts of N.
+SHAPES = [(1, 1, 2, 5), (2, 6, 37, 48), (1, 17, 37, 66), (1, 3, 130, 32)]
+
+
+def check(judge, problem, norm_eps, dtype, factor=1.0):
+    got = judge.gradients(fused, problem, norm_eps)
+    wanted = judge.gradients(judge.reference, problem, norm_eps, torch.float64)
+    for error, bound in zip(judge.errors(got, wanted), BOUNDS[dtype], strict=True):
+        assert error <= bound * factor
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients(judge, shape, norm_eps, dtype):
+    masked = shape[2] > 40
+    check(judge, judge.problem(*shape, dtype, masked=masked and shape[0] > 1), norm_eps, dtype)
+
+
+@pytest.mark.parametrize("position", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_every_kind_of_configuration(judge, dtype, position):
+    with autotune.only(position):
+        check(judge, judge.problem(2, 18, 33, 52, dtype, masked=True), 1e-5, dtype)
+
+
+# Not shrunk: a failing example is small already, and each one is slow here.
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@given(
+    batch=st.integers(1, 2),
+    rows=st.integers(1, 20),
+    count=st.integers(1, 70),
+    dim=st.integers(1, 70),
+    norm=st.booleans(),
+    masked=st.booleans(),
+    codes=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_shapes(judge, batch, rows, count, dim, norm, masked, codes, seed):
+    dtype = torch.int8 if codes else torch.float32
+    problem = judge.problem(batch, rows, count, dim, dtype, masked=masked, seed=seed)
+    norm_eps = 1e-3 if norm else None
+    got = judge.gradients(fused, problem, norm_eps)
+    wanted = judge.gradients(judge.reference, problem, norm_eps, torch.float64)
+    # With one token or channel a gradient is a difference of equal terms: compared by its terms.
+    floor = 1e-3 if codes else 2e-6
+    for ours, theirs in zip(got, wanted, strict=True):
+        kept = torch.isfinite(theirs)
+        assert torch.equal(kept, torch.isfinite(ours))
+        scale = float(theirs[kept].abs().max()) if kept.any() else 0.0
+        atol = floor * max(scale, float(problem.grad_output.abs().max()))
+        torch.testing.assert_close(ours[kept].double(), theirs[kept], rtol=floor, atol=3 * atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+def test_gradients_of_any_size(judge, dtype, size):
+    problem = judge.problem(1, 5, 33, 48, dtype, query_dtype=torch.float32)
+    problem.grad_output *= size
+    problem.grad_lse *= size
+    got = judge.gradients(fused, problem, None)
+    wanted = judge.gradients(judge.reference, problem, None, torch.float64)
+    errors = judge.errors(got[:3], wanted[:3])
+    assert all(e <= b for e, b in zip(errors, BOUNDS[dtype][:3], strict=True))
+    if dtype == torch.bfloat16:
+        assert judge.errors(got[3:], wanted[3:])[0] <= BOUNDS[dtype][3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_common_mean_under_layer_norm(judge, dtype):
+    problem = judge.problem(1, 5, 33, 64, torch.float32)
+    tokens = problem.tokens + 30.0
+    if dtype == torch.int8:
+        problem.scale = tokens.abs().amax(-1) / 127
+        problem.tokens = (tokens / problem.scale[..., None]).round().to(torch.int8)
+    else:
+        problem.tokens = tokens.to(dtype)
+        problem.query = problem.query.to(dtype)
+    check(judge, problem, 1e-5, dtype, factor=1.5)
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_outlier_channels(judge, dtype, norm_eps):
+    problem = judge.problem(1, 5, 33, 64, torch.float32)
+    tokens = problem.tokens.clone()
+    tokens[..., ::17] *= 50
+    problem.query[..., ::17] /= 50
+    if dtype == torch.int8:
+        problem.scale = tokens.abs().amax(-1) / 127
+        problem.tokens = (tokens / problem.scale[..., None]).round().to(torch.int8)
+    else:
+        problem.tokens = tokens.to(dtype)
+        problem.query = problem.query.to(dtype)
+    check(judge, problem, norm_eps, dtype, factor=2.0)
+
+
+def test_common_mean_without_layer_norm(judge):
+    # The stored output is rounded at 30 deviations; the residual of ds takes that out again.
+    problem = judge.problem(1, 5, 33, 64, torch.float32)
+    problem.tokens = (problem.tokens + 30.0).to(torch.bfloat16)
+    problem.query = problem.query.to(torch.bfloat16)
+    got = judge.gradients(fused, problem, None)
+    wanted = judge.gradients(judge.reference, problem, None, torch.float64)
+    y, lse, dq, dx = judge.errors(got, wanted)
+    assert y <= 5e-3
+    assert lse <= 1e-3
+    assert dq <= 0.05
+    assert dx <= 0.05
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e3])
+def test_scales_of_any_size(judge, scale):
+    problem = judge.problem(1, 4, 33, 48, torch.int8)
+    problem.scale = problem.scale * scale
+    problem.scale[0, ::2] *= 0.01
+    problem.query = problem.query / scale
+    got = judge.gradients(fused, problem, None)
+    wanted = judge.gradients(judge.reference, problem, None, torch.float64)
+    errors = judge.errors(got, wanted)
+    assert all(e <= 2 * b for e, b in zip(errors, BOUNDS[torch.int8], strict=True))
+
+
+def test_scales_of_zero(judge):
+    problem = judge.problem(1, 4, 33, 48, torch.int8)
+    problem.scale[0, ::2] = 0.0
+    check(judge, problem, None, torch.int8)
+    problem.scale[:] = 0.0
+    y, lse, dq = judge.gradients(fused, problem, None)
+    assert float(y.abs().max()) < 1e-15
+    assert float(dq.abs().max()) < 1e-15
+    torch.testing.assert_close(lse, torch.full_like(lse, 33.0).log())
+
+
+def test_results_repeat_bit_for_bit(judge):
+    problem = judge.problem(1, 3, 130, 48, torch.bfloat16)
+    first = judge.gradients(fused, problem, 1e-5)
+    second = judge.gradients(fused, problem, 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_strided_and_unaligned_inputs_are_read_where_they_lie(judge):
+    problem = judge.problem(2, 4, 33, 48, torch.int8)
+    storage = torch.empty(2 * 33 * 48 + 1, dtype=torch.int8)
+    storage[1:] = problem.tokens.flatten()
+    padded = torch.zeros(2, 40, 48, dtype=torch.int8)
+    padded[:, :33] = problem.tokens
+    expected, _ = judge.reference(problem.query, problem.tokens, problem.scale)
+    shared = problem.query[0]
+    for tokens in (storage[1:].view(2, 33, 48), padded[:, :33]):
+        y, _ = fused(problem.query, tokens, problem.scale)
+        assert judge.errors([y], [expected])[0] <= 6e-4
+        y, _ = fused(shared, tokens, problem.scale)
+        assert judge.errors([y[0]], [expected[0]])[0] <= 6e-4
+
+
+def test_no_tokens_give_zero(judge):
+    problem = judge.problem(2, 3, 0, 16)
+    y, lse = fused(problem.query.requires_grad_(), problem.tokens)
+    assert not y.any()
+    assert bool((lse == -torch.inf).all())
+    (gradient,) = torch.autograd.grad(y.sum(), problem.query)
+    assert not gradient.any()
