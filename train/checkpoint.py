@@ -92,7 +92,8 @@ def save_model(
     """Write the trained student and its alignment, loadable by `load_model` without the store.
 
     Args:
-        config: the ``student`` and ``align`` groups and the ``seed``, as plain containers.
+        config: the ``student``, ``align`` and ``recipe`` groups and the ``seed``, as plain
+            containers.
     """
     write_whole(out / WEIGHTS, save(_contiguous(student.model)))
     write_whole(out / ALIGNMENT, save(_contiguous(alignment)))
@@ -106,6 +107,7 @@ def save_model(
             "student": config["student"],
             "align": config["align"],
             "seed": config["seed"],
+            "interpolation": config["recipe"]["interpolation"],
             "spaces": spaces,
         },
     )

@@ -147,7 +147,7 @@ def load_student(folder: str | Path) -> tuple[Student, Tensor, Tensor]:
 
 
 def read_model_json(folder: Path) -> dict[str, Any]:
-    """model.json of a run's folder: ``student``, ``align``, ``seed``, ``spaces``.
+    """model.json of a run's folder: student, align, seed, interpolation, spaces.
 
     Raises:
         DataError: it is missing or damaged.

@@ -64,9 +64,12 @@ def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, te
     assert result["rows"][0]["knn"] == pytest.approx(judge.score(*sides[1]), abs=1e-9)
 
 
-def test_mistakes_are_told(eval_config, tmp_path):
+def test_mistakes_are_told(train_config, eval_config, tmp_path):
+    run = train(train_config("align=regression", "recipe.steps=1"))["out"]
     with pytest.raises(DataError, match="holds no trained student"):
         evaluate(eval_config(f"students=[{tmp_path}]", "with_teachers=false"))
+    with pytest.raises(ConfigError, match="it has pooled, predictions"):
+        evaluate(eval_config(f"students=[{run}]", "readouts=[tokens]"))
     with pytest.raises(ConfigError, match="nothing to score"):
         evaluate(eval_config("with_teachers=false"))
     with pytest.raises(ConfigError, match=r"write a list, students=\[x\]"):

@@ -74,18 +74,24 @@ def _features(
                 )
             yield "teacher", label, "store", learn[label], judge[label]
 
-    options = {
-        "batch_size": config.batch_size,
-        "workers": config.workers,
-        "max_pixels": config.max_pixels,
-    }
     floors: set[str] = set()
     for folder in config.students:
         student, alignment, model = load_model(Path(folder))
         name, label = Path(folder).name, model["student"]["name"]
+        options = {
+            "batch_size": config.batch_size,
+            "workers": config.workers,
+            "max_pixels": config.max_pixels,
+            "interpolation": model["interpolation"],
+        }
         readouts = list(alignment.readouts)
         if config.readouts != "all":
             readouts = [kind for kind in config.readouts if kind in alignment.readouts]
+            if not readouts:
+                raise ConfigError(
+                    f"readouts={list(config.readouts)}: {folder} has none of them; it has "
+                    f"{', '.join(alignment.readouts)}"
+                )
         sides = [
             student_features(
                 fabric, student, alignment, readouts, images, **options, title=f"{name}, {side}"
