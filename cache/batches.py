@@ -59,14 +59,14 @@ class BatchIterator(Iterator[Batch]):
         *,
         start_step: int,
         threads: int,
-        pinned: bool,
+        pool: BufferPool,
     ) -> None:
         self._layout, self._gatherer = layout, gatherer
         self._spaces = spaces
         self._order = order
         self._step = start_step
         self._a_window = order.window_rows // order.batch_size
-        self._pool = BufferPool(pinned)
+        self._pool = pool
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cache-read")
         self._ahead: deque[_Window] = deque()
         self._next = start_step // self._a_window

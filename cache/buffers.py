@@ -21,14 +21,15 @@ class _Lease:
 
 
 class BufferPool:
-    """Byte buffers by length.
+    """Byte buffers by length; at most ``idle_bytes`` of them wait to be used again.
 
     Fresh memory costs a page fault for every 4 KiB, which is as dear as reading into it. Where
     ``pinned``, torch's own caching allocator of page-locked memory is the pool: it also waits for
     copies to the device that are under way.
     """
 
-    def __init__(self, pinned: bool = False) -> None:
+    def __init__(self, pinned: bool = False, idle_bytes: int = 2 << 30) -> None:
+        self._idle_bytes = idle_bytes
         self._pinned = pinned
         # Without a lock: the interpreter makes pop and append atomic, and a lock could be asked for
         # by a lease that dies while it is held.
@@ -45,4 +46,6 @@ class BufferPool:
         return torch.from_numpy(np.asarray(_Lease(self, memory)))
 
     def _give_back(self, memory: np.ndarray) -> None:
-        self._free[memory.nbytes].append(memory)
+        idle = sum(length * len(buffers) for length, buffers in list(self._free.items()))
+        if idle + memory.nbytes <= self._idle_bytes:
+            self._free[memory.nbytes].append(memory)

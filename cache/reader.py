@@ -137,6 +137,8 @@ class Cache:
         self.layout = Layout(manifest.plan)
         self.chunks = ChunkReader(source, manifest, completions)
         self.gatherer = Gatherer(self.chunks)
+        self.buffers = BufferPool()
+        self.pinned_buffers = BufferPool(pinned=True)
         self._facts = RowFacts(self.chunks, self.layout)
         self.spaces: dict[str, Space] = {
             space.id: Space(self, space)
@@ -291,6 +293,8 @@ class Cache:
         if rows is not None:
             eligible = np.zeros(len(self), bool)
             eligible[self.checked_rows(rows)] = True
+        if pinned is None:
+            pinned = torch.cuda.is_available()
         order = EpochOrder(
             eligible,
             group_rows=self.plan.group_rows,
@@ -312,7 +316,7 @@ class Cache:
             order,
             start_step=start_step,
             threads=threads,
-            pinned=torch.cuda.is_available() if pinned is None else pinned,
+            pool=self.pinned_buffers if pinned else self.buffers,
         )
 
     def __getstate__(self) -> dict[str, Any]:
