@@ -141,6 +141,8 @@ class NetworkTeacher(Teacher):
             "versions": {library: version(library) for library in (*libraries, "torch")},
         }
         self._set_size(preprocessing.size)
+        # Convolutions run faster on it, on CPUs and GPUs alike; everything else is indifferent.
+        network.to(memory_format=torch.channels_last)
         parameter = next(network.parameters())
         blank = torch.zeros(1, 3, *preprocessing.size, device=parameter.device)
         try:
@@ -181,7 +183,7 @@ class NetworkTeacher(Teacher):
                 f"teacher {self.name} takes images [B, 3, {self.preprocessing.size[0]}, "
                 f"{self.preprocessing.size[1]}], not {list(pixels.shape)}"
             )
-        features = self._features(pixels)
+        features = self._features(pixels.contiguous(memory_format=torch.channels_last))
         return {
             space: f.flatten(2).transpose(1, 2) if f.ndim == 4 else f.unsqueeze(1)
             for space, f in features.items()

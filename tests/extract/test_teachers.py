@@ -79,8 +79,8 @@ def test_default_spaces_equal_timms_features_and_head(
         features = features[:, network.num_prefix_tokens :]
     else:
         features = features.flatten(2).transpose(1, 2)
-    assert torch.equal(tokens, features)
-    assert torch.equal(descriptor, expected[:, None])
+    assert torch.allclose(tokens, features, atol=1e-5)
+    assert torch.allclose(descriptor, expected[:, None], atol=1e-5)
     assert not tokens.requires_grad
     shapes = [(s.tokens, s.dim) for s in teacher.spaces]
     assert shapes == [tuple(tokens.shape[1:]), tuple(descriptor.shape[1:])]
@@ -98,9 +98,9 @@ def test_channels_last_layouts_become_a_grid(checkpoints: dict[str, Path]) -> No
     found = teacher(pixels)
     with torch.no_grad():
         final, (stage,) = network.forward_intermediates(pixels, indices=[1], output_fmt="NCHW")
-    assert torch.allclose(found["map"], final.flatten(1, 2), atol=1e-6)
-    assert torch.allclose(found["stage"], stage.flatten(2).transpose(1, 2), atol=1e-6)
-    assert torch.allclose(found["mean"][:, 0], final.mean((1, 2)), atol=1e-6)
+    assert torch.allclose(found["map"], final.flatten(1, 2), atol=1e-5)
+    assert torch.allclose(found["stage"], stage.flatten(2).transpose(1, 2), atol=1e-5)
+    assert torch.allclose(found["mean"][:, 0], final.mean((1, 2)), atol=1e-5)
     assert [space.grid for space in teacher.spaces] == [(7, 7), (28, 28), None]
 
 
@@ -123,15 +123,15 @@ def test_vit_blocks_are_its_own_activations(checkpoints: dict[str, Path]) -> Non
         pooled = network.forward_head(network.forward_features(pixels), pre_logits=True)
         normed = network.norm(seen[2])
     found = teacher(pixels)
-    assert torch.equal(found["raw"], seen[2][:, 1:])
-    assert torch.allclose(found["normed"], normed[:, 1:], atol=1e-6)
-    assert torch.allclose(found["cls"], normed[:, :1], atol=1e-6)
-    assert torch.allclose(found["mean"][:, 0], seen[-1][:, 1:].mean(1), atol=1e-6)
-    assert torch.equal(found["pooled"], pooled[:, None])
+    assert torch.allclose(found["raw"], seen[2][:, 1:], atol=1e-5)
+    assert torch.allclose(found["normed"], normed[:, 1:], atol=1e-5)
+    assert torch.allclose(found["cls"], normed[:, :1], atol=1e-5)
+    assert torch.allclose(found["mean"][:, 0], seen[-1][:, 1:].mean(1), atol=1e-5)
+    assert torch.allclose(found["pooled"], pooled[:, None], atol=1e-5)
     early = {"cls": {"block": 1}}  # stops before the end of the network
     teacher = load_teacher("t", "timm:test_vit", checkpoint=str(path), spaces=early)
     with torch.no_grad():
-        assert torch.allclose(teacher(pixels)["cls"], network.norm(seen[1])[:, :1], atol=1e-6)
+        assert torch.allclose(teacher(pixels)["cls"], network.norm(seen[1])[:, :1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext", "resnet10t"])
@@ -147,9 +147,9 @@ def test_cnn_stages_together_with_final_features(name: str, checkpoints: dict[st
     with torch.no_grad():
         final = network.forward_features(pixels)
         pooled = network.forward_head(final, pre_logits=True)
-    assert torch.allclose(found["stage"], seen[0].flatten(2).transpose(1, 2), atol=1e-6)
-    assert torch.allclose(found["map"], final.flatten(2).transpose(1, 2), atol=1e-6)
-    assert torch.allclose(found["pooled"][:, 0], pooled, atol=1e-6)
+    assert torch.allclose(found["stage"], seen[0].flatten(2).transpose(1, 2), atol=1e-5)
+    assert torch.allclose(found["map"], final.flatten(2).transpose(1, 2), atol=1e-5)
+    assert torch.allclose(found["pooled"][:, 0], pooled, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [64, (64, 96)])
@@ -205,7 +205,8 @@ def test_checkpoint_of_another_classifier(
     teacher = load_teacher("t", "timm:test_vit", checkpoint=str(path))
     pixels = images(teacher)
     with torch.no_grad():
-        assert torch.equal(teacher(pixels)["patch"], network.forward_features(pixels)[:, 1:])
+        expected = network.forward_features(pixels)[:, 1:]
+    assert torch.allclose(teacher(pixels)["patch"], expected, atol=1e-5)
 
 
 def test_identity_names_what_tokens_depend_on(checkpoints: dict[str, Path]) -> None:
@@ -391,11 +392,11 @@ def test_open_clip_spaces_equal_its_own_forward(clip: tuple[nn.Module, str]) -> 
         embedding = embedding[0] if isinstance(embedding, tuple) else embedding
         mean = model.visual.ln_post(seen[1])[:, 1:].mean(1)
         cls = model.visual.ln_post(seen[2])[:, 0]
-    assert torch.allclose(found["patch"], tokens, atol=1e-6)
-    assert torch.allclose(found["embedding"][:, 0], embedding, atol=1e-6)
-    assert torch.allclose(found["cls"][:, 0], cls, atol=1e-6)
-    assert torch.allclose(found["early"], seen[0][:, 1:], atol=1e-6)
-    assert torch.allclose(found["mean"][:, 0], mean, atol=1e-6)
+    assert torch.allclose(found["patch"], tokens, atol=1e-5)
+    assert torch.allclose(found["embedding"][:, 0], embedding, atol=1e-5)
+    assert torch.allclose(found["cls"][:, 0], cls, atol=1e-5)
+    assert torch.allclose(found["early"], seen[0][:, 1:], atol=1e-5)
+    assert torch.allclose(found["mean"][:, 0], mean, atol=1e-5)
     assert [space.grid for space in teacher.spaces] == [(4, 4), None, None, (4, 4), None]
     assert teacher.preprocessing.size == (64, 64)
     np.testing.assert_allclose(teacher.preprocessing.mean, open_clip.OPENAI_DATASET_MEAN)
@@ -412,7 +413,7 @@ def test_open_clip_size_and_errors(clip: tuple[nn.Module, str], tmp_path: Path) 
     pixels = images(teacher)
     with torch.no_grad():
         expected = resized.encode_image(pixels)
-    assert torch.allclose(teacher(pixels)["embedding"][:, 0], expected, atol=1e-6)
+    assert torch.allclose(teacher(pixels)["embedding"][:, 0], expected, atol=1e-5)
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(TeacherError, match=rf"other\.pt does not fit open_clip:{CLIP}"):
         load_teacher("t", f"open_clip:{CLIP}", checkpoint=str(tmp_path / "other.pt"))
@@ -440,6 +441,6 @@ def test_open_clip_resnet_tower(tmp_path: Path) -> None:
         stem = visual.stem(pixels)
         final = visual.layer4(visual.layer3(visual.layer2(visual.layer1(stem))))
         embedding = model.encode_image(pixels)
-    assert torch.allclose(found["map"], final.flatten(2).transpose(1, 2), atol=1e-6)
-    assert torch.allclose(found["stem"], stem.flatten(2).transpose(1, 2), atol=1e-6)
-    assert torch.allclose(found["embedding"][:, 0], embedding, atol=1e-6)
+    assert torch.allclose(found["map"], final.flatten(2).transpose(1, 2), atol=1e-5)
+    assert torch.allclose(found["stem"], stem.flatten(2).transpose(1, 2), atol=1e-5)
+    assert torch.allclose(found["embedding"][:, 0], embedding, atol=1e-5)
