@@ -1,0 +1,220 @@
+"""cache_format.md is enough: a store is checked and decoded here from the document alone.
+
+Nothing of the package reads anything in the decoder below: only zarr or tensorstore, NumPy, and
+the formulas of the document. The store of every format version is kept and must be read for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import jsonschema
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+from preceptor.cache import Cache
+from preceptor.cache.encodings import ENCODINGS
+from preceptor.cache.layout import Layout
+from small_stores import CORRUPT, ROWS, tokens_of
+
+GOLDEN = Path(__file__).parent / "golden"
+DOCUMENT = (Path(__file__).parents[2] / "cache_format.md").read_text()
+VALID = np.array([row for row in range(ROWS) if row not in CORRUPT])
+
+ReadArray = Callable[[Path], np.ndarray]
+
+
+def by_zarr(path: Path) -> np.ndarray:
+    return np.asarray(zarr.open_array(path, mode="r")[...])
+
+
+def by_tensorstore(path: Path) -> np.ndarray:
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    return np.asarray(tensorstore.open(spec).result().read().result())
+
+
+# -- the document's section 5, `Decoded`, and section 4 ------------------------------------------
+
+
+def decode(space: Path, read: ReadArray) -> np.ndarray:
+    """float32 ``[rows, N, D]``; rows that are holes come out as NaN or nonsense."""
+    attributes = json.loads((space / "zarr.json").read_text())["attributes"]
+    codes, dim = read(space / "codes"), attributes["dim"]
+    f32 = np.float32
+    with np.errstate(invalid="ignore"):
+        if attributes["encoding"] == "fp16":
+            z = codes.astype(f32)
+        elif attributes["encoding"] in ("int8", "compact"):
+            z = codes.astype(f32) * read(space / "scales").astype(f32)[..., None]
+        else:
+            scales = read(space / "scales").astype(f32)
+            z = np.zeros((*codes.shape[:-1], dim), f32)
+            for d in range(dim):
+                byte = codes[..., d // 2]
+                nibble = byte // 16 if d % 2 else byte % 16
+                z[..., d] = (nibble.astype(f32) - 8) * scales[..., d // 64]
+        return z * read(space / "std") + read(space / "mean")
+
+
+# -- the document's section 5, encoders, in plain loops over float32 ------------------------------
+
+
+def up16(y: np.float32) -> np.float16:
+    half = np.float16(y)
+    return half if np.float32(half) >= y else np.nextafter(half, np.float16(np.inf))
+
+
+def scale(y: np.float32) -> np.float16:
+    return up16(min(max(y, np.float32(2.0**-24)), np.float32(65504)))
+
+
+def encode(name: str, z: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Codes and scales of one token, float32 ``[D]``."""
+    f32 = np.float32
+    p = f32(np.abs(z).max())
+    if name == "fp16":
+        return z.astype(np.float16), None
+    if name == "int4":
+        z = np.concatenate([z, np.zeros(-len(z) % 64, f32)])
+        scales = [scale(f32(np.abs(g).max()) / f32(7)) for g in z.reshape(-1, 64)]
+        codes = [int(np.clip(np.rint(v / f32(scales[d // 64])), -7, 7)) for d, v in enumerate(z)]
+        pairs = zip(codes[::2], codes[1::2], strict=True)
+        return np.array([low + 8 + 16 * (high + 8) for low, high in pairs], np.uint8), scales
+    step = p / f32(127)
+    if name == "compact":
+        u = z / p if p > 0 else z
+        q = [*(u * u), *[f32(0)] * (2 ** int(np.ceil(np.log2(len(u)))) - len(u))]
+        while len(q) > 1:
+            q = [a + b for a, b in zip(q[: len(q) // 2], q[len(q) // 2 :], strict=True)]
+        step = max(p * np.sqrt(q[0] / f32(len(u))) / f32(8), step)
+    s = scale(step)
+    return np.clip(np.rint(z / f32(s)), -127, 127).astype(np.int8), s
+
+
+READERS = pytest.mark.parametrize("read", [by_zarr, by_tensorstore])
+
+
+@READERS
+def test_the_golden_store_decodes_by_the_document(read: ReadArray) -> None:
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    valid = np.array(expected["valid"])
+    store = GOLDEN / "store"
+    assert (read(store / "rows/valid") == valid).all()
+    keys = [bytes(key).rstrip(b"\0").decode() for key in read(store / "rows/key")]
+    assert keys == [f"clé{row}" for row in range(5)]
+    assert read(store / "rows/label").tolist() == [-1, 0, 1, 2, 3]
+    for name, values in expected["decoded"].items():
+        assert (decode(store / "spaces" / name, read)[valid] == np.array(values)).all(), name
+
+
+def test_the_golden_store_is_read(tmp_path: Path) -> None:
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    cache = Cache.open(GOLDEN / "store")
+    assert cache.valid.tolist() == expected["valid"]
+    assert {space.encoding for space in cache.spaces.values()} == set(ENCODINGS)
+    for name, values in expected["decoded"].items():
+        tokens = cache[name].read(np.flatnonzero(cache.valid))
+        assert (cache[name].decode(tokens).numpy() == np.array(values)).all(), name
+        assert cache[name].statistics().count == 4 * cache[name].spec.tokens
+
+
+@READERS
+def test_a_store_decodes_by_the_document_to_what_the_reader_gives(
+    finished: Path, read: ReadArray
+) -> None:
+    cache = Cache.open(finished)
+    for name, space in cache.spaces.items():
+        ours = space.decode(space.read(VALID)).numpy()
+        theirs = decode(finished / "spaces" / name, read)[VALID]
+        assert ours.tobytes() == theirs.tobytes(), name
+
+
+def test_the_document_s_encoders_give_the_stored_bits(finished: Path) -> None:
+    cache = Cache.open(finished)
+    for name, space in cache.spaces.items():
+        tokens = space.read(VALID[:3])
+        z = (tokens_of(space.spec, VALID[:3]) - space.mean.numpy()) / space.std.numpy()
+        for row in range(3):
+            for token in range(space.spec.tokens):
+                codes, scales = encode(space.encoding, z[row, token])
+                stored = tokens.codes[row, token].numpy()
+                assert codes[: len(stored)].tobytes() == stored.tobytes(), name
+                if tokens.scales is not None:
+                    kept = tokens.scales[row, token].numpy()
+                    assert np.array(scales, np.float16).tobytes() == kept.tobytes(), name
+
+
+def canonical_sha256(document: dict[str, Any]) -> str:
+    body = {key: value for key, value in document.items() if key != "sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("store", [GOLDEN / "store", None], ids=["golden", "fresh"])
+def test_hashes_and_checksums_are_those_of_the_document(store: Path | None, finished: Path) -> None:
+    root = store or finished
+    schemas = {
+        name: json.loads(text)
+        for name, text in re.findall(r"```json schema=(\w+)\n(.*?)```", DOCUMENT, re.S)
+    }
+    manifest = json.loads((root / "manifest.json").read_text())
+    jsonschema.validate(manifest, schemas["manifest"])
+    assert manifest["sha256"] == canonical_sha256(manifest)
+    shards = -(-manifest["rows"] // manifest["shard_rows"])
+    for unit in ["rows", *(teacher["name"] for teacher in manifest["teachers"])]:
+        done = json.loads((root / f"commits/{unit}/complete.json").read_text())
+        jsonschema.validate(done, schemas["completion"])
+        assert done["sha256"] == canonical_sha256(done)
+        for shard in range(shards):
+            raw = (root / f"commits/{unit}/{shard}.json").read_bytes()
+            assert hashlib.sha256(raw).hexdigest() == done["records"][shard]
+            record = json.loads(raw)
+            jsonschema.validate(record, schemas["commit"])
+            assert record["sha256"] == canonical_sha256(record)
+            assert record["configuration"] == done["configuration"]
+            for path, entry in record["files"].items():
+                check_file(root, path, shard, entry)
+    for teacher in manifest["teachers"]:
+        for space in teacher["spaces"]:
+            folder = root / "spaces" / teacher["name"] / space["name"]
+            both = by_zarr(folder / "mean").tobytes() + by_zarr(folder / "std").tobytes()
+            assert hashlib.sha256(both).hexdigest() == space["calibration"]["sha256"]
+
+
+def check_file(root: Path, path: str, shard: int, entry: dict[str, Any]) -> None:
+    shape = json.loads((root / path / "zarr.json").read_text())["shape"]
+    raw = (root / path / f"c.{shard}{'.0' * (len(shape) - 1)}").read_bytes()
+    assert len(raw) == entry["bytes"]
+    assert hashlib.sha256(raw).hexdigest() == entry["sha256"]
+    sums = [int(entry["chunks"][at : at + 8], 16) for at in range(0, len(entry["chunks"]), 8)]
+    offset = 0
+    if path.startswith("rows/"):
+        ends = [len(raw)]
+    else:  # chunks lie in order without gaps, then the index
+        codecs = json.loads((root / path / "zarr.json").read_text())["codecs"]
+        metadata = json.loads((root / path / "zarr.json").read_text())
+        outer = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+        chunks = outer // codecs[0]["configuration"]["chunk_shape"][0]
+        index = np.frombuffer(raw[-16 * chunks - 4 : -4], "<u8").reshape(-1, 2)[: len(sums)]
+        ends = index.sum(1).tolist()
+        assert index[:, 0].tolist() == [0, *ends[:-1]]
+    for end, value in zip(ends, sums, strict=True):
+        assert google_crc32c.value(raw[offset : end - 4]) == value
+        assert int.from_bytes(raw[end - 4 : end], "little") == value
+        offset = end
+
+
+def test_the_document_names_every_array_and_encoding() -> None:
+    manifest = Cache.open(GOLDEN / "store").manifest
+    layout = Layout(manifest.plan)
+    for name in [*layout.row_arrays(), "codes", "scales", "mean", "std", "covariance"]:
+        assert name in DOCUMENT
+    for name in ENCODINGS:
+        assert f"- **{name}**:" in DOCUMENT
