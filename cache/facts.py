@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import overload
 
 import numpy as np
@@ -20,7 +21,8 @@ _SHARDS_KEPT = 8
 class RowFacts:
     """Checked arrays of the ``rows`` unit."""
 
-    def __init__(self, chunks: ChunkReader, layout: Layout) -> None:
+    def __init__(self, chunks: ChunkReader, layout: Layout, parallel: int) -> None:
+        self._parallel = parallel
         self._chunks = chunks
         self._plan = layout.plan
         self._arrays = layout.row_arrays()
@@ -32,7 +34,11 @@ class RowFacts:
 
     def all(self, name: str) -> np.ndarray:
         """One fact of all rows."""
-        return np.concatenate([self.shard(name, shard) for shard in range(self._plan.shards)])
+        shards = range(self._plan.shards)
+        if self._parallel > 2:
+            with ThreadPoolExecutor(self._parallel) as pool:
+                return np.concatenate(list(pool.map(lambda shard: self.shard(name, shard), shards)))
+        return np.concatenate([self.shard(name, shard) for shard in shards])
 
     def keys(self, shard: int) -> list[str]:
         """The keys of one shard.

@@ -97,13 +97,14 @@ def _incomplete(source: Source, manifest: Manifest, units: list[str]) -> StoreEr
 def _metadata_problems(source: Source, layout: Layout, unit: str) -> list[str]:
     problems = []
     nodes = [*layout.nodes(unit), *(layout.root_nodes() if unit == ROWS else ())]
-    for path, metadata in nodes:
-        name = f"{path}/zarr.json".lstrip("/")
-        try:
-            if json.loads(source.read(name)) != metadata:
-                problems.append(f"{name} is not what {MANIFEST} calls for")
-        except FileNotFoundError:
+    names = [f"{path}/zarr.json".lstrip("/") for path, _ in nodes]
+    for name, raw, (_, metadata) in zip(names, source.read_many(names), nodes, strict=True):
+        if raw is None:
             problems.append(f"{name} is missing")
+            continue
+        try:
+            if json.loads(raw) != metadata:
+                problems.append(f"{name} is not what {MANIFEST} calls for")
         except (ValueError, RecursionError):
             problems.append(f"{name} is not JSON")
     return problems
@@ -139,12 +140,9 @@ def read_files(source: Source, names: Iterable[str]) -> dict[str, bytes]:
     Raises:
         StoreError: one is missing.
     """
-    found = {}
-    for name in names:
-        try:
-            found[name] = source.read(name)
-        except FileNotFoundError:
-            raise StoreError(
-                f"{source.location}/{name} is missing: run `preceptor repair`"
-            ) from None
-    return found
+    names = list(names)
+    found = dict(zip(names, source.read_many(names), strict=True))
+    for name, raw in found.items():
+        if raw is None:
+            raise StoreError(f"{source.location}/{name} is missing: run `preceptor repair`")
+    return {name: raw for name, raw in found.items() if raw is not None}

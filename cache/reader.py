@@ -72,12 +72,14 @@ class Space:
         """dtype of the codes."""
         return getattr(torch, self._arrays["codes"].dtype)
 
-    def read(self, rows: Sequence[int] | np.ndarray | torch.Tensor, threads: int = 2) -> Tokens:
+    def read(
+        self, rows: Sequence[int] | np.ndarray | torch.Tensor, threads: int | None = None
+    ) -> Tokens:
         """The encoded tokens of rows.
 
         Args:
             rows: 1-d integers in any order; repetitions are allowed.
-            threads: threads that read groups.
+            threads: threads that read groups; None: 2, or 16 for a remote store.
 
         Returns:
             Tokens with rows in the order asked for.
@@ -92,6 +94,7 @@ class Space:
         )
         groups = list(by_group(wanted, plan.shard_rows, plan.group_rows))
         gatherer = self._cache.gatherer
+        threads = threads or self._cache.source.parallel
         if threads > 1 and len(groups) > 1:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(lambda group: gatherer.fill(place, group), groups))
@@ -139,7 +142,7 @@ class Cache:
         self.gatherer = Gatherer(self.chunks)
         self.buffers = BufferPool()
         self.pinned_buffers = BufferPool(pinned=True)
-        self._facts = RowFacts(self.chunks, self.layout)
+        self._facts = RowFacts(self.chunks, self.layout, source.parallel)
         self.spaces: dict[str, Space] = {
             space.id: Space(self, space)
             for teacher in manifest.plan.teachers
@@ -148,17 +151,24 @@ class Cache:
         }
 
     @classmethod
-    def open(cls, location: str | Path, *, teachers: Sequence[str] | None = None) -> Cache:
+    def open(
+        cls,
+        location: str | Path,
+        *,
+        teachers: Sequence[str] | None = None,
+        storage: Mapping[str, Any] | None = None,
+    ) -> Cache:
         """Open a store.
 
         Args:
             location: a directory, or s3://, gs://, az://, http(s)://.
             teachers: open these alone; the others need not be whole. None: all.
+            storage: options of a remote store, see ``remote.RemoteSource``.
 
         Raises:
             StoreError: no store, unknown version, incomplete (shards named) or damaged.
         """
-        source = open_source(location)
+        source = open_source(location, storage)
         manifest, completions = open_units(source, teachers)
         return cls(source, manifest, completions)
 
@@ -257,7 +267,7 @@ class Cache:
         shuffle: bool = True,
         drop_last: bool = True,
         window_rows: int = 1024,
-        threads: int = 2,
+        threads: int | None = None,
         pinned: bool | None = None,
     ) -> BatchIterator:
         """Batches of an epoch: groups shuffled, rows shuffled within windows.
@@ -273,7 +283,7 @@ class Cache:
             shuffle: False: ascending rows.
             drop_last: leave out a last batch that is not full.
             window_rows: rows that are shuffled together and held in memory (twice).
-            threads: reading threads.
+            threads: reading threads; None: 2, or 16 for a remote store.
             pinned: page-locked memory; None: where CUDA is available.
 
         Returns:
@@ -285,6 +295,7 @@ class Cache:
         chosen = [self[name].spec for name in spaces]
         if not chosen:
             raise StoreError("batches need at least one space")
+        threads = self.source.parallel if threads is None else threads
         if batch_size < 1 or window_rows < 1 or threads < 1:
             raise StoreError("batch_size, window_rows and threads must be at least 1")
         if not 0 <= rank < world:

@@ -6,7 +6,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,26 @@ class Source(ABC):
 
     Attributes:
         location: what the user called it.
+        parallel: how many reads at a time serve it well.
     """
 
     location: str
+    parallel: int = 2
 
     @abstractmethod
     def read(self, name: str) -> bytes:
         """A whole file. Raises FileNotFoundError when it does not exist."""
+
+    def read_or_none(self, name: str) -> bytes | None:
+        """A whole file, or None when it does not exist."""
+        try:
+            return self.read(name)
+        except FileNotFoundError:
+            return None
+
+    def read_many(self, names: Iterable[str]) -> list[bytes | None]:
+        """Whole files; None for those that do not exist."""
+        return [self.read_or_none(name) for name in names]
 
     @abstractmethod
     def read_into(self, name: str, offset: int, buffers: Sequence[Any]) -> int:
@@ -117,11 +130,14 @@ class LocalSource(Source):
             return file
 
 
-def open_source(location: str | Path) -> Source:
+def open_source(location: str | Path, options: Mapping[str, Any] | None = None) -> Source:
     """The source of a store: a directory, or s3://, gs://, az://, http(s)://.
 
+    Args:
+        options: for remote stores, see ``remote.RemoteSource``.
+
     Raises:
-        StoreError: a scheme that is not known.
+        StoreError: a scheme that is not known, or an address that cannot be used.
     """
     text = str(location)
     scheme, found, rest = text.partition("://")
@@ -129,4 +145,9 @@ def open_source(location: str | Path) -> Source:
         return LocalSource(Path(text))
     if scheme == "file":
         return LocalSource(Path("/" + rest.lstrip("/")))
-    raise StoreError(f"{text}: stores are read from a directory, s3://, gs://, az:// or http(s)://")
+    from .remote import SCHEMES, RemoteSource
+
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise StoreError(f"{text}: a store is a directory or an address beginning with {known}")
+    return RemoteSource(text, options)

@@ -1,0 +1,117 @@
+"""Ranged reads of a store in object storage or behind a web server, through obstore.
+
+obstore itself retries server errors, dropped connections and timeouts with growing pauses; what is
+read is checked like anything else, so a wrong answer is refused, not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..errors import StoreError
+from .source import Source
+
+SCHEMES = ("s3", "gs", "az", "http", "https")
+_ATTEMPTS = 3  # of whole requests whose answer broke off, on top of obstore's own retries
+
+
+class RemoteSource(Source):
+    """A store at an address.
+
+    Args:
+        location: ``s3://bucket/path``, ``gs://...``, ``az://...``, ``http(s)://...``.
+        options: keyword arguments of ``obstore.store.from_url``: ``config`` (region, endpoint,
+            credentials), ``client_options`` (timeout, proxy, ...), ``retry_config``. Credentials
+            and endpoints also come from the usual environment variables.
+    """
+
+    parallel = 16
+
+    def __init__(self, location: str, options: Mapping[str, Any] | None = None) -> None:
+        self.location = location
+        self._options = dict(options or {})
+        try:
+            from obstore.store import from_url
+        except ImportError:
+            raise StoreError(
+                f"{location}: reading remote stores needs obstore: pip install 'preceptor[remote]'"
+            ) from None
+        try:
+            self._store = from_url(location.rstrip("/"), **self._options)
+        except (ValueError, TypeError, self._errors()) as error:
+            raise StoreError(f"{location} cannot be opened: {error}") from None
+
+    @staticmethod
+    def _errors() -> type[Exception]:
+        from obstore.exceptions import BaseError
+
+        return BaseError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"location": self.location, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        RemoteSource.__init__(self, **state)
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        return self._patiently(name, lambda: bytes(obstore.get(self._store, name).bytes()))
+
+    def read_many(self, names: Iterable[str]) -> list[bytes | None]:
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(self.read_or_none, names))
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[Any]) -> int:
+        import obstore
+
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        length = sum(len(view) for view in views)
+        answer = self._patiently(
+            name, lambda: obstore.get_range(self._store, name, start=offset, length=length)
+        )
+        raw = memoryview(answer)
+        at = 0
+        for view in views:
+            part = raw[at : at + len(view)]
+            view[: len(part)] = part
+            at += len(part)
+        return at
+
+    def sizes(self, directory: str) -> dict[str, int] | None:
+        import obstore
+
+        if self.location.startswith("http"):
+            return None  # web servers have no common way to list
+        prefix = f"{directory}/"
+
+        def listed() -> dict[str, int]:
+            pages = obstore.list(self._store, prefix)
+            found = {str(entry["path"]): int(entry["size"]) for page in pages for entry in page}
+            names = {path.rpartition(prefix)[2]: size for path, size in found.items()}
+            return {name: size for name, size in names.items() if "/" not in name}
+
+        return self._patiently(directory, listed)
+
+    def _patiently(self, name: str, request: Any) -> Any:
+        """The answer to a request, tried again where it broke off.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            StoreError: no good answer.
+        """
+        last: Exception | None = None
+        for _ in range(_ATTEMPTS):
+            try:
+                return request()
+            except FileNotFoundError:
+                raise
+            except (OSError, self._errors()) as error:
+                last = error
+        summary = str(last).strip().splitlines()[0][:300]
+        raise StoreError(
+            f"{self.location}/{name} could not be read after {_ATTEMPTS} attempts: {summary}; "
+            "check the address, the credentials and the network"
+        ) from last
