@@ -58,11 +58,11 @@ def row_tiles(kernel: str, width: int, lanes: int, itemsize: int) -> list[Tile]:
         # Small blocks have more edges, and nothing is timed.
         held, again = [(16, 16, 4, 2), (32, 32, 4, 2)], [(16, 16, 4, 1)]
     elif itemsize == 4:
-        again += [(16, 16, 8, 1)]
+        again += [(16, 16, 8, 1)] if dim <= 768 else []
     elif kernel == "forward":
         held = [(16, 32, 8, 2)]
         held += [(16, 32, 4, 2), (16, 32, 8, 3), (16, 64, 8, 2)] if dim <= 768 else []
-        held += [(32, 32, 8, 2)] if 384 < dim <= 1024 or itemsize == 2 else []
+        held += [(32, 32, 8, 2)] if dim <= 1024 else []
     elif dim <= 1024 or lanes == 1:
         held = [(16, 32, 8, 2)]
         held += [(16, 32, 4, 2)] if dim <= 384 else []

@@ -14,7 +14,7 @@ MAX_ROWS = 128
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def why_not_triton(query: Tensor, tokens: Tensor) -> str | None:
+def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str | None:
     """The end of a sentence that says why Triton cannot run these tensors; None if it can."""
     if not _HAS_TRITON:
         return "needs the package triton, which is not installed"
@@ -23,8 +23,8 @@ def why_not_triton(query: Tensor, tokens: Tensor) -> str | None:
         return f"needs tensors on a CUDA device, got {tokens.device}"
     if torch.float64 in (query.dtype, tokens.dtype):
         return 'has no float64; pass float32 or use implementation="absorbed"'
-    if tokens.shape[2] > MAX_DIM:
-        return f"takes tokens of width D up to {MAX_DIM}, got {tokens.shape[2]}"
+    if tokens.shape[2] > max_dim:
+        return f"takes tokens of width D up to {max_dim}, got {tokens.shape[2]}"
     if query.shape[1] > MAX_ROWS:
         return f"takes up to {MAX_ROWS} query rows, got {query.shape[1]}"
     return None

@@ -1,0 +1,267 @@
+"""Alignment losses of a prediction with stored tokens that never decode the tokens as a whole."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd, register_fake
+from torch.nn import functional
+
+from .availability import why_not_triton
+
+# Rows that the PyTorch body decodes at once: their floats stay in a core's cache.
+_STEP_BYTES = 1 << 20
+# As in torch.nn.functional.cosine_similarity.
+_NORM_EPS = 1e-8
+
+
+class AlignmentLoss(NamedTuple):
+    """Two losses: scalars, or [B, N] with reduction "none"."""
+
+    cosine: Tensor
+    smooth_l1: Tensor
+
+
+def alignment_loss(
+    prediction: Tensor,
+    tokens: Tensor,
+    scale: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    beta: float = 1.0,
+    reduction: Literal["mean", "none"] = "mean",
+    implementation: Literal["auto", "triton", "torch"] = "auto",
+) -> AlignmentLoss:
+    """Cosine distance and smooth-L1 distance of predicted and stored tokens, in one pass.
+
+    With z the decoded token (``scale * tokens`` for codes) and p its prediction, per token::
+
+        cosine = 1 - p . z / (max(|p|, eps) max(|z|, eps))      smooth_l1 = mean_D h(p - z)
+        h(e) = e^2 / (2 beta) where |e| < beta, |e| - beta / 2 elsewhere
+
+    as `torch.nn.functional.cosine_similarity` and `smooth_l1_loss` have it. Codes are decoded in
+    registers (Triton, on CUDA) or a cache-sized chunk at a time (PyTorch), so that no float copy of
+    the targets exists; the same holds for the backward pass, which reads both again.
+
+    Args:
+        prediction: [B, N, D] float16, bfloat16, float32 or float64; gets the gradient.
+        tokens: [B, N, D], int8 codes or a float dtype; a constant.
+        scale: [B, N] float, needed with int8 codes and only there.
+        mask: [B, N] bool, True where a token counts. The mean is over the tokens that count, and 0
+            where none does; with reduction "none" the others are 0.
+        beta: where smooth-L1 turns from a parabola into a line; positive.
+        reduction: "mean" over tokens, or "none" for one value a token.
+        implementation: "triton" needs CUDA and D up to 8192; "auto" takes it where it can.
+
+    Returns:
+        `AlignmentLoss` in float32 (float64 for a float64 prediction).
+
+    Raises:
+        TypeError: an argument has a dtype that is not listed above.
+        ValueError: shapes or devices do not match, or an option has a value that cannot be used.
+    """
+    _check(prediction, tokens, scale, mask, beta, reduction, implementation)
+    use_triton = implementation != "torch" and (tokens.is_cuda or implementation == "triton")
+    if use_triton:
+        reason = why_not_triton(prediction[:, :1], tokens, max_dim=8192)
+        if reason and implementation == "triton":
+            raise ValueError(f'implementation="triton" {reason}')
+        use_triton = reason is None
+    cosine, smooth, _ = torch.ops.preceptor.alignment_loss(
+        prediction, tokens, None if scale is None else scale.detach(), float(beta), use_triton
+    )
+    if mask is not None:
+        cosine, smooth = torch.where(mask, cosine, 0.0), torch.where(mask, smooth, 0.0)
+    if reduction == "none":
+        return AlignmentLoss(cosine, smooth)
+    count = cosine.numel() if mask is None else mask.sum()
+    count = max(count, 1) if mask is None else torch.clamp(count, min=1)
+    return AlignmentLoss(cosine.sum() / count, smooth.sum() / count)
+
+
+def _check(
+    prediction: Tensor,
+    tokens: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    beta: float,
+    reduction: str,
+    implementation: str,
+) -> None:
+    if not prediction.is_floating_point():
+        raise TypeError(f"prediction must have a float dtype, got {prediction.dtype}")
+    if not tokens.is_floating_point() and tokens.dtype != torch.int8:
+        raise TypeError(f"tokens must be int8 codes or have a float dtype, got {tokens.dtype}")
+    if prediction.dim() != 3 or prediction.shape != tokens.shape:
+        raise ValueError(
+            f"prediction and tokens must have one shape [B, N, D], got {tuple(prediction.shape)} "
+            f"and {tuple(tokens.shape)}"
+        )
+    if (tokens.dtype == torch.int8) != (scale is not None):
+        raise ValueError("scale [B, N] must be given with int8 tokens and only with them")
+    for name, value in (("scale", scale), ("mask", mask)):
+        if value is not None and value.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"{name} must have the shape {tuple(tokens.shape[:2])}, got {tuple(value.shape)}"
+            )
+    if scale is not None and not scale.is_floating_point():
+        raise TypeError(f"scale must have a float dtype, got {scale.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must have the bool dtype, got {mask.dtype}")
+    for name, value in (("prediction", prediction), ("scale", scale), ("mask", mask)):
+        if value is not None and value.device != tokens.device:
+            raise ValueError(
+                f"{name} must be on the device of tokens, {tokens.device}, got {value.device}"
+            )
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    if implementation not in ("auto", "triton", "torch"):
+        raise ValueError(
+            f'implementation must be "auto", "triton" or "torch", got {implementation!r}'
+        )
+
+
+def _accumulate_dtype(prediction: Tensor) -> torch.dtype:
+    return torch.float64 if prediction.dtype == torch.float64 else torch.float32
+
+
+@custom_op("preceptor::alignment_loss", mutates_args=())
+def _forward(
+    prediction: Tensor, tokens: Tensor, scale: Tensor | None, beta: float, triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [B, N] and the statistics [3, B, N] (p . z, |p|^2, |z|^2) that the backward needs."""
+    if triton:
+        from . import triton_loss
+
+        with torch.cuda.device_of(tokens):
+            return triton_loss.forward(prediction, tokens, scale, beta)
+    dtype = _accumulate_dtype(prediction)
+    options: dict[str, Any] = {"dtype": dtype, "device": prediction.device}
+    batch, count, dim = prediction.shape
+    cosine, smooth = torch.empty(batch * count, **options), torch.empty(batch * count, **options)
+    statistics = torch.empty(3, batch * count, **options)
+    flat = prediction.reshape(-1, dim), tokens.reshape(-1, dim), _flat(scale)
+    for step in _steps(batch * count, dim, dtype):
+        p, z = flat[0][step].to(dtype), _decoded(flat[1], flat[2], step, dtype)
+        smooth[step] = functional.smooth_l1_loss(p, z, reduction="none", beta=beta).mean(-1)
+        for row, (a, b) in enumerate(((p, z), (p, p), (z, z))):
+            statistics[row, step] = torch.linalg.vecdot(a, b)
+    inner, predicted, stored = statistics
+    cosine = 1 - inner * _inverse_norm(predicted) * _inverse_norm(stored)
+    return (
+        cosine.view(batch, count),
+        smooth.view(batch, count),
+        statistics.view(3, batch, count),
+    )
+
+
+@register_fake("preceptor::alignment_loss")
+def _forward_fake(
+    prediction: Tensor, tokens: Tensor, scale: Tensor | None, beta: float, triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, count, _ = prediction.shape
+    dtype = _accumulate_dtype(prediction)
+    return (
+        prediction.new_empty((batch, count), dtype=dtype),
+        prediction.new_empty((batch, count), dtype=dtype),
+        prediction.new_empty((3, batch, count), dtype=dtype),
+    )
+
+
+@custom_op("preceptor::alignment_loss_backward", mutates_args=())
+def _backward(
+    prediction: Tensor,
+    tokens: Tensor,
+    scale: Tensor | None,
+    along_prediction: Tensor,
+    along_target: Tensor,
+    smooth_factor: Tensor,
+    beta: float,
+    triton: bool,
+) -> Tensor:
+    """``along_prediction p + along_target z + smooth_factor clamp((p - z) / beta, -1, 1)``."""
+    if triton:
+        from . import triton_loss
+
+        with torch.cuda.device_of(tokens):
+            return triton_loss.backward(
+                prediction, tokens, scale, along_prediction, along_target, smooth_factor, beta
+            )
+    dtype = _accumulate_dtype(prediction)
+    batch, count, dim = prediction.shape
+    gradient = torch.empty((batch * count, dim), dtype=prediction.dtype, device=prediction.device)
+    flat = prediction.reshape(-1, dim), tokens.reshape(-1, dim), _flat(scale)
+    factors = [_flat(f) for f in (along_prediction, along_target, smooth_factor)]
+    for step in _steps(batch * count, dim, dtype):
+        p, z = flat[0][step].to(dtype), _decoded(flat[1], flat[2], step, dtype)
+        by_p, by_z, by_sign = (f[step].unsqueeze(-1) for f in factors if f is not None)
+        slope = ((p - z) / beta).clamp_(-1, 1).mul_(by_sign)
+        gradient[step] = slope.addcmul_(p, by_p).addcmul_(z, by_z)
+    return gradient.view(prediction.shape)
+
+
+@register_fake("preceptor::alignment_loss_backward")
+def _backward_fake(
+    prediction: Tensor,
+    tokens: Tensor,
+    scale: Tensor | None,
+    along_prediction: Tensor,
+    along_target: Tensor,
+    smooth_factor: Tensor,
+    beta: float,
+    triton: bool,
+) -> Tensor:
+    return torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    prediction, tokens, scale, ctx.beta, ctx.triton = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(prediction, tokens, scale, output[2])
+
+
+def _differentiate(
+    ctx: Any, grad_cosine: Tensor, grad_smooth: Tensor, unused: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    prediction, tokens, scale, statistics = ctx.saved_tensors
+    inner, predicted, stored = statistics
+    by_p, by_z = _inverse_norm(predicted), _inverse_norm(stored)
+    # Below the epsilon the norm of p is a constant: only the numerator depends on p.
+    long_enough = predicted > _NORM_EPS**2
+    along_prediction = torch.where(long_enough, grad_cosine * inner * by_p**3 * by_z, 0.0)
+    gradient = torch.ops.preceptor.alignment_loss_backward(
+        prediction,
+        tokens,
+        scale,
+        along_prediction,
+        -grad_cosine * by_p * by_z,
+        grad_smooth / prediction.shape[-1],
+        ctx.beta,
+        ctx.triton,
+    )
+    return gradient, None, None, None, None
+
+
+register_autograd("preceptor::alignment_loss", _differentiate, setup_context=_save_for_backward)
+
+
+def _inverse_norm(squared: Tensor) -> Tensor:
+    return squared.clamp_min(_NORM_EPS**2).rsqrt()
+
+
+def _flat(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.reshape(-1)
+
+
+def _steps(rows: int, dim: int, dtype: torch.dtype) -> list[slice]:
+    step = max(1, _STEP_BYTES // max(1, dim * dtype.itemsize))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _decoded(tokens: Tensor, scale: Tensor | None, step: slice, dtype: torch.dtype) -> Tensor:
+    z = tokens[step].to(dtype)
+    return z if scale is None else z * scale[step].to(dtype).unsqueeze(-1)

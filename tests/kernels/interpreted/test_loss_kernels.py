@@ -1,0 +1,29 @@
+"""The Triton loss kernels, run by the interpreter, against the PyTorch body in float64."""
+
+import pytest
+import torch
+from preceptor.kernels import alignment_loss
+
+
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [5, 33, 64])
+def test_values_and_gradient(dim, dtype, codes):
+    generator = torch.Generator().manual_seed(dim)
+    prediction = torch.randn(2, 3, dim, generator=generator).to(dtype)
+    tokens, scale = torch.randn(2, 3, dim, generator=generator).to(dtype), None
+    if codes:
+        tokens = torch.randint(-127, 128, (2, 3, dim), generator=generator).to(torch.int8)
+        scale = torch.rand(2, 3, generator=generator) * 0.02
+    results = []
+    for implementation, p in (("triton", prediction), ("torch", prediction.double())):
+        p = p.detach().requires_grad_()
+        cosine, smooth = alignment_loss(p, tokens, scale, beta=0.7, implementation=implementation)
+        (gradient,) = torch.autograd.grad(0.7 * cosine + 1.3 * smooth, p)
+        results.append((cosine.detach(), smooth.detach(), gradient))
+    tolerances = (1e-5, 1e-5, 4e-3 if dtype == torch.bfloat16 else 1e-5)
+    for ours, theirs, tolerance in zip(*results, tolerances, strict=True):
+        size = float(theirs.abs().max())
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=tolerance, atol=tolerance * max(size, 0.1)
+        )

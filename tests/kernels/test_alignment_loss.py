@@ -1,0 +1,139 @@
+"""The fused losses on CPU against torch.nn.functional over decoded tokens, in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from preceptor.kernels import alignment_loss
+from torch.autograd import gradcheck
+from torch.nn import functional
+
+
+def problem(batch, count, dim, dtype=torch.float32, codes=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    prediction = torch.randn(batch, count, dim, generator=generator, dtype=torch.float64).to(dtype)
+    if not codes:
+        return prediction, torch.randn(batch, count, dim, generator=generator).to(dtype), None
+    tokens = torch.randint(-127, 128, (batch, count, dim), generator=generator).to(torch.int8)
+    return prediction, tokens, torch.rand(batch, count, generator=generator) * 0.02
+
+
+def reference(prediction, tokens, scale, mask=None, beta=1.0):
+    z = tokens.double() if scale is None else tokens.double() * scale.double().unsqueeze(-1)
+    p = prediction.double()
+    cosine = 1 - functional.cosine_similarity(p, z, dim=-1)
+    smooth = functional.smooth_l1_loss(p, z, reduction="none", beta=beta).mean(-1)
+    if mask is None:
+        mask = torch.ones(p.shape[:2], dtype=torch.bool)
+    return tuple((loss * mask).sum() / mask.sum().clamp_min(1) for loss in (cosine, smooth))
+
+
+def values_and_gradient(function, prediction):
+    prediction = prediction.detach().requires_grad_()
+    cosine, smooth = function(prediction)
+    (gradient,) = torch.autograd.grad(0.7 * cosine + 1.3 * smooth, prediction)
+    return cosine.detach(), smooth.detach(), gradient
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    count=st.integers(1, 30),
+    dim=st.integers(2, 300),
+    codes=st.booleans(),
+    masked=st.booleans(),
+    beta=st.sampled_from([0.1, 1.0, 2.5]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    seed=st.integers(0, 2**16),
+)
+def test_values_and_gradient(batch, count, dim, codes, masked, beta, dtype, seed):
+    prediction, tokens, scale = problem(batch, count, dim, dtype, codes, seed)
+    mask = None
+    if masked:
+        mask = torch.rand(batch, count, generator=torch.Generator().manual_seed(seed)) > 0.5
+    got = values_and_gradient(
+        lambda p: alignment_loss(p, tokens, scale, mask=mask, beta=beta), prediction
+    )
+    wanted = values_and_gradient(
+        lambda p: reference(p, tokens, scale, mask, beta), prediction.double()
+    )
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for ours, theirs in zip(got, wanted, strict=True):
+        size = float(theirs.abs().max())
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=tolerance, atol=tolerance * max(size, 1e-6)
+        )
+
+
+def test_gradcheck_of_each_token():
+    prediction, tokens, scale = problem(2, 3, 5, torch.float64)
+
+    def function(prediction):
+        return tuple(alignment_loss(prediction, tokens, scale, beta=0.3, reduction="none"))
+
+    assert gradcheck(function, (prediction.requires_grad_(),))
+
+
+def test_many_chunks_equal_one(monkeypatch):
+    from preceptor.kernels import loss
+
+    prediction, tokens, scale = problem(3, 7, 16)
+    whole = values_and_gradient(lambda p: alignment_loss(p, tokens, scale), prediction)
+    monkeypatch.setattr(loss, "_STEP_BYTES", 5 * 16 * 4)
+    chunked = values_and_gradient(lambda p: alignment_loss(p, tokens, scale), prediction)
+    for ours, theirs in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_zero_prediction_and_zero_target_have_finite_gradients():
+    _, tokens, scale = problem(1, 4, 8)
+    scale[0, :2] = 0
+    prediction = torch.zeros(1, 4, 8)
+    prediction[0, 1::2] = 1e-3
+    results = values_and_gradient(lambda p: alignment_loss(p, tokens, scale), prediction)
+    assert all(torch.isfinite(r).all() for r in results)
+
+
+def test_opcheck_and_compile():
+    prediction, tokens, scale = problem(2, 3, 8)
+    torch.library.opcheck(
+        torch.ops.preceptor.alignment_loss.default,
+        (prediction.requires_grad_(), tokens, scale, 1.0, False),
+    )
+
+    def function(p):
+        cosine, smooth = alignment_loss(p * 1.0, tokens, scale, mask=scale > 0.005)
+        return cosine, smooth
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(
+        values_and_gradient(compiled, prediction),
+        values_and_gradient(function, prediction),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+P, CODES, SCALE = torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.int8), torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((P.int(), CODES, SCALE), {}, TypeError, "prediction must have a float dtype"),
+        ((P, CODES.int(), SCALE), {}, TypeError, "tokens must be int8"),
+        ((P, CODES[:1], SCALE), {}, ValueError, "one shape"),
+        ((P, CODES), {}, ValueError, "scale"),
+        ((P, P, SCALE), {}, ValueError, "scale"),
+        ((P, CODES, SCALE[:1]), {}, ValueError, "scale must have the shape"),
+        ((P, CODES, SCALE), {"mask": SCALE}, TypeError, "mask must have the bool dtype"),
+        ((P, CODES, SCALE), {"beta": 0.0}, ValueError, "beta must be positive"),
+        ((P, CODES, SCALE), {"reduction": "sum"}, ValueError, "reduction"),
+        ((P, CODES, SCALE), {"implementation": "cuda"}, ValueError, "implementation"),
+        ((P, CODES, SCALE), {"implementation": "triton"}, ValueError, "needs"),
+        ((P.to("meta"), CODES, SCALE), {}, ValueError, "device of tokens"),
+    ],
+)
+def test_bad_input_is_refused(arguments, options, error, words):
+    with pytest.raises(error, match=words):
+        alignment_loss(*arguments, **options)
