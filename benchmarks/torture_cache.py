@@ -98,22 +98,22 @@ def in_child(work: Callable[[], object]) -> int:
 
 def operations(work: Callable[[], object]) -> int:
     """How many file operations some work does."""
-    count = [0]
-    with _Counted(count, None):
+    with Doomed(None) as doomed:
         work()
-    return count[0]
+    return doomed.count
 
 
-class _Counted:
-    """While open, file operations of ``os`` are counted, and one of them is the last."""
+class Doomed:
+    """While open, file operations of ``os`` are counted, and the ``last`` kills this process."""
 
-    def __init__(self, count: list[int], last: int | None) -> None:
-        self._count, self._last = count, last
+    def __init__(self, last: int | None) -> None:
+        self.count, self._last = 0, last
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Doomed:
         self._plain = {name: getattr(os, name) for name in OPERATIONS}
         for name, plain in self._plain.items():
             setattr(os, name, self._wrapped(name, plain))
+        return self
 
     def __exit__(self, *error: object) -> None:
         for name, plain in self._plain.items():
@@ -121,8 +121,8 @@ class _Counted:
 
     def _wrapped(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any, **named: Any) -> Any:
-            self._count[0] += 1
-            if self._count[0] == self._last:
+            self.count += 1
+            if self.count == self._last:
                 if name == "write":
                     plain(given[0], bytes(given[1])[: len(given[1]) // 2])  # a torn write
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -138,7 +138,7 @@ def kill_writers(
     count: int,
     random: np.random.Generator,
 ) -> dict[str, int]:
-    """Kill extraction at random operations and at random times, then go on, more than once a store."""
+    """Kill extraction at random operations and at random times, then go on."""
     path = folder / "killed"
     total = operations(lambda: extract(path))
     shutil.rmtree(path)
@@ -148,7 +148,7 @@ def kill_writers(
         last = int(random.integers(1, total + 1))
 
         def work(last: int | None = None if timed else last) -> None:
-            with _Counted([0], last):
+            with Doomed(last):
                 extract(path)
 
         child = in_child(work)

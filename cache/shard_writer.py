@@ -90,8 +90,34 @@ class ShardWriter:
             DataError: tokens that are not finite, or beyond what the encoding can hold.
             StoreError: too many rows, wrong shapes, missing or unknown spaces.
         """
+        stored, at = self._checked(rows, tokens)
+        keys = [key for key, valid in zip(rows.keys, stored["valid"], strict=True) if valid]
+        for space in self._spaces:
+            self._encode(space, tokens[space.id], at, keys)
+        self._keep(rows, stored)
+
+    def append_encoded(self, rows: RowBatch, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Take rows whose tokens are encoded already; their shard then records no statistics.
+
+        Args:
+            parts: by space id and component name, ``[v, ...]`` of the v valid rows.
+
+        Raises:
+            StoreError: too many rows, missing or unknown spaces.
+        """
+        stored, at = self._checked(rows, parts)
+        for space in self._spaces:
+            for name, values in parts[space.id].items():
+                self._values[space.id][name][at] = values
+        self._moments = {}
+        self._keep(rows, stored)
+
+    def _checked(
+        self, rows: RowBatch, tokens: Mapping[str, Any]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The rows' stored form, and the places of the valid ones in the shard."""
         stored = rows.arrays(self._manifest.plan.key_bytes)
-        start, end = self._filled, self._filled + len(rows)
+        end = self._filled + len(rows)
         if end > self._rows:
             raise StoreError(f"shard {self._shard} takes {self._rows} rows, not {end}")
         wanted = {space.id for space in self._spaces}
@@ -99,13 +125,14 @@ class ShardWriter:
             raise StoreError(
                 f"shard {self._shard} wants tokens of {sorted(wanted)}, not of {sorted(tokens)}"
             )
-        valid = np.flatnonzero(stored["valid"])
-        for space in self._spaces:
-            self._encode(space, tokens[space.id], start + valid, [rows.keys[i] for i in valid])
+        return stored, self._filled + np.flatnonzero(stored["valid"])
+
+    def _keep(self, rows: RowBatch, stored: Mapping[str, np.ndarray]) -> None:
+        start, end = self._filled, self._filled + len(rows)
         for name, values in stored.items():
             self._row_values[name][start:end] = values
         self._keys += rows.keys
-        self._valid += len(valid)
+        self._valid += int(stored["valid"].sum())
         self._filled = end
 
     def _encode(self, space: SpaceSpec, given: Any, at: np.ndarray, keys: list[str]) -> None:
@@ -194,7 +221,7 @@ class ShardWriter:
                 files[path] = FileRecord(file.bytes, file.sha256, tuple(sums))
             statistics = {}
             for space in self._spaces:
-                if space.teacher == unit:
+                if space.teacher == unit and space.id in self._moments:
                     raw = self._moments[space.id].moments().packed().tobytes()
                     name = self._path / partial_name(space, self._shard)
                     name.parent.mkdir(parents=True, exist_ok=True)

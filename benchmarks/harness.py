@@ -1,0 +1,83 @@
+"""What the benchmarks share: the machine in words, cold files, medians, tables, JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def machine(packages: Sequence[str] = ("numpy", "torch")) -> dict[str, Any]:
+    """Processor, cores this process may use, and versions."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def cold(paths: Iterable[Path]) -> None:
+    """Drop files and everything below directories from the page cache, as far as that goes."""
+    os.sync()
+    for path in paths:
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if file.is_file():
+                fd = os.open(file, os.O_RDONLY)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(fd)
+
+
+def rate(work: Callable[[], int], seconds: float) -> float:
+    """Units a second: ``work`` returns how many it did, and is repeated for some seconds."""
+    done, start = 0, time.perf_counter()
+    while True:
+        done += work()
+        spent = time.perf_counter() - start
+        if spent >= seconds:
+            return done / spent
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table on standard output."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row))
+    Console(width=120).print(table)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+    return str(value)
+
+
+def save(path: Path | None, result: Mapping[str, Any]) -> None:
+    """The result as JSON, and its summary on standard output."""
+    print(json.dumps({"summary": result["summary"]}, indent=2))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

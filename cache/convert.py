@@ -1,0 +1,231 @@
+"""A store with other encodings, from the codes of one that is there; no images, no teachers."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError, StoreError
+from ..progress import ProgressLine
+from .commit import (
+    COMMITS,
+    Commit,
+    Completion,
+    completion_name,
+    discard,
+    read_commit,
+    record_name,
+)
+from .constants import statistics_files
+from .durable import Staged, directory_lock, sync_directory, write_whole
+from .encodings import encoding
+from .layout import Layout
+from .manifest import ROWS, SpaceSpec, StorePlan, TeacherRecord
+from .reader import Cache
+from .rows import RowBatch
+from .spare import write_twice
+from .verify_report import fresh_report
+from .writer import StoreWriter
+
+_ROWS_AT_ONCE = 128
+
+
+def convert(config: Any) -> dict[str, Any]:
+    """`preceptor convert`: see configs/convert.yaml."""
+    started = time.monotonic()
+    if Path(config.cache).resolve() == Path(config.out).resolve():
+        raise ConfigError("out is the store itself: name another directory")
+    spaces = None if config.spaces is None else list(config.spaces)
+    convert_store(config.cache, config.out, str(config.encoding), spaces, progress=True)
+    size = {name: _bytes(Path(name)) for name in (str(config.cache), str(config.out))}
+    before, after = size.values()
+    print(
+        f"{config.out}: {after / 2**20:,.1f} MiB, {after / before:.3f} of {config.cache}; "
+        f"{time.monotonic() - started:.0f} s"
+    )
+    return {"bytes": size, "seconds": time.monotonic() - started}
+
+
+def convert_store(
+    source: str | Path,
+    out: str | Path,
+    encoding_name: str,
+    spaces: list[str] | None = None,
+    *,
+    progress: bool = False,
+) -> None:
+    """Write the rows of a store with another encoding of some spaces, or go on doing so.
+
+    Teachers of which no space changes are copied file by file, and so are calibrations and
+    statistics, which are those of the original features. Decoding and encoding again adds the
+    errors of both; the teacher's identity tells that it was converted, and from what.
+
+    Args:
+        encoding_name: of the chosen spaces.
+        spaces: their ids; None: all.
+
+    Raises:
+        StoreError: the source is not whole, a space or encoding is unknown, or ``out`` holds
+            another store.
+    """
+    encoding(encoding_name)
+    cache = Cache.open(source)
+    chosen = [cache[name].id for name in (cache.spaces if spaces is None else spaces)]
+    plan = _converted(cache.plan, chosen, encoding_name)
+    root = Path(out)
+    report = fresh_report(root)  # of a verification that found damage
+    writer = StoreWriter.open_or_create(root, plan)
+    for unit, shard in report.shards if report else ():
+        discard(root, writer.manifest, unit, shard)
+    for name in cache.spaces:
+        space = cache[name]
+        rows = cache.manifest.calibrations[name].rows
+        writer.calibrate(name, space.mean.numpy(), space.std.numpy(), rows_used=rows)
+    same = {unit for unit in plan.units if _same_unit(cache.plan, plan, unit)}
+    todo = writer.pending()
+    if progress:
+        with ProgressLine("convert", sum(plan.rows_in(shard) for shard, _ in todo), "rows") as line:
+            for shard, units in todo:
+                _convert_shard(cache, writer, shard, units, same)
+                line.advance(plan.rows_in(shard))
+    else:
+        for shard, units in todo:
+            _convert_shard(cache, writer, shard, units, same)
+    for unit in plan.units:
+        _seal(cache, writer, unit, unit in same)
+    writer.finish()
+
+
+def _converted(plan: StorePlan, chosen: list[str], encoding_name: str) -> StorePlan:
+    teachers = []
+    for teacher in plan.teachers:
+        spaces, history = [], dict(teacher.identity.get("converted", {}))
+        for space in teacher.spaces:
+            if space.id in chosen and space.encoding != encoding_name:
+                history[space.name] = [*history.get(space.name, []), space.encoding]
+                space = replace(space, encoding=encoding_name)
+            spaces.append(space)
+        identity = {**teacher.identity, **({"converted": history} if history else {})}
+        teachers.append(TeacherRecord(teacher.name, tuple(spaces), identity))
+    return replace(plan, teachers=tuple(teachers))
+
+
+def _same_unit(before: StorePlan, after: StorePlan, unit: str) -> bool:
+    return unit == ROWS or before.teacher(unit).as_json() == after.teacher(unit).as_json()
+
+
+def _convert_shard(
+    cache: Cache, writer: StoreWriter, shard: int, units: tuple[str, ...], same: set[str]
+) -> None:
+    for unit in units:
+        if unit in same:
+            _copy_shard(cache, writer.path, unit, shard)
+    changed = tuple(unit for unit in units if unit not in same)
+    if not changed:
+        return
+    targets = [space for unit in changed for space in writer.plan.teacher(unit).spaces]
+    with writer.shard(shard, changed) as out:
+        for rows, facts in _facts(cache, shard):
+            out.append_encoded(facts, {space.id: _parts(cache, space, rows) for space in targets})
+
+
+def _parts(cache: Cache, target: SpaceSpec, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The components of valid rows in the target's encoding."""
+    tokens = cache[target.id].read(rows)
+    if cache[target.id].encoding == target.encoding:
+        return {name: part.numpy() for name, part in tokens.parts.items()}
+    z, how = tokens.standardised(), encoding(target.encoding)
+    if bad := how.refused(z):
+        raise DataError(
+            f"token {bad[1]} of {target.id} in row {int(rows[bad[0]])} is too large for the "
+            f"encoding {how.name}: choose another one"
+        )
+    return {name: part.numpy() for name, part in how.encode(z).items()}
+
+
+def _facts(cache: Cache, shard: int) -> Iterator[tuple[np.ndarray, RowBatch]]:
+    """(valid row numbers, facts of all rows) of a shard, some rows at a time."""
+    first = shard * cache.plan.shard_rows
+    last = first + cache.plan.rows_in(shard)
+    for start in range(first, last, _ROWS_AT_ONCE):
+        part = slice(start, min(start + _ROWS_AT_ONCE, last))
+        facts = RowBatch(
+            keys=cache.keys[part],
+            labels=cache.labels[part],
+            sizes=cache.sizes[part],
+            boxes=cache.boxes[part],
+            flips=cache.flips[part],
+            valid=cache.valid[part],
+        )
+        yield part.start + np.flatnonzero(facts.valid), facts
+
+
+def _copy_shard(cache: Cache, root: Path, unit: str, shard: int) -> None:
+    """Copy one shard of a unit that stays as it is, checked by the hashes of its record."""
+    commit = cache.chunks.commit(unit, shard)
+    staged = []
+    try:
+        for path, spec in cache.layout.unit_arrays(unit).items():
+            name = spec.file(shard)
+            staged.append(Staged(root / name, [cache.source.read(name)]))
+            if staged[-1].sha256 != commit.files[path].sha256:
+                raise StoreError(
+                    f"{cache.location} is damaged in shard {shard} of {unit}: {name} does not "
+                    "match its SHA-256; run `preceptor verify` and `preceptor repair`"
+                )
+            staged[-1].verify()
+        directory = root / COMMITS / unit
+        with directory_lock(directory):
+            (root / record_name(unit, shard)).unlink(missing_ok=True)
+            for file in staged:
+                file.publish()
+                sync_directory(file.final.parent)
+            write_whole(root / record_name(unit, shard), commit.to_bytes())
+    except BaseException:
+        for file in staged:
+            file.discard()
+        raise
+
+
+def _seal(cache: Cache, writer: StoreWriter, unit: str, same: bool) -> None:
+    """The completion and, for a teacher, the statistics of the original features."""
+    root, before = writer.path, cache.completions[unit]
+    spaces = () if unit == ROWS else writer.plan.teacher(unit).spaces
+    for space in spaces:
+        for name in statistics_files(cache.layout, cache[space.id].spec):
+            _write_if_other(root, name, cache.source.read(name))
+    if same:
+        _write_if_other(root, completion_name(unit), before.to_bytes())
+        return
+    commits: list[Commit] = []
+    hashes: list[str] = []
+    layout = Layout(writer.plan)
+    for shard in range(writer.plan.shards):
+        raw = (root / record_name(unit, shard)).read_bytes()
+        commits.append(read_commit(root, writer.manifest, layout, unit, shard))
+        hashes.append(hashlib.sha256(raw).hexdigest())
+    done = Completion(
+        unit,
+        writer.manifest.configuration(unit),
+        tuple(hashes),
+        {path: [c.files[path].bytes for c in commits] for path in layout.unit_arrays(unit)},
+        before.tokens,
+        before.statistics,
+        before.exact,
+    )
+    _write_if_other(root, completion_name(unit), done.to_bytes())
+
+
+def _write_if_other(root: Path, name: str, raw: bytes) -> None:
+    if not (root / name).exists() or (root / name).read_bytes() != raw:
+        write_twice(root, name, raw)
+
+
+def _bytes(root: Path) -> int:
+    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())

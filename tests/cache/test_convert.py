@@ -1,0 +1,125 @@
+"""Converted stores against encoding the decoded tokens, and against the files they came from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from preceptor.benchmarks.faults import flip
+from preceptor.benchmarks.small_store import TEACHERS, contents, extract, tokens
+from preceptor.cache import Cache
+from preceptor.cache.convert import convert_store
+from preceptor.cache.encodings import encoding
+from preceptor.cache.verify import verify_store
+from preceptor.errors import StoreError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("convert") / "store"
+    extract(path)
+    return path
+
+
+def test_every_token_is_the_decoded_one_encoded_again(store: Path, tmp_path: Path) -> None:
+    for name in ("int4", "compact", "fp16"):
+        out = tmp_path / name
+        convert_store(store, out, name)
+        assert verify_store(out).whole
+        before, after = Cache.open(store), Cache.open(out)
+        rows = np.flatnonzero(after.valid)
+        how = encoding(name)
+        for space in after.spaces:
+            assert after[space].encoding == name
+            z = before[space].read(rows).standardised().numpy()
+            expected = before[space].read(rows).parts
+            if before[space].encoding != name:
+                expected = how.encode(z)
+            for part, values in after[space].read(rows).parts.items():
+                np.testing.assert_array_equal(values.numpy(), np.asarray(expected[part]))
+            live = tokens(after[space].spec, rows)
+            error = np.abs(after[space].decode(after[space].read(rows)).numpy() - live)
+            bounds = [encoding(e).bound(z) for e in {name, before[space].encoding}]
+            # three times: the bound of decoded values stands for that of the live ones
+            assert (error <= 3 * sum(bounds) * after[space].std.numpy() + 1e-4).all()
+            np.testing.assert_array_equal(
+                after[space].statistics().mean, before[space].statistics().mean
+            )
+        assert list(after.keys) == list(before.keys)
+        for fact in ("labels", "valid", "sizes", "boxes", "flips"):
+            np.testing.assert_array_equal(getattr(after, fact), getattr(before, fact))
+
+
+def test_chosen_spaces_alone_change_and_other_teachers_keep_their_bytes(
+    store: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    convert_store(store, out, "compact", ["vit/patch"])
+    assert verify_store(out).whole
+    before, after = contents(store), contents(out)
+    for name in before:
+        if name.startswith(("rows/", "spaces/cnn/", "commits/cnn/", "commits/rows/")):
+            assert after[name] == before[name], name
+    assert after["spaces/vit/cls/codes/c.0.0.0"] == before["spaces/vit/cls/codes/c.0.0.0"]
+    identity = Cache.open(out).plan.teacher("vit").identity
+    assert identity == {**TEACHERS[0].identity, "converted": {"patch": ["int8"]}}
+
+
+KILLED_FIVE_TIMES = """
+import os, sys
+from preceptor.benchmarks.torture_cache import Doomed, in_child
+from preceptor.cache.convert import convert_store
+def work(last):
+    with Doomed(last):
+        convert_store(sys.argv[1], sys.argv[2], "int4")
+for last in (10, 150, 250, 350, 150):
+    child = in_child(lambda: work(last))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    convert_store(store, tmp_path / "good", "int4")
+    good = contents(tmp_path / "good")
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_FIVE_TIMES, str(store), str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["-9"] * 5
+    with pytest.raises(StoreError):
+        Cache.open(out)
+    convert_store(store, out, "int4")
+    assert contents(out) == good
+
+
+def test_damage_that_verify_found_is_converted_again(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_store(store, out, "int4")
+    good = contents(out)
+    flip(out / "spaces/vit/patch/codes/c.1.0.0", np.random.default_rng(0))
+    verify_store(out).save()
+    convert_store(store, out, "int4")
+    assert contents(out) == good
+
+
+def test_a_damaged_source_and_a_strange_target_are_refused(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    extract(copy)
+    flip(copy / "rows/label/c.1", np.random.default_rng(0))
+    with pytest.raises(StoreError, match=r"shard 1 of rows.*label"):
+        convert_store(copy, tmp_path / "out", "int4", ["vit/cls"])
+    convert_store(store, tmp_path / "int4", "int4")
+    with pytest.raises(StoreError, match="made by another configuration"):
+        convert_store(store, tmp_path / "int4", "fp16")
+    with pytest.raises(StoreError, match="no space 'vit/pach'"):
+        convert_store(store, tmp_path / "other", "int4", ["vit/pach"])
+    with pytest.raises(StoreError, match="no encoding 'int5'"):
+        convert_store(store, tmp_path / "other", "int5")
+    assert not os.path.exists(tmp_path / "other")
