@@ -76,7 +76,7 @@ def vit_s_focus(
         raise TeacherError(f"vit_s_focus takes multiples of 14 pixels, not {shape[0]} x {shape[1]}")
     network = timm.create_model("vit_small_patch14_dinov2", img_size=shape)
     try:
-        tensors = _vit_tensors(path, depth=len(network.blocks))
+        tensors = _vit_tensors(path, depth=12)
         tensors["pos_embed"] = _resampled(tensors["pos_embed"], (shape[0] // 14, shape[1] // 14))
         network.load_state_dict(tensors)
     except (KeyError, RuntimeError) as error:

@@ -81,7 +81,8 @@ def test_pixels_equal_a_float64_resampler(width, height, h, w, data, method, fli
     assert pixels.flags["C_CONTIGUOUS"]
     if flip:
         pixels = pixels[:, ::-1]
-    assert min(np.abs(pixels - truth).max() for truth in (row_first, column_first)) <= 1.0
+    # Half a level of the last rounding, and one of the first through weights that add up to 1.3.
+    assert min(np.abs(pixels - truth).max() for truth in (row_first, column_first)) <= 1.8
 
 
 @pytest.mark.parametrize("name", ["bicubic", "bilinear", "nearest", "lanczos"])
