@@ -46,6 +46,39 @@ VERBS: dict[str, Verb] = {
         "extract.pipeline:extract",
         "preceptor extract data.shards='/data/in1k/train-{000000..001281}.tar' cache=/data/store",
     ),
+    "info": Verb(
+        "what a store holds, how faithful it is, and what it lacks",
+        "cache.report:info",
+        "preceptor info cache=/data/store picture=tokens.png",
+    ),
+    "verify": Verb(
+        "read every file of a store against every checksum, and ask the teachers again",
+        "extract.maintain:verify",
+        "preceptor verify cache=/data/store teachers=imagenet_hub "
+        "data.shards='/data/in1k/train-{000000..001281}.tar' sample=256",
+    ),
+    "repair": Verb(
+        "extract again exactly the shards that verify named",
+        "extract.maintain:repair",
+        "preceptor repair cache=/data/store teachers=imagenet_hub "
+        "data.shards='/data/in1k/train-{000000..001281}.tar'",
+    ),
+    "add": Verb(
+        "add teachers to a store without touching the others",
+        "extract.maintain:add",
+        "preceptor add cache=/data/store 'teachers={dinov2_l: {source: "
+        "timm:vit_large_patch14_dinov2}}' data.shards='/data/in1k/train-{000000..001281}.tar'",
+    ),
+    "drop": Verb(
+        "remove a teacher from a store without touching the others",
+        "extract.maintain:drop",
+        "preceptor drop cache=/data/store teacher=dinov2_l",
+    ),
+    "convert": Verb(
+        "write a store again with another encoding",
+        "cache.convert:convert",
+        "preceptor convert cache=/data/store out=/data/store-compact encoding=compact",
+    ),
     "train": Verb(
         "train a student from a store",
         "train.loop:train",

@@ -59,13 +59,13 @@ def extract(config: DictConfig) -> dict[str, Any]:
         shard_rows=config.shard_rows,
         group_rows=config.group_rows,
         teachers=tuple(
-            teacher_record(teacher, options, str(_precision(config)))
+            teacher_record(teacher, options, str(precision_of(config)))
             for teacher, options in zip(teachers, config.teachers.values(), strict=True)
         ),
     )
     runner = TeacherRunner(fabric, teachers, index, policy, config)
     if fabric.global_rank == 0:
-        _calibrate(StoreWriter.open_or_create(config.cache, plan), runner, config)
+        calibrate(StoreWriter.open_or_create(config.cache, plan), runner, config)
     fabric.barrier()
     writer = StoreWriter.open_or_create(config.cache, plan)
     problems = runner.fill(writer)
@@ -144,7 +144,7 @@ class TeacherRunner:
         # Batches never cross a shard and always start at its first row: a shard's bytes do not
         # depend on where an earlier run was stopped.
         lists = [
-            _batched(range(first, min(first + writer.plan.shard_rows, rows)), self.batch_size)
+            batched(range(first, min(first + writer.plan.shard_rows, rows)), self.batch_size)
             for first in (shard * writer.plan.shard_rows for shard, _ in pending)
         ]
         total = sum(len(batch) for batches in lists for batch in batches)
@@ -192,7 +192,7 @@ def teacher_record(teacher: Teacher, options: DictConfig, precision: str) -> Tea
     )
 
 
-def _calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -> None:
+def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -> None:
     specs = writer.uncalibrated
     if not specs:
         return
@@ -204,7 +204,7 @@ def _calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -
 
     def tokens() -> Iterator[Mapping[str, Tensor]]:
         with ProgressLine("calibrate", len(rows), "rows") as line:
-            for batch in runner.batches(_batched(rows, runner.batch_size)):
+            for batch in runner.batches(batched(rows, runner.batch_size)):
                 yield runner.tokens(batch, teachers)
                 line.advance(len(batch.rows.keys))
 
@@ -269,20 +269,20 @@ def _fabric(config: DictConfig) -> Fabric:
         accelerator=engine.accelerator,
         devices=engine.devices,
         num_nodes=engine.num_nodes,
-        precision=_precision(config),
+        precision=precision_of(config),
     )
     fabric.launch()
     return fabric
 
 
-def _precision(config: DictConfig) -> Any:
+def precision_of(config: DictConfig) -> Any:
     if config.engine.precision != "auto":
         return config.engine.precision
     cuda = config.engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
     return "bf16-mixed" if cuda else "32-true"
 
 
-def _batched(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+def batched(rows: Sequence[int], size: int) -> list[Sequence[int]]:
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 

@@ -1,0 +1,252 @@
+"""`preceptor info`: what a store holds, how faithful it is, and what it lacks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import StoreError
+from .commit import committed
+from .copies import best_completion, best_manifest
+from .encodings import encoding
+from .layout import Layout
+from .manifest import ROWS, Manifest, SpaceSpec
+from .pictures import Panel, draw_panels, principal_colours
+from .reader import Cache, Space
+
+_SAMPLE = 128  # rows whose codes tell the error
+_PICTURED = 6
+_POOL = 200  # rows that fix the colours
+
+
+def info(config: Any) -> dict[str, Any]:
+    """`preceptor info`: see configs/info.yaml.
+
+    Raises:
+        StoreError: there is no store, or the picture needs what is not there.
+    """
+    found = describe(config.cache)
+    print_tables(found)
+    if config.json is not None:
+        Path(config.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if config.picture is not None:
+        draw(config.cache, config.picture)
+        print(f"picture: {config.picture}")
+    return found
+
+
+def describe(location: str | Path) -> dict[str, Any]:
+    """All that can be said about a store, whole or not, as JSON.
+
+    ``fidelity`` of a space is what its codes allow: the step of every code of some rows is known,
+    and a rounding error is spread evenly over its step. No live teacher is asked; see
+    ``preceptor verify`` for that.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    problem = None
+    try:
+        cache: Cache | None = Cache.open(location)
+    except StoreError as error:
+        cache, problem = None, str(error)
+    if cache is not None:
+        manifest = cache.manifest
+    else:
+        manifest = _local_manifest(Path(location), str(problem))
+    plan, layout = manifest.plan, Layout(manifest.plan)
+    missing = {} if cache else _missing(Path(location), manifest)
+    spaces = {}
+    for spec in plan.spaces.values():
+        opened = cache or _alone(location, spec.teacher, missing)
+        spaces[spec.id] = _space(location, layout, spec, opened)
+    sizes = _sizes(location)
+    return {
+        "store": str(location),
+        "complete": cache is not None,
+        "problem": problem,
+        "missing": missing,
+        "writer": manifest.writer,
+        "rows": plan.rows,
+        "rows_valid": None if cache is None else int(cache.valid.sum()),
+        "shards": plan.shards,
+        "shard_rows": plan.shard_rows,
+        "group_rows": plan.group_rows,
+        "bytes": None if sizes is None else sum(sizes.values()),
+        "samples": {key: value for key, value in plan.samples.items() if key != "shards"},
+        "views": dict(plan.views),
+        "teachers": {teacher.name: dict(teacher.identity) for teacher in plan.teachers},
+        "spaces": spaces,
+    }
+
+
+def _local_manifest(root: Path, problem: str) -> Manifest:
+    manifest = best_manifest(root) if root.is_dir() else None
+    if manifest is None:
+        raise StoreError(problem)
+    return manifest
+
+
+def _missing(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """By unit: the shards without a commit record, and whether the unit is finished."""
+    found = {}
+    for unit in manifest.plan.units:
+        shards = sorted(set(range(manifest.plan.shards)) - committed(root, unit))
+        finished = best_completion(root, manifest, unit) is not None
+        if shards or not finished:
+            found[unit] = {"shards": shards, "finished": finished}
+    return found
+
+
+def _alone(location: str | Path, teacher: str, missing: Mapping[str, Any]) -> Cache | None:
+    if ROWS in missing or teacher in missing:
+        return None
+    try:
+        return Cache.open(location, teachers=[teacher])
+    except StoreError:
+        return None
+
+
+def _space(
+    location: str | Path, layout: Layout, spec: SpaceSpec, cache: Cache | None
+) -> dict[str, Any]:
+    if cache is not None:
+        sizes = cache.completions[spec.teacher].sizes
+        stored: int | None = sum(sum(sizes[a.path]) for a in layout.space_arrays(spec).values())
+    else:
+        files = _sizes(location) or {}
+        paths = tuple(f"{array.path}/c." for array in layout.space_arrays(spec).values())
+        stored = sum(size for name, size in files.items() if name.startswith(paths))
+    found: dict[str, Any] = {
+        **spec.as_json(),
+        "shape": [layout.plan.rows, spec.tokens, spec.dim],
+        "levels": encoding(spec.encoding).levels,
+        "bytes": stored,
+    }
+    if cache is not None and stored is not None:
+        rows = int(cache.valid.sum())
+        found["bytes_vs_fp16"] = stored / max(1, rows * spec.tokens * spec.dim * 2)
+        found["calibration_rows"] = cache.manifest.calibrations[spec.id].rows
+        found["statistics_exact"] = cache.completions[spec.teacher].exact
+        found["fidelity"] = fidelity(cache[spec.id], _rows(cache, _SAMPLE))
+    return found
+
+
+def _rows(cache: Cache, count: int) -> np.ndarray:
+    """Valid rows, spread evenly."""
+    valid = np.flatnonzero(cache.valid)
+    places = np.linspace(0, len(valid) - 1, min(count, len(valid))).round().astype(np.int64)
+    return valid[places] if len(valid) else valid
+
+
+def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float] | None:
+    """The error to expect of some rows' decoded tokens, from the step of each of their codes.
+
+    Returns:
+        ``relative_error``: |error| / |tokens| over all, in the teacher's units;
+        ``relative_error_standardised``: the same in units of the calibrated deviation;
+        ``p1_cosine``: 1st percentile over tokens of the cosine between token and decoded token.
+    """
+    if not len(rows):
+        return None
+    tokens = space.read(rows)
+    z = tokens.standardised()
+    # An error spread evenly over [-b, b] has the mean square b^2 / 3.
+    square = encoding(space.encoding).bound(z).expand(z.shape).double() ** 2 / 3
+    x = (space.decode(tokens)).double()
+    std = space.std.double()
+    error, power = (square * std**2).sum(-1), (x**2).sum(-1)
+    cosines = (1 + error / power.clamp_min(1e-300)).rsqrt()
+    return {
+        "relative_error": float((error.sum() / power.sum()).sqrt()),
+        "relative_error_standardised": float(
+            (square.sum() / (z.double() ** 2).sum().clamp_min(1e-300)).sqrt()
+        ),
+        "p1_cosine": float(torch.quantile(cosines.flatten()[: 1 << 24], 0.01)),
+        "rows": len(rows),
+    }
+
+
+def _sizes(location: str | Path) -> dict[str, int] | None:
+    """Length of every file of a local store, by path within it."""
+    root = Path(location)
+    if not root.is_dir():
+        return None
+    return {
+        str(file.relative_to(root)): file.stat().st_size
+        for file in root.rglob("*")
+        if file.is_file()
+    }
+
+
+def print_tables(found: Mapping[str, Any]) -> None:
+    """What ``describe`` found, for people."""
+    console = Console(width=None if Console().is_terminal else 132)
+    state = "complete" if found["complete"] else "NOT COMPLETE"
+    size = "" if found["bytes"] is None else f", {found['bytes'] / 2**20:,.1f} MiB"
+    valid = found["rows_valid"]
+    invalid = "" if valid in (None, found["rows"]) else f" ({found['rows'] - valid} without tokens)"
+    console.print(
+        f"{found['store']}: {state}; {found['rows']:,} rows{invalid} in {found['shards']} shards "
+        f"of {found['shard_rows']}, groups of {found['group_rows']}{size}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table()
+    columns = ("space", "tokens", "dim", "encoding", "MiB", "of fp16", "error", "p1 cosine")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number in (0, 3) else "right")
+    for name, space in found["spaces"].items():
+        grid = space["grid"]
+        told = space.get("fidelity")
+        table.add_row(
+            name,
+            f"{space['tokens']}" + (f" ({grid[0]}x{grid[1]})" if grid else ""),
+            str(space["dim"]),
+            space["encoding"],
+            f"{(space['bytes'] or 0) / 2**20:,.2f}",
+            f"{space['bytes_vs_fp16']:.3f}" if "bytes_vs_fp16" in space else "–",
+            f"{100 * told['relative_error']:.3f} %" if told else "–",
+            f"{told['p1_cosine']:.5f}" if told else "–",
+        )
+    console.print(table)
+    print("error and cosine: expected from the codes' steps, relative to the tokens")
+    for unit, state in found["missing"].items():
+        shards = state["shards"]
+        listed = ", ".join(map(str, shards[:12])) + (", ..." if len(shards) > 12 else "")
+        print(
+            f"{unit}: {len(shards)} of {found['shards']} shards missing ({listed})"
+            if shards
+            else f"{unit}: not finished"
+        )
+    if found["problem"]:
+        print(found["problem"])
+
+
+def draw(location: str | Path, picture: str | Path) -> None:
+    """Write a PNG: a row an image, a column a space with a grid, in PCA colours.
+
+    Raises:
+        StoreError: the store is not whole, or no space has a grid of at least 3 dimensions.
+    """
+    cache = Cache.open(location)
+    rows = _rows(cache, _POOL)
+    shown = _rows(cache, _PICTURED)
+    order = np.concatenate([shown, rows[~np.isin(rows, shown)]])
+    panels = []
+    for name, space in cache.spaces.items():
+        if space.grid is None or space.spec.dim < 3:
+            continue
+        z = space.read(order).standardised().numpy()
+        title = f"{name}\n{space.grid[0]}x{space.grid[1]}, {space.encoding}"
+        panels.append(Panel(title, principal_colours(z, space.grid)[: len(shown)]))
+    if not panels:
+        raise StoreError(f"{location} has no space with a grid that could be drawn")
+    draw_panels(picture, panels, {i: cache.keys[int(row)] for i, row in enumerate(shown)})

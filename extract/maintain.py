@@ -1,0 +1,394 @@
+"""Looking after a store where teachers or images are needed: verify, repair, add, drop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from ..cache import Cache, SampleIndex, StoreWriter, TeacherRecord, ViewPolicy
+from ..cache.commit import COMMITS
+from ..cache.copies import stray_units
+from ..cache.manifest import ROWS, StorePlan, difference
+from ..cache.mend import Repaired, mend_files, repair_store
+from ..cache.report import fidelity
+from ..cache.spare import SPARE
+from ..cache.verify import verify_store
+from ..cache.verify_report import VerifyReport, fresh_report, report_path
+from ..errors import ConfigError, DataError, StoreError
+from ..progress import ProgressLine
+from .pipeline import (
+    TeacherRunner,
+    batched,
+    calibrate,
+    load_teachers,
+    precision_of,
+    teacher_record,
+)
+
+_SHOWN = 20
+
+
+def verify(config: DictConfig) -> dict[str, Any]:
+    """Check every checksum of a store, and on request its teachers; see configs/verify.yaml.
+
+    Raises:
+        StoreError: something is wrong; the report beside the store has all of it.
+    """
+    report = verify_store(config.cache, threads=int(config.threads), progress=True)
+    live: dict[str, Any] = {}
+    if config.sample:
+        if not report.whole:
+            print("the live teachers are not asked: the store must be whole first")
+        else:
+            live = report.live = compare_live(config)
+            _print_live(live)
+    path = report.save()
+    if not report.whole:
+        raise StoreError(_damage(report, path))
+    far = [name for name, space in live.get("spaces", {}).items() if not space["agrees"]]
+    if far:
+        raise StoreError(
+            f"{config.cache}: {', '.join(far)} of the live teachers differ from the store by more "
+            f"than its encoding explains; see {path}"
+        )
+    rate = report.bytes / max(report.seconds, 1e-9) / 2**20
+    print(
+        f"{config.cache}: whole; {report.files:,} shard files, {report.bytes / 2**20:,.1f} MiB, "
+        f"{rate:,.0f} MiB/s; report: {path}"
+    )
+    return report.as_json()
+
+
+def repair(config: DictConfig) -> dict[str, Any]:
+    """Mend what verify found, extracting only the shards it named; see configs/repair.yaml.
+
+    Raises:
+        ConfigError, DataError, TeacherError: the images or teachers are not those of the store.
+        StoreError: both copies of a small file are damaged.
+    """
+    started = time.monotonic()
+    root = Path(config.cache)
+    report = fresh_report(root)
+    if report is None:
+        report = verify_store(root, threads=int(config.threads), progress=True)
+        report.save()
+    if report.whole:
+        print(f"{root}: whole, nothing to repair")
+        return {"store": str(root), "restored": [], "extracted": [], "different": []}
+    restored, writer = mend_files(root)
+    waiting = [(unit, shard) for shard, units in writer.pending() for unit in units]
+    todo = sorted({*report.shards, *waiting})
+    units = {unit for unit, _ in todo} & set(writer.plan.units)
+    runner = _runner(config, writer.plan, sorted(units - {ROWS})) if units else None
+    done = repair_store(root, report.shards, runner.fill if runner else None)
+    done = Repaired((*restored, *done.restored), done.extracted, done.different)
+    Cache.open(root)
+    report_path(root).unlink(missing_ok=True)
+    summary = {
+        "store": str(root),
+        "restored": list(done.restored),
+        "extracted": [list(one) for one in done.extracted],
+        "different": [list(one) for one in done.different],
+        "seconds": time.monotonic() - started,
+    }
+    _write_summary(root, "repair", summary)
+    print(
+        f"{root}: {len(done.restored)} small files restored, {len(done.extracted)} shards "
+        f"extracted again, {len(done.extracted) - len(done.different)} of them to the same bytes"
+    )
+    if done.different:
+        print(
+            f"{_listed(done.different)}: other bytes than before (another device, precision, batch "
+            "size or library); the tokens are sound, the statistics are those of the first ones"
+        )
+    return summary
+
+
+def add(config: DictConfig) -> dict[str, Any]:
+    """Run more teachers over the rows of a store; see configs/add.yaml.
+
+    Raises:
+        ConfigError, DataError, TeacherError: as ``extract``.
+        StoreError: the store is not whole, or has another teacher of that name.
+    """
+    started = time.monotonic()
+    root = Path(config.cache)
+    writer = StoreWriter.open(root)
+    precision = str(precision_of(config))
+    teachers = load_teachers(config.teachers)
+    records = [
+        teacher_record(teacher, options, precision)
+        for teacher, options in zip(teachers, config.teachers.values(), strict=True)
+    ]
+    names = [record.name for record in records]
+    present = {teacher.name: teacher for teacher in writer.plan.teachers}
+    _refuse_pending(writer, names)
+    index, policy = _images(config, writer.plan)
+    for record in records:
+        if record.name not in present:
+            writer.add(record)
+        elif found := difference(present[record.name].as_json(), record.as_json()):
+            raise StoreError(
+                f"{root} has another teacher {record.name} already: {found}; give this one "
+                "another name, or drop that one first"
+            )
+    runner = TeacherRunner(_fabric(config, precision), teachers, index, policy, _options(config))
+    calibrate(writer, runner, config)
+    runner.fill(writer)
+    writer.finish()
+    cache = Cache.open(root)
+    summary = {
+        "store": str(root),
+        "added": names,
+        "rows_extracted": runner.rows_extracted,
+        "spaces": {
+            name: list(space.shape)
+            for name, space in cache.spaces.items()
+            if space.spec.teacher in names
+        },
+        "seconds": time.monotonic() - started,
+    }
+    _write_summary(root, "add", summary)
+    print(
+        f"{root}: {', '.join(names)} added, {runner.rows_extracted:,} rows extracted in "
+        f"{summary['seconds']:.0f} s"
+    )
+    return summary
+
+
+def drop(config: DictConfig) -> dict[str, Any]:
+    """Remove a teacher from a store; see configs/drop.yaml.
+
+    Raises:
+        StoreError: there is no such teacher, or it is the only one.
+    """
+    root, name = Path(config.cache), str(config.teacher)
+    writer = StoreWriter.open(root)
+    before = _size(root)
+    if name in stray_units(root, writer.manifest):  # what an interrupted drop left
+        for folder in ("spaces", COMMITS, f"{SPARE}/spaces", f"{SPARE}/{COMMITS}"):
+            shutil.rmtree(root / folder / name, ignore_errors=True)
+    else:
+        writer.plan.teacher(name)
+        if len(writer.plan.teachers) == 1:
+            raise StoreError(
+                f"{name} is the only teacher of {root}: delete the directory to be rid of it"
+            )
+        writer.drop(name)
+    freed = before - _size(root)
+    print(f"{root}: {name} dropped, {freed / 2**20:,.1f} MiB freed")
+    return {"store": str(root), "dropped": name, "bytes_freed": freed}
+
+
+# -- live teachers ---------------------------------------------------------------------------------
+
+
+def compare_live(config: DictConfig) -> dict[str, Any]:
+    """Run teachers on a random sample of a store's rows and compare with what it holds.
+
+    Returns:
+        By space: mean and 1st-percentile cosine of live and stored tokens, relative error in the
+        teacher's units and in standardised ones, the error that the encoding explains, and
+        whether they agree: no more than twice that error and one per cent.
+    """
+    cache = Cache.open(config.cache)
+    names = [str(name) for name in config.teachers or {}]
+    if not names:
+        raise ConfigError("sample=N needs the teachers to compare with: give teachers=...")
+    runner = _runner(config, cache.plan, names, strict=False)
+    valid = np.flatnonzero(cache.valid)
+    chosen = np.random.default_rng([int(config.seed), 0x11FE]).permutation(valid)
+    rows = np.sort(chosen[: int(config.sample)]).tolist()
+    sums: dict[str, list[torch.Tensor]] = {}
+    with ProgressLine("live", len(rows), "rows") as line:
+        for batch in runner.batches(batched(rows, runner.batch_size)):
+            at = rows[line.done : line.done + len(batch.rows.keys)]
+            for name, live in runner.tokens(batch).items():
+                sums.setdefault(name, []).append(_errors(cache, name, at, live.cpu()))
+            line.advance(len(batch.rows.keys))
+    spaces = {}
+    for name, parts in sums.items():
+        error, power, z_error, z_power, cosine = torch.cat(parts, 1)
+        expected = fidelity(cache[name], rows)
+        explained = expected["relative_error_standardised"] if expected else 0.0
+        standardised = float((z_error.sum() / z_power.sum()).sqrt())
+        spaces[name] = {
+            "cosine": float(cosine.mean()),
+            "p1_cosine": float(cosine.quantile(0.01)),
+            "relative_error": float((error.sum() / power.sum()).sqrt()),
+            "relative_error_standardised": standardised,
+            "expected_standardised": explained,
+            "agrees": standardised <= 2 * explained + 0.01,
+        }
+    return {"rows": len(rows), "spaces": spaces}
+
+
+def _errors(cache: Cache, name: str, rows: Sequence[int], live: torch.Tensor) -> torch.Tensor:
+    """Per token: squared error and power, both again standardised, cosine: float64 [5, tokens]."""
+    space = cache[name]
+    stored = space.read(np.asarray(rows))
+    x, found = live.double(), space.decode(stored).double()
+    z = (x - space.mean.double()) / space.std.double()
+    z_found = stored.standardised().double()
+    parts = (
+        ((x - found) ** 2).sum(-1),
+        (x**2).sum(-1),
+        ((z - z_found) ** 2).sum(-1),
+        (z**2).sum(-1),
+        torch.cosine_similarity(x, found, -1),
+    )
+    return torch.stack([part.flatten() for part in parts])
+
+
+def _print_live(live: Mapping[str, Any]) -> None:
+    table = Table(title=f"live teachers against the store, {live['rows']} rows")
+    for number, name in enumerate(
+        ("space", "cosine", "p1 cosine", "error", "error / std", "explained")
+    ):
+        table.add_column(name, justify="right" if number else "left")
+    for name, space in live["spaces"].items():
+        numbers = ("relative_error", "relative_error_standardised", "expected_standardised")
+        table.add_row(
+            name,
+            f"{space['cosine']:.6f}",
+            f"{space['p1_cosine']:.6f}",
+            *(f"{100 * space[number]:.3f} %" for number in numbers),
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+# -- the parts of an extraction, as the manifest has them ------------------------------------------
+
+
+def _runner(
+    config: DictConfig, plan: StorePlan, names: Sequence[str], *, strict: bool = True
+) -> TeacherRunner:
+    """What extracted the store: the images, views and teachers, compared with the manifest.
+
+    Args:
+        strict: refuse a teacher whose identity differs at all; otherwise only other spaces.
+    """
+    lacking = [name for name in names if name not in (config.teachers or {})]
+    if lacking:
+        raise ConfigError(
+            f"the teachers {', '.join(lacking)} of {config.cache} are needed: give teachers=... as "
+            "preceptor extract was given them"
+        )
+    index, policy = _images(config, plan)
+    chosen = OmegaConf.create({name: config.teachers[name] for name in names})
+    teachers = load_teachers(chosen) if names else []
+    precisions = {str(plan.teacher(name).identity.get("precision", "32-true")) for name in names}
+    asked = str(config.engine.precision)
+    if strict and len(precisions) > 1:
+        raise ConfigError(
+            f"the teachers {', '.join(names)} were run in {' and '.join(sorted(precisions))}: "
+            "repair them one at a time with teachers=..."
+        )
+    precision = min(precisions, default="32-true") if asked == "auto" else asked
+    for teacher in teachers:
+        stored = plan.teacher(teacher.name)
+        if strict and "converted" in stored.identity:
+            raise StoreError(
+                f"{teacher.name} in {config.cache} was converted from another store: run that "
+                "`preceptor convert` again, it does what verify named"
+            )
+        ours = teacher_record(teacher, chosen[teacher.name], precision)
+        _refuse_other_teacher(str(config.cache), stored, ours, strict)
+    return TeacherRunner(_fabric(config, precision), teachers, index, policy, _options(config))
+
+
+def _refuse_other_teacher(
+    store: str, stored: TeacherRecord, ours: TeacherRecord, strict: bool
+) -> None:
+    theirs, mine = stored.as_json(), ours.as_json()
+    for record in (theirs, mine):  # the encoding is the store's affair, not the teacher's
+        record["spaces"] = [{**space, "encoding": None} for space in record["spaces"]]
+        if not strict:
+            record["identity"] = {}
+    if found := difference(theirs, mine):
+        raise StoreError(
+            f"teacher {stored.name} is not the one that {store} was made with: {found}; give the "
+            "same source, weights, size, spaces and library versions"
+        )
+
+
+def _images(config: DictConfig, plan: StorePlan) -> tuple[SampleIndex, ViewPolicy]:
+    if config.data.shards is None:
+        raise ConfigError(
+            f"the images that {config.cache} was made from are needed: give data.shards=..."
+        )
+    shards = config.data.shards
+    index = SampleIndex.from_shards(shards if isinstance(shards, str) else list(shards))
+    order = plan.samples["order"]
+    if order["kind"] == "hashed":
+        index = index.permuted(int(order["seed"]))
+    if found := difference(dict(plan.samples), index.describe()):
+        raise DataError(
+            f"data.shards={shards} are not the images that {config.cache} was made from: {found}"
+        )
+    return index, ViewPolicy(**plan.views)
+
+
+def _options(config: DictConfig) -> DictConfig:
+    """What TeacherRunner reads; a row that was invalid before must be so again, not stop."""
+    return OmegaConf.create(
+        {
+            "batch_size": config.batch_size,
+            "workers": config.workers,
+            "data": {"max_pixels": config.data.max_pixels},
+            "on_corrupt": "skip",
+        }
+    )
+
+
+def _fabric(config: DictConfig, precision: Any) -> Fabric:
+    fabric = Fabric(accelerator=config.engine.accelerator, devices=1, precision=precision)
+    fabric.launch()
+    return fabric
+
+
+def _refuse_pending(writer: StoreWriter, names: Sequence[str]) -> None:
+    others = {unit for _, units in writer.pending() for unit in units} - set(names)
+    if others:
+        raise StoreError(
+            f"{writer.path} lacks shards of {', '.join(sorted(others))}: finish it with `preceptor "
+            "extract` or `preceptor repair` before adding to it"
+        )
+
+
+# -- texts -----------------------------------------------------------------------------------------
+
+
+def _damage(report: VerifyReport, path: Path) -> str:
+    shown = "; ".join(str(problem) for problem in report.problems[:_SHOWN])
+    more = len(report.problems) - _SHOWN
+    return (
+        f"{report.store} is not whole: {shown}{f' and {more} more' if more > 0 else ''}. "
+        f"All of it is in {path}; run `preceptor repair cache={report.store} data.shards=... "
+        "teachers=...`"
+    )
+
+
+def _listed(shards: Sequence[tuple[str, int]]) -> str:
+    text = ", ".join(f"shard {shard} of {unit}" for unit, shard in shards[:_SHOWN])
+    return text + (", ..." if len(shards) > _SHOWN else "")
+
+
+def _size(root: Path) -> int:
+    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+
+
+def _write_summary(root: Path, verb: str, summary: Mapping[str, Any]) -> None:
+    path = Path(f"{str(root).rstrip('/')}.{verb}.json")
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
