@@ -22,7 +22,7 @@ from ..cache.samples import SampleIndex
 from ..errors import ConfigError
 from ..measure import peak_memory_mb
 from ..progress import ProgressLine
-from .alignment import Alignment, AlignmentOutput, build_alignment
+from .alignment import Alignment, AlignmentOutput, Codes, Target, build_alignment
 from .checkpoint import (
     LAST,
     check_same_run,
@@ -46,7 +46,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.alignment = student, alignment
 
-    def forward(self, pixels: Tensor, targets: Mapping[str, Tensor]) -> AlignmentOutput:
+    def forward(self, pixels: Tensor, targets: Mapping[str, Target]) -> AlignmentOutput:
         """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space."""
         return self.alignment(self.student(pixels), targets)
 
@@ -239,17 +239,19 @@ def learning_rate(step: int, steps: int, recipe: DictConfig) -> float:
     return float(recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * part)))
 
 
-def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space, float32.
+def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str, Target]]:
+    """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space.
 
-    Tokens travel as codes and are decoded where they arrive.
+    Tokens travel as codes; int8 ones stay codes until the loss reads them.
     """
-    pixels = normalise(batch.pixels, device)
-    targets = {
-        name: tokens.to(device, non_blocking=True).standardised()
-        for name, tokens in batch.tokens.items()
-    }
-    return pixels, targets
+    targets: dict[str, Target] = {}
+    for name, tokens in batch.tokens.items():
+        moved = tokens.to(device, non_blocking=True)
+        if moved.encoding == "int8" and moved.scales is not None:
+            targets[name] = Codes(moved.codes, moved.scales)
+        else:
+            targets[name] = moved.standardised()
+    return normalise(batch.pixels, device), targets
 
 
 def _state(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from preceptor.errors import ConfigError
-from preceptor.train.alignment import ALIGNMENTS, alignment_options, build_alignment
+from preceptor.train.alignment import ALIGNMENTS, Codes, alignment_options, build_alignment
 from preceptor.train.alignment.base import GridResample, Space, select_spaces, token_loss
 from preceptor.train.students import StudentOutput
 from torch import nn
@@ -60,7 +60,7 @@ def loss_in_numpy(prediction: torch.Tensor, target: torch.Tensor) -> float:
     return float(np.mean(terms))
 
 
-@pytest.mark.parametrize("shape", [(6, 7), (3, 4, 9)])
+@pytest.mark.parametrize("shape", [(6, 1, 7), (3, 4, 9)])
 def test_token_loss_is_its_formula(shape):
     generator = torch.Generator().manual_seed(3)
     a, b = (2 * torch.randn(shape, generator=generator) for _ in range(2))
@@ -68,7 +68,7 @@ def test_token_loss_is_its_formula(shape):
 
 
 def test_token_loss_is_float32_under_autocast():
-    a, b = torch.randn(4, 8), torch.randn(4, 8)
+    a, b = torch.randn(4, 1, 8), torch.randn(4, 1, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = token_loss(a.bfloat16(), b)
     assert loss.dtype == torch.float32
@@ -151,6 +151,25 @@ def test_a_teacher_without_descriptor_is_given_its_mean_token(name):
     assert float(found.losses["cnn/map:mean"]) == pytest.approx(
         loss_in_numpy(predicted, wanted["cnn/map"].mean(1)), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("match", ["teacher", "student"])
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_codes_give_the_loss_and_gradients_of_their_floats(name, match):
+    alignment = build(name, match=match)
+    codes = {
+        space: Codes(
+            (40 * z).round().clamp(-127, 127).to(torch.int8), z.new_full(z.shape[:2], 1 / 40)
+        )
+        for space, z in targets().items()
+    }
+    found = []
+    for wanted in (codes, {space: c.decode() for space, c in codes.items()}):
+        output = student_output()
+        loss = alignment(output, wanted).loss
+        loss.backward()
+        found.append((loss.detach(), output.tokens.grad, output.pooled.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
 
 
 def test_model_token_starts_as_regression():

@@ -131,7 +131,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_space(train_config, tmp_p
     def poisoned(batch, device):
         pixels, targets = original(batch, device)
         if next(calls) == 5:
-            targets["vit/patch"][0, 0, 0] = float("nan")
+            scales = targets["vit/patch"].scales.clone()
+            scales[0, 0] = float("nan")
+            targets["vit/patch"] = targets["vit/patch"]._replace(scales=scales)
         return pixels, targets
 
     monkeypatch.setattr(loop, "to_device", poisoned)

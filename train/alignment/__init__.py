@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..students import Student
-from .base import Alignment, AlignmentOutput, SpaceTarget, select_spaces
+from .base import Alignment, AlignmentOutput, Codes, SpaceTarget, Target, select_spaces
 from .model_token import ModelToken
 from .regression import Regression
 
@@ -22,7 +22,9 @@ __all__ = [
     "ALIGNMENTS",
     "Alignment",
     "AlignmentOutput",
+    "Codes",
     "SpaceTarget",
+    "Target",
     "alignment_options",
     "build_alignment",
 ]

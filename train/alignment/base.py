@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ConfigError
+from ...kernels import alignment_loss
 from ..students import StudentOutput
 
 Grid = tuple[int, int]
@@ -38,6 +39,21 @@ class Space:
     tokens: int
     dim: int
     grid: Grid | None
+
+
+class Codes(NamedTuple):
+    """Standardised tokens as the store holds them: codes int8 [B, N, D] times scales [B, N]."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def decode(self) -> Tensor:
+        """The tokens, float32 [B, N, D]."""
+        return self.codes.float() * self.scales.float().unsqueeze(-1)
+
+
+Target = Tensor | Codes
+"""Standardised tokens [B, N, D] of a space: floats, or codes that stay codes where they can."""
 
 
 class AlignmentOutput(NamedTuple):
@@ -122,19 +138,21 @@ class Alignment(nn.Module, ABC):
             dense: whether the token predictions are wanted.
         """
 
-    def forward(self, output: StudentOutput, targets: Mapping[str, Tensor]) -> AlignmentOutput:
+    def forward(self, output: StudentOutput, targets: Mapping[str, Target]) -> AlignmentOutput:
         """The loss on one batch.
 
         Args:
             output: the student's tokens [B, N, C] and descriptor [B, P].
-            targets: standardised float [B, N_s, D_s] per space of `required_spaces`.
+            targets: standardised tokens [B, N_s, D_s] per space of `required_spaces`.
         """
         predicted = self.predict(output, dense=bool(self.dense_weight))
         losses: dict[str, Tensor] = {}
         total = output.pooled.new_zeros((), dtype=torch.float32)
         for label, space in self.descriptors.items():
-            target = targets[space].mean(1)  # of a global space: its only token
-            term = token_loss(predicted.descriptors[label], target)
+            target = targets[space]
+            if self.spaces[space].grid is not None:
+                target = _floats(target).mean(1, keepdim=True)
+            term = token_loss(predicted.descriptors[label].unsqueeze(1), target)
             total = total + term
             losses[label] = term.detach()
         for space in self.dense if self.dense_weight else ():
@@ -143,7 +161,7 @@ class Alignment(nn.Module, ABC):
             if self.match == "teacher":
                 prediction = resample(prediction)
             else:
-                target = resample(target)
+                target = resample(_floats(target))
             term = token_loss(prediction, target)
             total = total + self.dense_weight * term
             losses[space] = term.detach()
@@ -182,22 +200,27 @@ class Predictions:
     dense: dict[str, Tensor]
 
 
-def token_loss(prediction: Tensor, target: Tensor) -> Tensor:
+def token_loss(prediction: Tensor, target: Target) -> Tensor:
     """0.9 (1 - cos) + 0.1 smooth-L1 (beta 1, mean over dimensions), averaged over all tokens.
 
-    Computed in float32 whatever the inputs are, autocast or not. The weights are Theia's
-    (Shang et al. 2024, arXiv:2407.20179).
+    Computed in float32 whatever the prediction is, autocast or not, and without a float copy of
+    codes. The weights are Theia's (Shang et al. 2024, arXiv:2407.20179).
 
     Args:
-        prediction, target: [..., D] float of equal shape; the target standardised.
+        prediction: [B, N, D] float.
+        target: [B, N, D], standardised.
 
     Returns:
-        Scalar float32.
+        Scalar float32 (float64 for a float64 prediction).
     """
+    tokens, scales = target if isinstance(target, Codes) else (target, None)
     with torch.autocast(prediction.device.type, enabled=False):
-        prediction, target = prediction.float(), target.float()
-        cosine = functional.cosine_similarity(prediction, target, dim=-1, eps=1e-6)
-        return 0.9 * (1 - cosine).mean() + 0.1 * functional.smooth_l1_loss(prediction, target)
+        terms = alignment_loss(prediction, tokens, scales)
+    return 0.9 * terms.cosine + 0.1 * terms.smooth_l1
+
+
+def _floats(target: Target) -> Tensor:
+    return target.decode() if isinstance(target, Codes) else target
 
 
 class GridResample(nn.Module):
