@@ -25,30 +25,48 @@ class Panel:
     colours: NDArray[np.floating]
 
 
-def principal_colours(tokens: NDArray[np.floating], grid: tuple[int, int]) -> NDArray[np.floating]:
-    """Tokens [images, N, D] as colours [images, *grid, 3], with one basis for all images.
+class Palette:
+    """Colours of a space: its first three principal components as red, green and blue.
 
-    Red, green and blue are the first three principal components of the tokens, each stretched
-    between its 1st and 99th percentile; a component's sign is chosen so that the rim of the grids,
-    where the background usually is, is dark.
+    Each is stretched between its 1st and 99th percentile; a component's sign is chosen so that the
+    rim of the grids, where the background usually is, is dark.
+
+    Args:
+        tokens: float [images, N, D] that fix the colours.
+        grid: (rows, columns) of the tokens, rows * columns = N.
 
     Raises:
         StoreError: the grid does not hold N tokens, or there are fewer than 3 dimensions.
     """
-    from sklearn.decomposition import PCA
 
-    images, count, dim = tokens.shape
-    if grid[0] * grid[1] != count or dim < 3:
-        raise StoreError(f"tokens {tokens.shape} cannot be drawn on a grid {grid}")
-    flat = np.asarray(tokens, np.float64).reshape(-1, dim)
-    parts = PCA(3, random_state=0).fit_transform(flat)
-    low, high = np.percentile(parts, [1, 99], axis=0)
-    colours = np.clip((parts - low) / np.maximum(high - low, 1e-12), 0, 1)
-    colours = colours.reshape(images, *grid, 3)
-    rim = np.concatenate(
-        [colours[:, 0], colours[:, -1], colours[:, :, 0], colours[:, :, -1]], axis=1
-    ).mean(axis=(0, 1))
-    return np.where(rim > 0.5, 1 - colours, colours)
+    def __init__(self, tokens: NDArray[np.floating], grid: tuple[int, int]) -> None:
+        from sklearn.decomposition import PCA
+
+        if grid[0] * grid[1] != tokens.shape[1] or tokens.shape[2] < 3:
+            raise StoreError(f"tokens {tokens.shape} cannot be drawn on a grid {grid}")
+        self._basis = PCA(3, random_state=0).fit(_flat(tokens))
+        self._ends = np.percentile(self._basis.transform(_flat(tokens)), [1, 99], axis=0)
+        colours = self(tokens, grid)
+        rim = np.concatenate(
+            [colours[:, 0], colours[:, -1], colours[:, :, 0], colours[:, :, -1]], axis=1
+        ).mean(axis=(0, 1))
+        self._ends = np.where(rim > 0.5, self._ends[::-1], self._ends)
+
+    def __call__(self, tokens: NDArray[np.floating], grid: tuple[int, int]) -> NDArray[np.floating]:
+        """Tokens [images, N, D] of the same space as colours [images, *grid, 3] in [0, 1]."""
+        start, end = self._ends
+        span = np.where(np.abs(end - start) < 1e-12, 1.0, end - start)
+        colours = (self._basis.transform(_flat(tokens)) - start) / span
+        return np.clip(colours, 0, 1).reshape(len(tokens), *grid, 3)
+
+
+def principal_colours(tokens: NDArray[np.floating], grid: tuple[int, int]) -> NDArray[np.floating]:
+    """Tokens [images, N, D] as colours [images, *grid, 3], by a palette of their own."""
+    return Palette(tokens, grid)(tokens, grid)
+
+
+def _flat(tokens: NDArray[np.floating]) -> NDArray[np.float64]:
+    return np.asarray(tokens, np.float64).reshape(-1, tokens.shape[-1])
 
 
 def draw_panels(

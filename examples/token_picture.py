@@ -1,4 +1,8 @@
-"""One picture: images beside the PCA-coloured token grids of every teacher and student."""
+"""One picture: images beside the PCA-coloured token grids of every teacher and student.
+
+A student's column shows what it predicts a teacher's tokens to be, in that teacher's colours: the
+closer to the teacher's own column, the more it has learnt.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from preceptor.cache import Cache, SampleIndex, View
-from preceptor.cache.pictures import Panel, draw_panels, principal_colours
-from preceptor.train.students import load_student
+from preceptor.cache.pictures import Palette, Panel, draw_panels
+from preceptor.train.alignment.base import module_key
+from preceptor.train.checkpoint import load_model
+from preceptor.train.data import normalise
 
 CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat",
@@ -42,22 +48,25 @@ def main() -> None:
 
     count = len(shown)
     panels = [Panel("image", pixels((112, 112))[:count] / 255)]
+    palettes: dict[str, Palette] = {}
     for name, space in cache.spaces.items():
         if space.grid is not None:
             tokens = space.read(rows).standardised().numpy()
-            colours = principal_colours(tokens, space.grid)
-            panels.append(
-                Panel(f"teacher\n{name} {space.grid[0]}x{space.grid[1]}", colours[:count])
-            )
+            palettes[name] = Palette(tokens, space.grid)
+            colours = palettes[name](tokens[:count], space.grid)
+            panels.append(Panel(f"teacher\n{name.replace('/', chr(10))}", colours))
     for folder in arguments.students:
-        student, mean, std = load_student(folder)
-        inputs = torch.from_numpy(pixels(student.size)).permute(0, 3, 1, 2) / 255
+        student, alignment, _ = load_model(folder)
+        inputs = normalise(torch.from_numpy(pixels(student.size)), torch.device("cpu"))
         with torch.inference_mode():
-            inputs = (inputs - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
             output = student.eval()(inputs)
-        colours = principal_colours(output.tokens.numpy(), output.grid)
-        title = f"student\n{folder.name} {output.grid[0]}x{output.grid[1]}"
-        panels.append(Panel(title, colours[:count]))
+            predicted = alignment.eval().predict(output, dense=True).dense
+            # The student's idea of a space, in the colours of the teacher's own tokens.
+            for name, palette in palettes.items():
+                grid = cache[name].grid
+                tokens = alignment.grids[module_key(name)](predicted[name]).numpy()
+                title = f"{folder.name} on\n{name.replace('/', chr(10))}"
+                panels.append(Panel(title, palette(tokens[:count], grid)))
     notes = {place: CLASSES[labels[row]] for place, row in enumerate(shown)}
     draw_panels(arguments.out, panels, notes)
     print(f"{arguments.out}: {count} images, {len(panels) - 1} token grids")

@@ -116,8 +116,8 @@ def test_configuration_of_the_demo_loads() -> None:
         shapes[name] = {space: tuple(t.shape[1:]) for space, t in tokens.items()}
         assert [(s.tokens, s.dim) for s in teacher.spaces] == list(shapes[name].values())
     assert shapes == {
-        "efficientnet_lite0": {"map": (16, 1280), "pooled": (1, 1280)},
-        "vit_s_focus": {"patch": (64, 384), "cls": (1, 384)},
+        "efficientnet_lite0": {"map": (16, 320), "pooled": (1, 1280)},
+        "vit_s_focus": {"patch": (64, 384), "mean": (1, 384)},
     }
 
 
