@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import mmap
 import os
 import shutil
 import tarfile
@@ -73,23 +74,17 @@ def make(folder: Path, rows: int) -> None:
     space = cache[SPACE]
     codes = np.lib.format.open_memmap(folder / "codes.npy", "w+", np.int8, (rows, TOKENS, DIM))
     scales = np.lib.format.open_memmap(folder / "scales.npy", "w+", np.float16, (rows, TOKENS))
-    tar = None
-    for start in range(0, rows, BATCH):
-        part = space.read(np.arange(start, start + BATCH))
-        codes[start : start + BATCH] = part.codes.numpy()
-        scales[start : start + BATCH] = part.scales.numpy()
-        if start % 1024 == 0:
-            if tar is not None:
-                tar.close()
-            tar = tarfile.open(folder / f"features-{start // 1024:04d}.tar", "w")
-        assert tar is not None
-        for row, tokens in enumerate(space.decode(part).bfloat16(), start):
-            raw = safetensors.torch.save({"embedding": tokens.contiguous()})
-            entry = tarfile.TarInfo(f"{row:08d}.safetensors")
-            entry.size = len(raw)
-            tar.addfile(entry, io.BytesIO(raw))
-    if tar is not None:
-        tar.close()
+    for first in range(0, rows, 1024):
+        with tarfile.open(folder / f"features-{first // 1024:04d}.tar", "w") as tar:
+            for start in range(first, first + 1024, BATCH):
+                part = space.read(np.arange(start, start + BATCH))
+                codes[start : start + BATCH] = part.codes.numpy()
+                scales[start : start + BATCH] = part.parts["scales"].numpy()
+                for row, tokens in enumerate(space.decode(part).bfloat16(), start):
+                    raw = safetensors.torch.save({"embedding": tokens.contiguous()})
+                    entry = tarfile.TarInfo(f"{row:08d}.safetensors")
+                    entry.size = len(raw)
+                    tar.addfile(entry, io.BytesIO(raw))
     codes.flush()
     scales.flush()
     (folder / "made").touch()
@@ -146,6 +141,9 @@ class Contender:
     def open(self) -> None:
         pass
 
+    def forget(self) -> None:
+        """Let go of what would keep files in the page cache."""
+
     def groups(self) -> int:
         """An epoch in batches of eight random groups."""
         order = self.random.permutation(self.rows // GROUP)
@@ -199,6 +197,10 @@ class Memmap(Contender):
     def open(self) -> None:
         self.from_codes = np.load(self.folder / "codes.npy", mmap_mode="r")
         self.from_scales = np.load(self.folder / "scales.npy", mmap_mode="r")
+
+    def forget(self) -> None:
+        for array in (self.from_codes, self.from_scales):
+            array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def take_group(self, place: int, group: int) -> None:
         there = slice(group * GROUP, (group + 1) * GROUP)
@@ -343,6 +345,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 if name == "zarr-python":
                     zarr.config.set({"threading.max_workers": threads})
                 if not warm:
+                    for contender in made.values():
+                        contender.forget()
                     cold([folder])
                 speed = rate(one, arguments.seconds if warm else 0.0)
                 if turn or not warm:  # the first warm turn is for warming

@@ -1,0 +1,86 @@
+"""The expected error that info states, against the error that encoding really made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from preceptor.benchmarks.small_store import batch, contents, extract, fill_shard
+from preceptor.cache import Cache, SpaceSpec, StorePlan, StoreWriter, TeacherRecord
+from preceptor.cache.report import describe, fidelity
+from preceptor.cache.statistics import Accumulator, calibration
+
+ROWS = 16
+
+
+def features(dim: int) -> torch.Tensor:
+    """Tokens with dimensions of very different size, offsets, and some large tokens."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, 16, dim, generator=random)
+    x *= torch.logspace(-1, 1, dim)
+    x[:, ::7] *= 4
+    return x + torch.randn(dim, generator=random)
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "int8", "compact", "int4"])
+def test_expected_error_is_the_measured_one(encoding: str, tmp_path: Path) -> None:
+    x = features(128)
+    space = SpaceSpec("t", "s", 16, 128, (4, 4), encoding)
+    plan = StorePlan(
+        samples={"count": ROWS},
+        views={},
+        rows=ROWS,
+        shard_rows=ROWS,
+        group_rows=8,
+        teachers=(TeacherRecord("t", (space,), {}),),
+    )
+    writer = StoreWriter.open_or_create(tmp_path / "store", plan)
+    sums = Accumulator(torch.zeros(128))
+    sums.add(x)
+    writer.calibrate(space.id, *calibration(sums.moments()), rows_used=ROWS)
+    facts = batch(0, ROWS)
+    facts.valid[:] = True
+    with writer.shard(0, ("rows", "t")) as out:
+        out.append(facts, {space.id: x})
+    writer.finish()
+    stored = Cache.open(tmp_path / "store")[space.id]
+    told = fidelity(stored, np.arange(ROWS))
+    assert told is not None
+    found = stored.decode(stored.read(np.arange(ROWS))).double()
+    truth = x.double()
+    error = float((found - truth).norm() / truth.norm())
+    z, z_found = (truth - stored.mean) / stored.std, (found - stored.mean) / stored.std
+    error_z = float((z_found - z).norm() / z.norm())
+    cosine = torch.cosine_similarity(found, truth, -1).flatten().quantile(0.01)
+    # half floats round in steps that double with every power of two: at most twice too wide
+    slack = 1.0 if encoding == "fp16" else 0.1
+    assert error == pytest.approx(told["relative_error"], rel=slack)
+    assert error_z == pytest.approx(told["relative_error_standardised"], rel=slack)
+    assert 1 - float(cosine) == pytest.approx(1 - told["p1_cosine"], rel=0.35, abs=1e-6)
+
+
+def test_bytes_and_missing_shards(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    extract(path)
+    found = describe(path)
+    files = contents(path)
+    for name, space in found["spaces"].items():
+        own = [raw for file, raw in files.items() if file.startswith(f"spaces/{name}/")
+               and "/c." in file and file.split("/")[3] in ("codes", "scales")]  # fmt: skip
+        assert space["bytes"] == sum(map(len, own))
+    assert found["complete"]
+    assert found["missing"] == {}
+
+
+def test_a_store_that_was_only_begun(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    whole = extract(tmp_path / "whole").plan
+    writer = StoreWriter.open_or_create(path, whole)
+    found = describe(path)
+    assert not found["complete"]
+    assert found["missing"]["rows"] == {"shards": [0, 1], "finished": False}
+    fill_shard(writer, 1, ("rows",))
+    assert describe(path)["missing"]["rows"]["shards"] == [0]
+    assert "preceptor extract" in str(describe(path)["problem"])

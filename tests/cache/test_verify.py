@@ -1,0 +1,122 @@
+"""What verify says about whole, unfinished and large-chunked stores, against plain hashing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from preceptor.benchmarks.faults import flip
+from preceptor.benchmarks.small_store import (
+    calibrate,
+    contents,
+    extract,
+    fill,
+    fill_shard,
+    plan,
+    restore,
+)
+from preceptor.cache import StoreWriter
+from preceptor.cache.layout import ArraySpec, shard_file
+from preceptor.cache.mend import repair_store
+from preceptor.cache.verify import FileRecord, check_file, verify_store
+from preceptor.cache.verify_report import fresh_report
+from preceptor.errors import StoreError
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("verify") / "store"
+    extract(path)
+    return contents(path)
+
+
+def test_a_report_is_read_again_until_a_file_changes(
+    good: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    restore(path, good)
+    assert fresh_report(path) is None
+    flip(path / "spaces/cnn/patch/codes/c.1.0.0", np.random.default_rng(0))
+    report = verify_store(path)
+    assert json.loads(report.save().read_text())["shards"] == {"cnn": [1]}
+    again = fresh_report(path)
+    assert again is not None
+    assert again.problems == report.problems
+    (path / "spaces/cnn/patch/codes/c.1.0.0").write_bytes(good["spaces/cnn/patch/codes/c.1.0.0"])
+    assert fresh_report(path) is None
+    assert verify_store(path).whole
+
+
+def test_an_unfinished_store_names_what_is_not_extracted_and_repair_finishes_it(
+    good: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    writer = StoreWriter.open_or_create(path, plan())
+    calibrate(writer)
+    fill_shard(writer, 0, ("rows", "vit", "cnn"))
+    fill_shard(writer, 1, ("rows", "vit"))
+    report = verify_store(path)
+    assert [str(problem) for problem in report.problems] == [
+        "commits/rows/complete.json is missing: the unit was not finished",
+        "commits/vit/complete.json is missing: the unit was not finished",
+        "shard 1 of cnn: commits/cnn/1.json is missing: the shard was not extracted yet",
+    ]
+    moments = path / "partial/vit/patch.1.f64"
+    moments.write_bytes(bytes(moments.stat().st_size))
+    report = verify_store(path)
+    assert report.shards == [("cnn", 1), ("vit", 1)]
+    done = repair_store(path, report.shards, fill)
+    assert done.extracted == (("cnn", 1), ("vit", 1))
+    assert contents(path) == good
+
+
+def test_other_bits_are_told_and_the_statistics_are_marked(
+    good: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    restore(path, good)
+    (path / "spaces/vit/patch/codes/c.0.0.0").unlink()
+    done = repair_store(path, verify_store(path).shards, lambda writer: fill(writer, 1))
+    assert done.different == (("vit", 0),)
+    assert verify_store(path).whole
+    assert json.loads((path / "commits/vit/complete.json").read_text())["exact"] is False
+
+
+def test_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="holds no store"):
+        verify_store(tmp_path)
+
+
+def test_files_larger_than_a_block_are_checked_whole(tmp_path: Path) -> None:
+    """Chunks of 5 MB, with every bit that is flipped attributed to its chunk."""
+    spec = ArraySpec("a", "uint8", (10, 1 << 20), (10, 1 << 20), (5, 1 << 20), 255)
+    values = np.random.default_rng(0).integers(0, 255, spec.shape, np.uint8)
+    buffers, sums = shard_file(spec, values)
+    raw = bytearray(b"".join(bytes(part) for part in buffers))
+    record = FileRecord(len(raw), hashlib.sha256(raw).hexdigest(), tuple(sums))
+    file = tmp_path / "file"
+    file.write_bytes(raw)
+    seen: list[int] = []
+    assert check_file(file, spec, record, 2, seen.append) == []
+    assert sum(seen) >= 10 << 20
+    for place, why in (
+        (0, "group 0 does not match its checksum"),
+        ((5 << 20) - 1, "group 0 does not match its checksum"),
+        ((5 << 20) + 3, "group 0 does not match its checksum"),
+        ((5 << 20) + 4, "group 1 does not match its checksum"),
+        (len(raw) - 1, "the shard index does not match its checksum"),
+    ):
+        raw[place] ^= 1
+        file.write_bytes(raw)
+        assert check_file(file, spec, record, 2) == [why]
+        raw[place] ^= 1
+    # the same chunks the other way round: every checksum inside the file holds
+    other, _ = shard_file(spec, np.concatenate([values[5:], values[:5]]))
+    file.write_bytes(b"".join(bytes(part) for part in other))
+    assert check_file(file, spec, record, 2) == [
+        "group 0 is not what was committed",
+        "group 1 is not what was committed",
+    ]

@@ -1,0 +1,253 @@
+"""verify, repair, add, drop and info through the command line, on a store of real extraction."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from preceptor.benchmarks.faults import flip
+from preceptor.benchmarks.small_store import contents, restore
+from preceptor.cache import Cache
+from preceptor.cli import main
+
+COUNT = 11
+CALL = "call:preceptor.tests.extract.tiny_teachers"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eleven images; the sixth cannot be decoded."""
+    path = tmp_path_factory.mktemp("shards") / "s-0.tar"
+    random = np.random.default_rng(0)
+    with webdataset.TarWriter(str(path)) as tar:
+        for key in range(COUNT):
+            coarse = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((50 + key, 40), Image.Resampling.BICUBIC)
+            data = io.BytesIO()
+            image.save(data, "PNG")
+            raw = data.getvalue() if key != 6 else b"no image"
+            tar.write({"__key__": f"im{key:03d}", "png": raw, "cls": str(key % 3)})
+    return str(path)
+
+
+def teachers(**functions: str) -> str:
+    chosen = ", ".join(
+        f"{name}: {{source: '{CALL}:{function}'}}" for name, function in functions.items()
+    )
+    return f"teachers={{{chosen}}}"
+
+
+def run(verb: str, store: Path, shards: str, *options: str) -> int:
+    if verb in ("extract", "add"):
+        options = (*options, "calibration.images=6")
+    if verb == "extract":
+        options = (*options, "shard_rows=4", "group_rows=2", "on_corrupt=skip")
+    given = [f"cache={store}", f"data.shards='{shards}'", "batch_size=3", "workers=0"]
+    return main([verb, *options, *given, "engine=cpu"])
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of configuration groups with the choice ``teachers=tiny``."""
+    folder = tmp_path_factory.mktemp("groups")
+    group = folder / "configs" / "teachers"
+    group.mkdir(parents=True)
+    (group / "tiny.yaml").write_text(
+        f"cnn: {{source: '{CALL}:cnn'}}\nvit: {{source: '{CALL}:vit', encoding: compact}}\n"
+    )
+    return folder / "configs"
+
+
+@pytest.fixture(scope="module")
+def good(shards: str, configs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a store of two teachers."""
+    path = tmp_path_factory.mktemp("store") / "store"
+    assert run("extract", path, shards, "--config-dir", str(configs), "teachers=tiny") == 0
+    return contents(path)
+
+
+@pytest.fixture
+def store(good: dict[str, bytes], tmp_path: Path) -> Path:
+    restore(tmp_path / "store", good)
+    return tmp_path / "store"
+
+
+def test_verify_names_the_damage_and_repair_extracts_exactly_that(
+    shards: str,
+    configs: Path,
+    good: dict[str, bytes],
+    store: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["verify", f"cache={store}"]) == 0
+    assert "whole" in capsys.readouterr().out
+    random = np.random.default_rng(0)
+    for name in (
+        "spaces/vit/patch/codes/c.1.0.0",
+        "rows/label/c.2",
+        "spaces/cnn/cls/mean/c.0",
+        "manifest.json",
+    ):
+        flip(store / name, random)
+    (store / "commits/cnn/0.json").unlink()
+    assert main(["verify", f"cache={store}"]) == 1
+    message = capsys.readouterr().err
+    for part in (
+        "shard 1 of vit: spaces/vit/patch/codes/c.1.0.0",
+        "shard 2 of rows",
+        "shard 0 of cnn",
+        "spaces/cnn/cls/mean/c.0 is missing or damaged",
+        "preceptor repair",
+    ):
+        assert part in message
+    report = json.loads(Path(f"{store}.verify.json").read_text())
+    assert report["shards"] == {"cnn": [0], "rows": [2], "vit": [1]}
+    untouched = {n: (store / n).stat().st_mtime_ns for n in good if "/c.0" in n and "vit" in n}
+    assert run("repair", store, shards, "--config-dir", str(configs), "teachers=tiny") == 0
+    assert "3 of them to the same bytes" in capsys.readouterr().out
+    assert contents(store) == good
+    assert all((store / n).stat().st_mtime_ns == time for n, time in untouched.items())
+    assert not Path(f"{store}.verify.json").exists()
+    assert main(["verify", f"cache={store}"]) == 0
+
+
+def test_repair_without_a_report_verifies_first_and_asks_for_what_it_needs(
+    shards: str, good: dict[str, bytes], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("repair", store, shards) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+    (store / "spare/manifest.json").unlink()
+    assert main(["repair", f"cache={store}"]) == 0
+    assert contents(store) == good
+    flip(store / "spaces/vit/patch/codes/c.1.0.0", np.random.default_rng(0))
+    assert main(["repair", f"cache={store}"]) == 1
+    assert "the teachers vit of" in capsys.readouterr().err
+    assert main(["repair", f"cache={store}", teachers(vit="vit")]) == 1
+    assert "data.shards=" in capsys.readouterr().err
+    assert run("repair", store, shards, teachers(vit="other_vit")) == 1
+    message = capsys.readouterr().err
+    assert "seed 1" in message
+    assert "seed 2" in message
+    other = shards.replace("s-0", "other")
+    with webdataset.TarWriter(other) as tar:
+        tar.write({"__key__": "a", "png": b"x", "cls": "1"})
+    assert run("repair", store, other, teachers(vit="vit")) == 1
+    assert "are not the images" in capsys.readouterr().err
+    assert run("repair", store, shards, teachers(vit="vit")) == 0  # the cnn is not needed
+    assert contents(store) == good
+
+
+def test_live_teachers_agree_or_are_told_apart(
+    shards: str, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = teachers(cnn="cnn", vit="vit")
+    assert run("verify", store, shards, both, "sample=8") == 0
+    live = json.loads(Path(f"{store}.verify.json").read_text())["live"]
+    assert live["rows"] == 8
+    for name, space in live["spaces"].items():
+        # Truth by hand: the encodings' errors are known to be near 0.6 and 4 per cent.
+        low, high = (0.01, 0.06) if name.startswith("vit") else (0.001, 0.01)
+        assert low < space["relative_error_standardised"] < high, name
+        assert space["relative_error_standardised"] == pytest.approx(
+            space["expected_standardised"], rel=0.25
+        )
+        assert space["p1_cosine"] > 0.99
+    assert run("verify", store, shards, teachers(vit="other_vit"), "sample=8") == 1
+    assert "vit/patch, vit/cls of the live teachers differ" in capsys.readouterr().err
+    assert run("verify", store, shards, teachers(vit="wide_vit"), "sample=8") == 1
+    assert "dim" in capsys.readouterr().err
+
+
+def test_add_and_drop_touch_no_other_file(
+    shards: str, good: dict[str, bytes], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inodes = {name: (store / name).stat().st_ino for name in good}
+    assert run("add", store, shards, teachers(third="other_vit")) == 0
+    assert main(["verify", f"cache={store}"]) == 0
+    added = contents(store)
+    manifests = {"manifest.json", "spare/manifest.json"}
+    for name in good:
+        if name not in manifests:
+            assert added[name] == good[name], name
+            assert (store / name).stat().st_ino == inodes[name], f"{name} was written again"
+    cache = Cache.open(store)
+    assert cache.teachers == ("cnn", "vit", "third")
+    assert cache["third/patch"].shape == (COUNT, 16, 20)
+    assert run("add", store, shards, teachers(third="other_vit")) == 0  # nothing left to do
+    assert contents(store) == added
+    assert run("add", store, shards, teachers(third="vit")) == 1
+    assert "another teacher third" in capsys.readouterr().err
+    assert main(["drop", f"cache={store}", "teacher=thrid"]) == 1
+    assert "thrid" in capsys.readouterr().err
+    assert main(["drop", f"cache={store}", "teacher=third"]) == 0
+    assert contents(store) == good
+    assert main(["drop", f"cache={store}", "teacher=vit"]) == 0
+    assert main(["verify", f"cache={store}"]) == 0
+    assert main(["drop", f"cache={store}", "teacher=cnn"]) == 1
+    assert "only teacher" in capsys.readouterr().err
+
+
+def test_what_an_interrupted_drop_left_is_told_and_removed(
+    good: dict[str, bytes], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["drop", f"cache={store}", "teacher=vit"]) == 0
+    dropped = contents(store)
+    for name in good:
+        if name.startswith(("spaces/vit/patch/codes", "commits/vit/0")):
+            (store / name).parent.mkdir(parents=True, exist_ok=True)
+            (store / name).write_bytes(good[name])
+    assert main(["verify", f"cache={store}"]) == 1
+    assert "preceptor drop teacher=vit" in capsys.readouterr().err
+    assert main(["drop", f"cache={store}", "teacher=vit"]) == 0
+    assert contents(store) == dropped
+
+
+def test_convert_then_repair_says_to_convert_again(
+    shards: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "converted"
+    assert main(["convert", f"cache={store}", f"out={out}", "encoding=int4"]) == 0
+    before = contents(out)
+    flip(out / "spaces/vit/patch/codes/c.1.0.0", np.random.default_rng(0))
+    assert main(["verify", f"cache={out}"]) == 1
+    assert run("repair", out, shards, teachers(vit="vit")) == 1
+    assert "preceptor convert" in capsys.readouterr().err
+    assert main(["convert", f"cache={store}", f"out={out}", "encoding=int4"]) == 0
+    assert contents(out) == before
+    assert main(["convert", f"cache={store}", f"out={store}", "encoding=int4"]) == 1
+    assert "another directory" in capsys.readouterr().err
+
+
+def test_info_of_whole_and_unfinished_stores(
+    shards: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, picture = tmp_path / "info.json", tmp_path / "tokens.png"
+    assert main(["info", f"cache={store}", f"json={told}", f"picture={picture}"]) == 0
+    text = capsys.readouterr().out
+    for part in ("complete", "vit/patch", "16 (4x4)", "compact", "1 without tokens"):
+        assert part in text
+    found = json.loads(told.read_text())
+    assert found["complete"]
+    assert found["rows_valid"] == COUNT - 1
+    size = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+    assert found["bytes"] == size
+    assert Image.open(picture).size[0] > 200
+    (store / "commits/vit/1.json").unlink()
+    shutil.rmtree(store / "spare/commits/vit")
+    (store / "commits/vit/complete.json").unlink()
+    assert main(["info", f"cache={store}", f"json={told}"]) == 0
+    text = capsys.readouterr().out
+    for part in ("NOT COMPLETE", "vit: 1 of 3 shards missing (1)", "preceptor extract"):
+        assert part in text
+    found = json.loads(told.read_text())
+    assert found["missing"] == {"vit": {"shards": [1], "finished": False}}
+    assert "fidelity" in found["spaces"]["cnn/patch"]
+    assert "fidelity" not in found["spaces"]["vit/patch"]
+    assert main(["info", f"cache={tmp_path / 'nowhere'}"]) == 1
+    assert "holds no store" in capsys.readouterr().err
