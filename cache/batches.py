@@ -134,7 +134,8 @@ class BatchIterator(Iterator[Batch]):
         self._schedule()
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead; no further batch comes."""
+        self._step = self._order.steps
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __del__(self) -> None:

@@ -18,6 +18,7 @@ from .manifest import Manifest
 from .source import Source
 
 _SHARDS_KEPT = 16384
+_COMMITS_KEPT = 32
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,12 @@ class ShardIndex:
     Attributes:
         name: the file.
         entries: int64 ``[chunks, 2]``: offset and length, checksum included.
-        sums: CRC-32C of each chunk by the commit record.
+        sums: uint32 ``[chunks]``: CRC-32C of each chunk by the commit record.
     """
 
     name: str
     entries: np.ndarray
-    sums: tuple[int, ...]
+    sums: np.ndarray
 
 
 class ChunkReader:
@@ -46,6 +47,7 @@ class ChunkReader:
         self._layout = Layout(manifest.plan)
         self._completions = completions
         self._lock = threading.Lock()
+        self._commits: OrderedDict[tuple[str, int], Commit] = OrderedDict()
         self._indices: OrderedDict[tuple[str, int], ShardIndex] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,6 +66,10 @@ class ChunkReader:
         Raises:
             StoreError: missing, damaged or not the one that was sealed.
         """
+        with self._lock:
+            kept = self._commits.get((unit, shard))
+        if kept is not None:
+            return kept
         name = record_name(unit, shard)
         try:
             raw = self._source.read(name)
@@ -73,6 +79,10 @@ class ChunkReader:
             raise self._damaged(unit, shard, f"{name} is not the record that was sealed")
         commit = Commit.from_bytes(raw, f"{self._source.location}/{name}")
         commit.refuse_other(self._manifest, self._layout, unit, shard)
+        with self._lock:
+            self._commits[unit, shard] = commit
+            if len(self._commits) > _COMMITS_KEPT:
+                self._commits.popitem(last=False)
         return commit
 
     def index(self, unit: str, spec: ArraySpec, shard: int) -> ShardIndex:
@@ -86,23 +96,19 @@ class ChunkReader:
             if key in self._indices:
                 self._indices.move_to_end(key)
                 return self._indices[key]
-        commit = self.commit(unit, shard)
-        found = {
-            path: self._read_index(unit, other, shard, commit)
-            for path, other in self._layout.unit_arrays(unit).items()
-            if path == spec.path
-        }
+        found = self._read_index(unit, spec, shard, self.commit(unit, shard))
         with self._lock:
-            self._indices[key] = found[spec.path]
+            self._indices[key] = found
             if len(self._indices) > _SHARDS_KEPT:
                 self._indices.popitem(last=False)
-        return found[spec.path]
+        return found
 
     def _read_index(self, unit: str, spec: ArraySpec, shard: int, commit: Commit) -> ShardIndex:
         name = spec.file(shard)
         record = commit.files[spec.path]
+        sums = np.array(record.chunks, np.uint32)
         if spec.group is None:
-            return ShardIndex(name, plain_index(spec, record.bytes), record.chunks)
+            return ShardIndex(name, plain_index(spec, record.bytes), sums)
         raw = bytearray(spec.index_bytes)
         try:
             self._source.read_into(name, record.bytes - spec.index_bytes, [raw])
@@ -111,9 +117,11 @@ class ChunkReader:
             )
         except FileNotFoundError:
             raise self._damaged(unit, shard, f"{name} is missing") from None
+        except OSError as error:
+            raise self._damaged(unit, shard, f"{name} fails: {error.strerror}") from error
         except ValueError as error:
             raise self._damaged(unit, shard, f"{name}: {error}") from None
-        return ShardIndex(name, entries, record.chunks)
+        return ShardIndex(name, entries, sums)
 
     def scatter(
         self, unit: str, spec: ArraySpec, shard: int, chunk: int, rows: Sequence[np.ndarray]
@@ -178,6 +186,8 @@ class ChunkReader:
             got = self._source.read_into(name, offset, into)
         except FileNotFoundError:
             raise self._damaged(unit, shard, f"{name} is missing") from None
+        except OSError as error:
+            raise self._damaged(unit, shard, f"{name} fails: {error.strerror}") from error
         if got != length:
             raise self._damaged(unit, shard, f"{name} ends at byte {offset + got}")
 
@@ -187,7 +197,7 @@ class ChunkReader:
         where = f"group {chunk} of {index.name}"
         if value != int.from_bytes(tail, "little"):
             raise self._damaged(unit, shard, f"{where} does not match its checksum")
-        if value != index.sums[chunk]:
+        if value != int(index.sums[chunk]):
             raise self._damaged(unit, shard, f"{where} is not what was committed")
 
     def _damaged(self, unit: str, shard: int, what: str) -> StoreError:

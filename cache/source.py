@@ -29,7 +29,12 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A whole file. Raises FileNotFoundError when it does not exist."""
+        """A whole file.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            StoreError: it cannot be read.
+        """
 
     def read_or_none(self, name: str) -> bytes | None:
         """A whole file, or None when it does not exist."""
@@ -46,7 +51,8 @@ class Source(ABC):
     def read_into(self, name: str, offset: int, buffers: Sequence[Any]) -> int:
         """Fill writable byte buffers, in order, from one position on; returns the bytes read.
 
-        Fewer than asked means that the file ends there. Raises FileNotFoundError.
+        Fewer than asked means that the file ends there. Raises FileNotFoundError, or OSError where
+        the device fails.
         """
 
     @abstractmethod
@@ -81,8 +87,13 @@ class LocalSource(Source):
         LocalSource.__init__(self, state["root"])
 
     def read(self, name: str) -> bytes:
-        with open(f"{self._root}/{name}", "rb") as file:
-            return file.read()
+        try:
+            with open(f"{self._root}/{name}", "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(name) from None
+        except OSError as error:
+            raise StoreError(f"{self._root}/{name} cannot be read: {error.strerror}") from error
 
     def read_into(self, name: str, offset: int, buffers: Sequence[Any]) -> int:
         file = self._open(name)

@@ -56,7 +56,7 @@ class Compact(Encoding):
         return round_up_to_half(xp.clip(step, SMALLEST_SCALE, LARGEST_SCALE))
 
     def decode(self, parts: Mapping[str, Array], dim: int) -> Array:
-        return cast(parts["codes"], "float32") * cast(parts["scales"], "float32")[..., None]
+        return parts["codes"] * cast(parts["scales"], "float32")[..., None]
 
     def bound(self, z: Array) -> Array:
         return cast(self._scale(z), "float32") * (0.5 + 2.0**-15)

@@ -51,8 +51,8 @@ class Int4(Encoding):
         codes = parts["codes"]
         xp = namespace(codes)
         nibbles = xp.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
-        z = _grouped(cast(nibbles[..., :dim], "float32") - OFFSET)
-        z = z * cast(parts["scales"], "float32")[..., None]
+        signed = cast(nibbles[..., :dim], "int8") - OFFSET
+        z = _grouped(signed) * cast(parts["scales"], "float32")[..., None]
         return z.reshape(*codes.shape[:-1], -1)[..., :dim]
 
     def bound(self, z: Array) -> Array:

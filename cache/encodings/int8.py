@@ -37,7 +37,7 @@ class Int8(Encoding):
         return {"codes": quantise(z, scale, LEVELS), "scales": scale[..., 0]}
 
     def decode(self, parts: Mapping[str, Array], dim: int) -> Array:
-        return cast(parts["codes"], "float32") * cast(parts["scales"], "float32")[..., None]
+        return parts["codes"] * cast(parts["scales"], "float32")[..., None]
 
     def bound(self, z: Array) -> Array:
         # half a step, and the rounding of z / scale and code * scale in float32

@@ -247,3 +247,28 @@ def test_another_format_or_version_is_refused(store: Path) -> None:
     manifest.write_text(json.dumps({**body, "rows": 41}))
     with pytest.raises(StoreError, match="SHA-256 differs"):
         Cache.open(store)
+
+
+def test_memory_does_not_grow_with_the_epochs(cache: Cache) -> None:
+    def epoch(number: int) -> int:
+        for _ in cache.batches(["vit/patch", "cnn/map"], 4, epoch=number, window_rows=8):
+            pass
+        return sum(length * len(free) for length, free in cache.buffers._free.items())
+
+    first = epoch(0)
+    assert first > 0
+    assert all(epoch(number) <= 2 * first for number in range(1, 10))
+
+
+def test_a_failing_device_is_named(store: Path) -> None:
+    codes = store / "spaces/vit/patch/codes/c.1.0.0"
+    cache = Cache.open(store)
+    codes.unlink()
+    codes.mkdir()
+    with pytest.raises(StoreError, match=r"shard 1 of vit: .*c\.1\.0\.0 fails: Is a directory"):
+        cache["vit/patch"].read([16])
+    record = store / "manifest.json"
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(StoreError, match=r"manifest\.json cannot be read: Is a directory"):
+        Cache.open(store)
