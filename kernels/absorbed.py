@@ -23,7 +23,7 @@ from torch import Tensor
 
 # Decoded tokens of one step stay within this many bytes, so that they are still in the cache of a
 # CPU core when the second product reads them.
-_STEP_BYTES = 2 << 20
+_STEP_BYTES = 8 << 20
 
 
 def compute_dtype(query: Tensor, tokens: Tensor) -> torch.dtype:
@@ -33,8 +33,11 @@ def compute_dtype(query: Tensor, tokens: Tensor) -> torch.dtype:
 
 def forward(
     query: Tensor, tokens: Tensor, weight: Tensor | None, norm_eps: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, R, D], logsumexp [B, R], and with LayerNorm the gain and token mean [B, N]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output [B, R, D], logsumexp [B, R], with LayerNorm the gain and token mean [B, N], and p.
+
+    p [B, R, N] is kept for the backward pass: it is R / D of the tokens' size and saves a product.
+    """
     batch, rows, dim = query.shape
     dtype = compute_dtype(query, tokens)
     output = torch.empty((batch, rows, dim), dtype=query.dtype, device=query.device)
@@ -42,6 +45,7 @@ def forward(
     kept = (batch, tokens.shape[1]) if norm_eps is not None else (0,)
     gain_kept = torch.empty(kept, dtype=dtype, device=query.device)
     mean_kept = torch.empty(kept, dtype=dtype, device=query.device)
+    p_kept = torch.empty((batch, rows, tokens.shape[1]), dtype=dtype, device=query.device)
     for step in _steps(tokens, dtype):
         x = tokens[step].to(dtype)
         q = query[step].to(dtype)
@@ -49,14 +53,22 @@ def forward(
         if norm_eps is not None:
             gain, mean = layer_norm_gain(x, gain, norm_eps)
             gain_kept[step], mean_kept[step] = gain, mean
-        p, _, lse[step] = _probabilities(q, x, gain, mean)
+        scores = _products(q, x, mean)
+        if gain is not None:
+            scores = scores * gain.unsqueeze(1)
+            scores = scores.masked_fill((gain < 0).unsqueeze(1), -torch.inf)
+        row_lse = torch.logsumexp(scores, dim=-1)
+        # Rows that attend nothing get p = 0 rather than exp(-inf + inf).
+        shift = torch.where(row_lse == -torch.inf, torch.zeros_like(row_lse), row_lse)
+        p = torch.exp(scores - shift.unsqueeze(-1))
+        lse[step], p_kept[step] = row_lse, p
         if gain is not None:
             p = p * gain.clamp_min(0).unsqueeze(1)
         y = torch.bmm(p, x)
         if mean is not None:
             y = y - torch.bmm(p, mean.unsqueeze(-1))
         output[step] = y
-    return output, lse, gain_kept, mean_kept
+    return output, lse, gain_kept, mean_kept, p_kept
 
 
 def backward(
@@ -66,7 +78,7 @@ def backward(
     tokens: Tensor,
     gain: Tensor | None,
     mean: Tensor | None,
-    lse: Tensor,
+    probabilities: Tensor,
     tokens_need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the query [B, R, D] and, where asked for, of the tokens [B, N, D]."""
@@ -81,7 +93,7 @@ def backward(
         x, q, dy = tokens[step].to(dtype), query[step].to(dtype), grad_output[step].to(dtype)
         a = None if gain is None else gain[step].to(dtype)
         centre = None if mean is None else mean[step].to(dtype)
-        p, t, _ = _probabilities(q, x, a, centre, lse[step])
+        p = probabilities[step]
         factor = None if a is None else a.clamp_min(0).unsqueeze(1)
         u = _products(dy, x, centre)
         gain_u = u if factor is None else factor * u
@@ -98,6 +110,7 @@ def backward(
             dx = torch.bmm(weighted.transpose(1, 2), q)
             dx.baddbmm_(value.transpose(1, 2), dy)
             if factor is not None and centre is not None:
+                t = _products(q, x, centre)
                 along = (weighted * t + value * u).sum(1) * factor.squeeze(1) ** 2 / x.shape[-1]
                 dx = dx - dx.mean(-1, keepdim=True)
                 dx = dx - along.unsqueeze(-1) * (x - centre.unsqueeze(-1))
@@ -132,18 +145,3 @@ def _products(rows: Tensor, x: Tensor, mean: Tensor | None) -> Tensor:
     if mean is not None:
         product = product - rows.sum(-1, keepdim=True) * mean.unsqueeze(1)
     return product
-
-
-def _probabilities(
-    q: Tensor, x: Tensor, gain: Tensor | None, mean: Tensor | None, lse: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """p [B, R, N], t [B, R, N] and the logsumexp [B, R]; rows that attend nothing get p = 0."""
-    t = _products(q, x, mean)
-    scores = t
-    if gain is not None:
-        scores = t * gain.unsqueeze(1)
-        scores = scores.masked_fill((gain < 0).unsqueeze(1), -torch.inf)
-    if lse is None:
-        lse = torch.logsumexp(scores, dim=-1)
-    shift = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
-    return torch.exp(scores - shift.unsqueeze(-1)), t, lse

@@ -97,7 +97,7 @@ def cross_attention(
             )
         else:
             use_triton = _use_triton(folded, tokens, implementation)
-            y, lse, _, _ = torch.ops.preceptor.cross_attention(
+            y, lse, *_ = torch.ops.preceptor.cross_attention(
                 folded, tokens, weight, norm_eps, use_triton
             )
         if std is not None:
@@ -247,19 +247,21 @@ def _use_triton(query: Tensor, tokens: Tensor, implementation: str) -> bool:
 @custom_op("preceptor::cross_attention", mutates_args=())
 def _forward(
     query: Tensor, tokens: Tensor, weight: Tensor | None, norm_eps: float | None, triton: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, lse, gain, mean, p: the last three for the backward pass, empty where it has no use."""
     if triton:
         from . import triton_launch
 
         with torch.cuda.device_of(tokens):
-            return triton_launch.forward(query, tokens, weight, norm_eps)
+            results = triton_launch.forward(query, tokens, weight, norm_eps)
+            return (*results, results[1].new_empty(0))
     return absorbed.forward(query, tokens, weight, norm_eps)
 
 
 @register_fake("preceptor::cross_attention")
 def _forward_fake(
     query: Tensor, tokens: Tensor, weight: Tensor | None, norm_eps: float | None, triton: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, rows, _ = query.shape
     dtype = absorbed.compute_dtype(query, tokens)
     kept = (batch, tokens.shape[1]) if norm_eps is not None else (0,)
@@ -268,6 +270,7 @@ def _forward_fake(
         query.new_empty((batch, rows), dtype=dtype),
         query.new_empty(kept, dtype=dtype),
         query.new_empty(kept, dtype=dtype),
+        query.new_empty((0,) if triton else (batch, rows, tokens.shape[1]), dtype=dtype),
     )
 
 
@@ -281,6 +284,7 @@ def _backward(
     mean: Tensor | None,
     output: Tensor,
     lse: Tensor,
+    probabilities: Tensor,
     tokens_need_grad: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -292,7 +296,7 @@ def _backward(
                 grad_output, grad_lse, query, tokens, gain, mean, output, lse, tokens_need_grad
             )
     return absorbed.backward(
-        grad_output, grad_lse, query, tokens, gain, mean, lse, tokens_need_grad
+        grad_output, grad_lse, query, tokens, gain, mean, probabilities, tokens_need_grad
     )
 
 
@@ -306,6 +310,7 @@ def _backward_fake(
     mean: Tensor | None,
     output: Tensor,
     lse: Tensor,
+    probabilities: Tensor,
     tokens_need_grad: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -319,17 +324,18 @@ def _backward_fake(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, tokens, weight, norm_eps, triton = inputs
-    y, lse, gain, mean = output
+    y, lse, gain, mean, probabilities = output
     ctx.triton = triton
     ctx.normalised = norm_eps is not None
-    ctx.mark_non_differentiable(gain, mean)
-    ctx.save_for_backward(query, tokens, gain if ctx.normalised else weight, mean, y, lse)
+    ctx.mark_non_differentiable(gain, mean, probabilities)
+    gain = gain if ctx.normalised else weight
+    ctx.save_for_backward(query, tokens, gain, mean, y, lse, probabilities)
 
 
 def _differentiate(
     ctx: Any, grad_output: Tensor, grad_lse: Tensor, *unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    query, tokens, gain, mean, output, lse = ctx.saved_tensors
+    query, tokens, gain, mean, output, lse, probabilities = ctx.saved_tensors
     grad_query, grad_tokens = torch.ops.preceptor.cross_attention_backward(
         grad_output,
         grad_lse,
@@ -339,6 +345,7 @@ def _differentiate(
         mean if ctx.normalised else None,
         output,
         lse,
+        probabilities,
         ctx.needs_input_grad[1],
         ctx.triton,
     )

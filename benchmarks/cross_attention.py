@@ -1,0 +1,327 @@
+"""The fused cross-attention of model tokens against the usual ways of computing it.
+
+Each contender is the whole module (query projection to output projection) with the same weights;
+they are timed in turns. `standard` projects keys and values and calls PyTorch's attention,
+`absorbed_bmm` and `absorbed_sdpa` fold the projections but leave the rest to PyTorch operations,
+`flex` is `standard` with compiled flex_attention. Tokens: `cached` floats without gradients, `int8`
+codes (rivals decode them first), `student` floats with gradients. Bandwidth counts the tokens'
+bytes once a pass, and their gradient's, and is held against a measured copy.
+
+    python benchmarks/cross_attention.py --device cpu --threads 2 --json results.json --png roof.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Read when torch starts its threads: they sleep while they wait, so that waiting costs no time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import checkout
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+checkout.ensure_importable()
+
+import device_timing as timing  # noqa: E402
+from preceptor.train.attention import CrossAttention  # noqa: E402
+
+
+class Size(NamedTuple):
+    batch: int
+    tokens: int
+    dim: int
+    heads: int
+    model_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"B{self.batch} N{self.tokens} D{self.dim} H{self.heads} M{self.model_tokens}"
+
+
+# DINOv2-S/B/L at 224 (256 patches), CLIP-B/16 (196), ConvNeXt-B's last stage (49).
+SIZES = {
+    "cpu": {
+        "vit_s16": Size(32, 196, 384, 6, 1),
+        "clip_b16": Size(32, 196, 768, 12, 4),
+        "convnext_b": Size(32, 49, 1024, 16, 4),
+    },
+    "cuda": {
+        "dinov2_s": Size(256, 256, 384, 6, 4),
+        "dinov2_b": Size(256, 256, 768, 12, 4),
+        "dinov2_b_one": Size(256, 256, 768, 12, 1),
+        "dinov2_l": Size(256, 256, 1024, 16, 4),
+        "clip_b16": Size(256, 196, 768, 12, 4),
+        "convnext_b": Size(256, 49, 1024, 16, 4),
+    },
+}
+
+Contender = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def decoded(tokens: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return tokens if scale is None else tokens.to(dtype) * scale.unsqueeze(-1).to(dtype)
+
+
+def folded(module: CrossAttention, model_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    heads = module.heads
+    q = module.q_proj(model_tokens).unflatten(-1, (heads, -1))
+    q = q * q.shape[-1] ** -0.5
+    keys = module.k_proj.weight.unflatten(0, (heads, -1))
+    query = torch.einsum("bmhd,hdt->bmht", q, keys).flatten(1, 2)
+    return query, module.v_proj.weight.unflatten(0, (heads, -1))
+
+
+def unfolded(module: CrossAttention, y: Tensor, values: Tensor) -> Tensor:
+    y = y.unflatten(1, (-1, module.heads))
+    out = torch.einsum("bmht,hdt->bmhd", y, values).flatten(-2) + module.v_proj.bias
+    return module.out_proj(out)
+
+
+def absorbed_bmm(module: CrossAttention) -> Contender:
+    def run(model_tokens: Tensor, tokens: Tensor, scale: Tensor | None) -> Tensor:
+        x = decoded(tokens, scale, model_tokens.dtype)
+        query, values = folded(module, model_tokens)
+        p = torch.softmax(torch.bmm(query, x.transpose(1, 2)), dim=-1)
+        return unfolded(module, torch.bmm(p, x), values)
+
+    return run
+
+
+def absorbed_sdpa(module: CrossAttention) -> Contender:
+    def run(model_tokens: Tensor, tokens: Tensor, scale: Tensor | None) -> Tensor:
+        x = decoded(tokens, scale, model_tokens.dtype)
+        query, values = folded(module, model_tokens)
+        y = functional.scaled_dot_product_attention(query, x, x, scale=1.0)
+        return unfolded(module, y, values)
+
+    return run
+
+
+def flex(module: CrossAttention) -> Contender:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = torch.compile(flex_attention)
+
+    def run(model_tokens: Tensor, tokens: Tensor, scale: Tensor | None) -> Tensor:
+        x = decoded(tokens, scale, model_tokens.dtype)
+        q, k, v = (
+            projection(source).unflatten(-1, (module.heads, -1)).transpose(1, 2).contiguous()
+            for projection, source in (
+                (module.q_proj, model_tokens), (module.k_proj, x), (module.v_proj, x),
+            )
+        )  # fmt: skip
+        return module.out_proj(attend(q, k, v).transpose(1, 2).flatten(-2))
+
+    return run
+
+
+def contenders(
+    size: Size, device: str, dtype: torch.dtype, compiled: bool
+) -> dict[str, tuple[Contender, nn.Module]]:
+    torch.manual_seed(0)
+    ours = CrossAttention(size.dim, size.dim, size.heads).to(device, dtype)
+    ours.implementation = "triton" if device == "cuda" else "absorbed"
+    standard = CrossAttention(size.dim, size.dim, size.heads, implementation="standard")
+    standard = standard.to(device, dtype)
+    standard.load_state_dict(ours.state_dict())
+    found: dict[str, Contender] = {"ours": ours, "standard": standard}
+    if compiled:
+        found["standard_compiled"] = torch.compile(standard)
+        if device == "cuda":
+            found["flex"] = flex(standard)
+    found["absorbed_bmm"] = absorbed_bmm(standard)
+    found["absorbed_sdpa"] = absorbed_sdpa(standard)
+    return {name: (run, ours if name == "ours" else standard) for name, run in found.items()}
+
+
+def inputs(
+    size: Size, kind: str, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (size.batch, size.tokens, size.dim)
+    model = torch.randn(size.batch, size.model_tokens, size.dim, generator=generator)
+    model = model.to(device, dtype).requires_grad_()
+    if kind == "int8":
+        codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8).to(device)
+        return model, codes, torch.full(shape[:2], 0.02, device=device)
+    tokens = torch.randn(shape, generator=generator).to(device, dtype)
+    return model, tokens.requires_grad_(kind == "student"), None
+
+
+def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    model, tokens, scale = inputs(size, kind, options.device, dtype)
+    forwards: dict[str, Callable[[], Any]] = {}
+    both: dict[str, Callable[[], Any]] = {}
+    failed = {}
+    agreed = None
+    torch.compiler.reset()
+    for name, (run, module) in contenders(size, options.device, dtype, options.compile).items():
+
+        def forward(run: Contender = run) -> Tensor:
+            with torch.no_grad():
+                return run(model, tokens, scale)
+
+        def forward_backward(run: Contender = run, module: nn.Module = module) -> None:
+            wanted = [model, *([tokens] if tokens.requires_grad else []), *module.parameters()]
+            torch.autograd.backward(run(model, tokens, scale).sum(), inputs=wanted)
+            for tensor in wanted:
+                tensor.grad = None
+
+        try:
+            result = forward().float()
+            forward_backward()
+        except Exception as error:
+            # A rival that cannot run this size is reported as such, not left out.
+            if name == "ours":
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            continue
+        agreed = result if agreed is None else agreed
+        gap = float((result - agreed).norm() / agreed.norm())
+        if gap > (2e-2 if dtype == torch.bfloat16 else 1e-3):
+            raise RuntimeError(f"{name} differs from ours by {gap:.1e} at {size.name} {kind}")
+        forwards[name], both[name] = forward, forward_backward
+    found: dict[str, Any] = {"size": size.name, "tokens": kind, "failed": failed}
+    found["forward"] = timing.alternate(forwards, options.device, options.rounds, options.repeats)
+    found["forward_backward"] = timing.alternate(
+        both, options.device, options.rounds, options.repeats
+    )
+    for name, entry in found["forward_backward"].items():
+        entry["peak_bytes"] = timing.peak_bytes(both[name], options.device)
+    passes = {"forward": 1, "forward_backward": 3 if kind == "student" else 2}
+    rows = size.model_tokens * size.heads
+    for phase, count in passes.items():
+        ours = found[phase]["ours"]
+        ours["bytes"] = tokens.nbytes * count
+        ours["bytes_per_s"] = ours["bytes"] / ours["median_s"]
+        # Of the attention: two products a forward pass, three a backward one, two more for dX.
+        products = {"forward": 2, "forward_backward": 7 if kind == "student" else 5}[phase]
+        ours["flops"] = 2 * products * size.batch * rows * size.tokens * size.dim
+    return found
+
+
+def summarise(name: str, found: dict[str, Any], copy: float, summary: dict[str, Any]) -> None:
+    times = found["forward_backward"]
+    ratios = {
+        rival: round(entry["median_s"] / times["ours"]["median_s"], 2)
+        for rival, entry in times.items()
+        if rival != "ours"
+    }
+    ratios["forward_share_of_copy"] = round(found["forward"]["ours"]["bytes_per_s"] / copy, 3)
+    summary[f"{name} {found['size']} {found['tokens']}"] = ratios
+
+
+def roofline(path: Path, results: list[dict[str, Any]], ceilings: dict[str, float]) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no matplotlib: the picture is left out")
+        return
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    intensities = [0.5 * 1.3**i for i in range(30)]
+    roof = [
+        min(ceilings["copy_bytes_per_s"] * i, ceilings["matmul_flops_per_s"]) / 1e9
+        for i in intensities
+    ]
+    axes.plot(intensities, roof, color="black", label="measured copy and matrix product")
+    markers = {"cached": "o", "int8": "s", "student": "^"}
+    colours = {"forward": "tab:blue", "forward_backward": "tab:orange"}
+    for entry in results:
+        for phase, colour in colours.items():
+            ours = entry[phase]["ours"]
+            x = ours["flops"] / ours["bytes"]
+            y = ours["flops"] / ours["median_s"] / 1e9
+            axes.scatter(x, y, color=colour, marker=markers[entry["tokens"]], zorder=3)
+            if phase == "forward_backward":
+                axes.annotate(
+                    entry["name"], (x, y), fontsize=7, xytext=(5, -9), textcoords="offset points"
+                )
+    for label, colour in colours.items():
+        axes.scatter([], [], color=colour, label=label.replace("_", " + "))
+    for label, marker in markers.items():
+        axes.scatter([], [], color="grey", marker=marker, label=f"{label} tokens")
+    axes.set(
+        xscale="log", yscale="log", xlabel="attention FLOP per byte of tokens", ylabel="GFLOP/s",
+        title="Fused cross-attention (module with projections) under the roofline",
+    )  # fmt: skip
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--repeats", type=int, help="calls a measurement; 1 on CPU, 10 on CUDA")
+    parser.add_argument("--sizes", nargs="*", help="some of the device's sizes")
+    parser.add_argument("--kinds", nargs="*", default=["cached", "int8", "student"])
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is available; use --device cpu")
+    options.repeats = options.repeats or (10 if options.device == "cuda" else 1)
+    torch.set_num_threads(options.threads)
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    ceilings = {
+        "copy_bytes_per_s": timing.copy_bandwidth(options.device),
+        "matmul_flops_per_s": timing.matmul_rate(options.device, dtype),
+    }
+    summary: dict[str, Any] = {}
+    results = []
+    for name in options.sizes or SIZES[options.device]:
+        for kind in options.kinds:
+            found = measure(SIZES[options.device][name], kind, options)
+            results.append({"name": name, **found})
+            summarise(name, found, ceilings["copy_bytes_per_s"], summary)
+            rows = [
+                (
+                    rival,
+                    found["forward"][rival]["median_s"] * 1e3,
+                    entry["median_s"] * 1e3,
+                    entry["quartiles_s"][0] * 1e3,
+                    entry["quartiles_s"][1] * 1e3,
+                    entry["median_s"] / found["forward_backward"]["ours"]["median_s"],
+                    entry["peak_bytes"] / 2**20,
+                )
+                for rival, entry in found["forward_backward"].items()
+            ]
+            print(f"\n{name} {found['size']} {kind} tokens, {str(dtype).split('.')[1]}")
+            print(
+                timing.table(
+                    ("", "forward ms", "+backward ms", "q1", "q3", "x ours", "peak MiB"), rows
+                )
+            )
+            for rival, reason in found["failed"].items():
+                print(f"{rival}: {reason}")
+            share = found["forward"]["ours"]["bytes_per_s"] / ceilings["copy_bytes_per_s"]
+            if math.isfinite(share):
+                print(f"forward reads tokens at {100 * share:.0f} % of a copy's bytes a second")
+    if options.png:
+        roofline(options.png, results, ceilings)
+    timing.save(
+        options.json,
+        {**timing.describe(options.device), **ceilings, "summary": summary, "results": results},
+    )
+
+
+if __name__ == "__main__":
+    main()
