@@ -3,9 +3,10 @@
 from .batches import Batch
 from .manifest import SpaceSpec, StorePlan, TeacherRecord
 from .order import class_sorted
-from .reader import Cache, Space
+from .reader import Cache
 from .rows import RowBatch
 from .samples import SampleIndex
+from .space import Space
 from .statistics import Accumulator, Moments, calibration
 from .tokens import Tokens
 from .views import View, ViewPolicy

@@ -25,10 +25,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def canonical(value: Json) -> bytes:
-    """The bytes that are hashed: sorted keys, no spaces, ASCII escapes, no NaN."""
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
+    """The bytes that are hashed: sorted keys, no spaces, ASCII escapes, no NaN.
+
+    Raises:
+        StoreError: what JSON cannot hold.
+    """
+    try:
+        text = json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        )
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(
+            f"a description of samples, views or a teacher cannot be written as JSON: {error}"
+        ) from None
     return text.encode("ascii")
 
 

@@ -28,7 +28,7 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,12}", fullmatch=True).filter
     lambda name: name != "rows"
 )
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
     max_leaves=6,
 )
@@ -124,6 +124,12 @@ def test_the_configuration_hash_is_the_documented_one() -> None:
     assert manifest.configuration("rows") == hashlib.sha256(text).hexdigest()
     teacher = {"rows": manifest.configuration("rows"), "teacher": body["teachers"][0]}
     assert manifest.configuration("vit") == digest(teacher)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), {1, 2}, b"raw"])
+def test_what_json_cannot_hold_is_refused(value: object) -> None:
+    with pytest.raises(StoreError, match="cannot be written as JSON"):
+        TeacherRecord("vit", make_plan().teachers[0].spaces, {"mean": value}).as_json()
 
 
 def test_differences_name_both_sides() -> None:

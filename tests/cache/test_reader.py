@@ -272,3 +272,20 @@ def test_a_failing_device_is_named(store: Path) -> None:
     record.mkdir()
     with pytest.raises(StoreError, match=r"manifest\.json cannot be read: Is a directory"):
         Cache.open(store)
+
+
+def test_a_dropped_cache_closes_its_files_at_once(finished: Path) -> None:
+    import gc
+    import os
+
+    gc.collect()
+    gc.disable()  # reference counts alone must do
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        cache = Cache.open(finished)
+        cache["vit/patch"].read(VALID)
+        assert len(os.listdir("/proc/self/fd")) > before
+        del cache
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()

@@ -1,0 +1,180 @@
+"""One space of an open store, and what all its spaces share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ..errors import StoreError
+from .buffers import BufferPool
+from .commit import Completion
+from .constants import (
+    calibration_files,
+    calibration_values,
+    statistics_files,
+    statistics_values,
+)
+from .facts import Keys, RowFacts
+from .gather import Destination, Gatherer, by_group
+from .layout import Layout
+from .manifest import Manifest, SpaceSpec, StorePlan
+from .opening import read_files
+from .shard_index import ChunkReader
+from .source import Source
+from .statistics import Moments
+from .tokens import Tokens
+
+
+class OpenStore:
+    """The parts of an open store that its spaces and its batches share.
+
+    Attributes:
+        source: where its files come from.
+        manifest: what it is made of and from.
+        completions: the seals of the units that were opened.
+        chunks: checked chunks.
+        gatherer: from chunks to rows.
+        facts: facts about rows.
+    """
+
+    def __init__(
+        self, source: Source, manifest: Manifest, completions: Mapping[str, Completion]
+    ) -> None:
+        self.source = source
+        self.manifest = manifest
+        self.completions = completions
+        self.layout = Layout(manifest.plan)
+        self.chunks = ChunkReader(source, manifest, completions)
+        self.gatherer = Gatherer(self.chunks)
+        self.facts = RowFacts(self.chunks, self.layout, source.parallel)
+        self.keys = Keys(self.facts)
+
+    @property
+    def plan(self) -> StorePlan:
+        return self.manifest.plan
+
+    @cached_property
+    def valid(self) -> np.ndarray:
+        """bool ``[rows]``: whether a row has tokens."""
+        return self.facts.all("valid").astype(bool)
+
+    def checked_rows(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+        """Row numbers as int64 ``[n]``.
+
+        Raises:
+            StoreError: outside the store, or without tokens (the first is named with its key).
+        """
+        wanted = np.asarray(rows.cpu() if isinstance(rows, torch.Tensor) else rows)
+        if wanted.size == 0:
+            return np.zeros(0, np.int64)
+        if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
+            raise StoreError(
+                f"rows must be one axis of integers, not {wanted.dtype} of shape {wanted.shape}"
+            )
+        wanted = wanted.astype(np.int64)
+        outside = (wanted < 0) | (wanted >= self.plan.rows)
+        if outside.any():
+            raise StoreError(
+                f"row {int(wanted[outside][0])} is outside {self.source.location} with "
+                f"{self.plan.rows} rows"
+            )
+        if not self.valid[wanted].all():
+            row = int(wanted[~self.valid[wanted]][0])
+            raise StoreError(
+                f"row {row} (key {self.keys[row]!r}) of {self.source.location} has no tokens, its "
+                "image was corrupt: leave out the rows where cache.valid is False"
+            )
+        return wanted
+
+
+class Space:
+    """One space of an open store.
+
+    Attributes:
+        spec: name, tokens, dim, grid, encoding.
+        mean, std: float32 ``[D]``: the frozen standardisation.
+    """
+
+    def __init__(self, store: OpenStore, spec: SpaceSpec) -> None:
+        self.spec = spec
+        self._store = store
+        self._arrays = store.layout.space_arrays(spec)
+        frozen = store.manifest.calibrations[spec.id]
+        raw = read_files(store.source, calibration_files(store.layout, spec))
+        mean, std = calibration_values(store.layout, spec, raw, frozen)
+        self.mean, self.std = torch.from_numpy(mean), torch.from_numpy(std)
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rows, tokens, dim)."""
+        return self._store.plan.rows, self.spec.tokens, self.spec.dim
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        return self.spec.grid
+
+    @property
+    def encoding(self) -> str:
+        return self.spec.encoding
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the codes."""
+        return getattr(torch, self._arrays["codes"].dtype)
+
+    def read(
+        self, rows: Sequence[int] | np.ndarray | torch.Tensor, threads: int | None = None
+    ) -> Tokens:
+        """The encoded tokens of rows.
+
+        Args:
+            rows: 1-d integers in any order; repetitions are allowed.
+            threads: threads that read groups; None: 2, or 16 for a remote store.
+
+        Returns:
+            Tokens with rows in the order asked for.
+
+        Raises:
+            StoreError: a row outside the store or without tokens, or damage by shard and group.
+        """
+        wanted = self._store.checked_rows(rows)
+        plan = self._store.plan
+        place = Destination(
+            self._store.layout, self.spec, len(wanted), max(len(wanted), 1), BufferPool()
+        )
+        groups = list(by_group(wanted, plan.shard_rows, plan.group_rows))
+        gatherer = self._store.gatherer
+        threads = threads or self._store.source.parallel
+        if threads > 1 and len(groups) > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda group: gatherer.fill(place, group), groups))
+        else:
+            for group in groups:
+                gatherer.fill(place, group)
+        return place.pop(0)
+
+    def decode(self, tokens: Tokens) -> torch.Tensor:
+        """Tokens in the teacher's own units: float32 ``[b, N, D]``."""
+        z = tokens.standardised()
+        return z * self.std.to(z.device) + self.mean.to(z.device)
+
+    def statistics(self) -> Moments:
+        """Exact mean and covariance (float64) of all valid rows' tokens, before encoding.
+
+        Raises:
+            StoreError: the arrays are damaged.
+        """
+        store, spec = self._store, self.spec
+        done = store.completions[spec.teacher]
+        raw = read_files(store.source, statistics_files(store.layout, spec))
+        mean, covariance = statistics_values(store.layout, spec, raw, done.statistics[spec.name])
+        count = done.tokens[spec.name]
+        return Moments(count, mean, covariance * count)
