@@ -57,17 +57,11 @@ def forward(
         if gain is not None:
             scores = scores * gain.unsqueeze(1)
             scores = scores.masked_fill((gain < 0).unsqueeze(1), -torch.inf)
-        row_lse = torch.logsumexp(scores, dim=-1)
-        # Rows that attend nothing get p = 0 rather than exp(-inf + inf).
-        shift = torch.where(row_lse == -torch.inf, torch.zeros_like(row_lse), row_lse)
-        p = torch.exp(scores - shift.unsqueeze(-1))
-        lse[step], p_kept[step] = row_lse, p
+        p, lse[step] = _softmax(scores)
+        p_kept[step] = p
         if gain is not None:
             p = p * gain.clamp_min(0).unsqueeze(1)
-        y = torch.bmm(p, x)
-        if mean is not None:
-            y = y - torch.bmm(p, mean.unsqueeze(-1))
-        output[step] = y
+        _weighted_sum(p, x, mean, out=output[step])
     return output, lse, gain_kept, mean_kept, p_kept
 
 
@@ -101,10 +95,7 @@ def backward(
         delta = (p * gain_u).sum(-1) - grad_lse[step]
         ds = p * (gain_u - delta.unsqueeze(-1))
         weighted = ds if factor is None else ds * factor
-        dq = torch.bmm(weighted, x)
-        if centre is not None:
-            dq = dq - torch.bmm(weighted, centre.unsqueeze(-1))
-        grad_query[step] = dq
+        _weighted_sum(weighted, x, centre, out=grad_query[step])
         if tokens_need_grad:
             value = p if factor is None else p * factor
             dx = torch.bmm(weighted.transpose(1, 2), q)
@@ -138,6 +129,30 @@ def _steps(tokens: Tensor, dtype: torch.dtype) -> Iterator[slice]:
         step = max(1, _STEP_BYTES // max(1, count * dim * dtype.itemsize))
     for start in range(0, batch, step):
         yield slice(start, start + step)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension and its logsumexp; zeros and -inf for a row of -inf."""
+    if scores.shape[-1] == 0:
+        return scores, torch.logsumexp(scores, dim=-1)
+    top = scores.amax(-1, keepdim=True)
+    # A finite shift: -inf minus -inf is NaN.
+    top = top.clamp_min_(torch.finfo(top.dtype).min)
+    p = (scores - top).exp_()
+    total = p.sum(-1, keepdim=True)
+    lse = (top + total.log()).squeeze(-1)
+    return p.div_(total.masked_fill_(total == 0, 1.0)), lse
+
+
+def _weighted_sum(weights: Tensor, x: Tensor, mean: Tensor | None, out: Tensor) -> None:
+    """``out`` = weights @ (x - mean), written in place where the dtypes allow it."""
+    if mean is None and out.dtype == x.dtype:
+        torch.bmm(weights, x, out=out)
+        return
+    total = torch.bmm(weights, x)
+    if mean is not None:
+        total -= torch.bmm(weights, mean.unsqueeze(-1))
+    out.copy_(total)
 
 
 def _products(rows: Tensor, x: Tensor, mean: Tensor | None) -> Tensor:

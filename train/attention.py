@@ -114,7 +114,9 @@ class CrossAttention(nn.Module):
         _, count, heads, head_dim = q.shape
         key_weight = self.k_proj.weight.unflatten(0, (heads, head_dim))
         value_weight = self.v_proj.weight.unflatten(0, (heads, head_dim))
-        query = torch.einsum("bmhd,hdt->bmht", q, key_weight)
+        # Head by head without a copy of the query, as rows m * H + h: [H, B M, d] @ [H, d, D].
+        query = torch.bmm(q.flatten(0, 1).transpose(0, 1), key_weight).transpose(0, 1)
+        query = query.unflatten(0, (-1, count))
         offset = None
         if self.norm is not None:
             offset = query @ self.norm.bias.to(query.dtype)
@@ -132,7 +134,8 @@ class CrossAttention(nn.Module):
         lse = lse.unflatten(1, (count, heads))
         if self.norm is not None:
             y = y * self.norm.weight + self.norm.bias
-        values = torch.einsum("bmht,hdt->bmhd", y, value_weight)
+        values = torch.bmm(y.flatten(0, 1).transpose(0, 1), value_weight.transpose(1, 2))
+        values = values.transpose(0, 1).unflatten(0, (-1, count))
         values = values + self.v_proj.bias.unflatten(0, (heads, head_dim)).to(values.dtype)
         if mask is not None:
             # What the biases add must not reach a sample that attends nothing.
