@@ -1,0 +1,323 @@
+"""Bytes, errors and k-NN accuracy of every encoding, on features of two pretrained networks.
+
+Images: the Fashion-MNIST of examples/data, and where they are installed the solar cell photographs
+of elpv-dataset and random crops of the ImageNet photographs in foolbox (their packages are read,
+never imported). Teachers: examples/teachers.py. Every encoding is measured on a store that was
+written for it.
+
+    pip install 'preceptor[demo]' elpv-dataset==1.0.0.post1 foolbox==3.3.4
+    python benchmarks/cache_size.py --json benchmarks/results/cache_size.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from preceptor.benchmarks.cache_read import facts
+from preceptor.benchmarks.harness import machine, save, show
+from preceptor.cache import (
+    Accumulator,
+    Cache,
+    SampleIndex,
+    Space,
+    SpaceSpec,
+    StorePlan,
+    StoreWriter,
+    TeacherRecord,
+    calibration,
+)
+from preceptor.cache.encodings import ENCODINGS
+from preceptor.examples.teachers import efficientnet_lite0, vit_s_focus
+from preceptor.extract.images import normalise
+from preceptor.progress import ProgressLine
+
+ROOT = Path(__file__).parents[1]
+SHARD, GROUP, NEIGHBOURS = 128, 32, 10
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures with a label each (-1: none); ``size`` is that of the networks' input."""
+
+    name: str
+    views: list[Image.Image]
+    labels: np.ndarray
+    size: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=384, help="images with labels, of each set")
+    parser.add_argument("--folder", type=Path, help="keep features here, and use what is there")
+    parser.add_argument("--json", type=Path, help="a PNG of the same name goes beside it")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="cache-size-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        result = measure(folder, arguments.rows)
+    finally:
+        if arguments.folder is None:
+            shutil.rmtree(folder)
+    save(arguments.json, result)
+    if arguments.json is not None:
+        draw(result, arguments.json.with_suffix(".png"))
+
+
+# -- features --------------------------------------------------------------------------------------
+
+
+def image_sets(rows: int) -> Iterator[Images]:
+    index = SampleIndex.from_shards(str(ROOT / "examples/data/fashion-mnist/test-000000.tar.gz"))
+    chosen = np.random.default_rng(0).permutation(len(index))[:rows]
+    views = [index.image(int(i)).convert("RGB") for i in chosen]
+    yield Images("fashion-mnist", views, index.labels[chosen], 112)
+    if (cells := package("elpv_dataset")) is not None:
+        yield solar_cells(cells, rows)
+    if (photos := package("foolbox")) is not None:
+        yield Images("imagenet photographs", crops(photos), np.full(160, -1), 224)
+
+
+def package(name: str) -> Path | None:
+    spec = find_spec(name)
+    found = list(spec.submodule_search_locations or []) if spec else []
+    return Path(found[0]) if found else None
+
+
+def solar_cells(folder: Path, rows: int) -> Images:
+    """Photographs of solar cells, sound (0) and defective (1), in equal parts."""
+    text = (folder / "data/labels.csv").read_text(encoding="utf-8")
+    lines = [line for line in csv.reader(text.splitlines(), delimiter=" ", skipinitialspace=True)]
+    pairs = [[field for field in line if field] for line in lines]
+    random, views, labels = np.random.default_rng(0), [], []
+    for label, share in ((0, "0.0"), (1, "1.0")):
+        names = [line[0] for line in pairs if float(line[1]) == float(share)]
+        for place in random.permutation(len(names))[: rows // 2]:
+            views.append(Image.open(folder / "data" / names[place]).convert("RGB"))
+            labels.append(label)
+    return Images("solar cells (elpv)", views, np.array(labels), 112)
+
+
+def crops(folder: Path) -> list[Image.Image]:
+    """Eight random square crops of each of twenty photographs."""
+    random, views = np.random.default_rng(0), []
+    for file in sorted((folder / "data").glob("imagenet_*.jpg"))[:20]:
+        image = Image.open(file).convert("RGB")
+        for _ in range(8):
+            side = int(min(image.size) * random.uniform(0.5, 1))
+            left, top = (int(random.integers(0, edge - side + 1)) for edge in image.size)
+            views.append(image.crop((left, top, left + side, top + side)))
+    return views
+
+
+def features(images: Images) -> dict[str, np.ndarray]:
+    """float32 [rows, N, D] of every space with a grid and of the descriptors."""
+    found: dict[str, np.ndarray] = {}
+    for make in (vit_s_focus, efficientnet_lite0):
+        teacher = make(size=images.size)
+        parts: dict[str, list[torch.Tensor]] = {}
+        with ProgressLine(f"{images.name}: {make.__name__}", len(images.views), "images") as line:
+            for start in range(0, len(images.views), 16):
+                views = images.views[start : start + 16]
+                size = teacher.preprocessing.size
+                pixels = np.stack(
+                    [np.asarray(view.resize(size, Image.Resampling.BICUBIC)) for view in views]
+                )
+                tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+                with torch.inference_mode():
+                    spaces = teacher(normalise(tensor, teacher.preprocessing, torch.device("cpu")))
+                for name, tokens in spaces.items():
+                    parts.setdefault(f"{make.__name__}/{name}", []).append(tokens.float())
+                line.advance(len(views))
+        found |= {name: torch.cat(part).numpy() for name, part in parts.items()}
+    return found
+
+
+def kept_features(folder: Path, images: Images) -> dict[str, np.ndarray]:
+    file = folder / f"{images.name.replace(' ', '-')}.npz"
+    if not file.exists():
+        np.savez(file, **{name.replace("/", "@"): x for name, x in features(images).items()})
+    with np.load(file) as kept:
+        return {name.replace("@", "/"): kept[name] for name in kept.files}
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def write(path: Path, name: str, x: np.ndarray, encoding: str) -> Space:
+    """A store of one space, calibrated on all of its rows; returns it opened."""
+    rows, tokens, dim = x.shape
+    side = int(tokens**0.5)
+    teacher, short = name.split("/")
+    grid = None if tokens == 1 else (side, side)
+    spec = SpaceSpec(teacher, short, tokens, dim, grid, encoding)
+    plan = StorePlan(
+        samples={"count": rows},
+        views={},
+        rows=rows,
+        shard_rows=SHARD,
+        group_rows=GROUP,
+        teachers=(TeacherRecord(teacher, (spec,), {}),),
+    )
+    writer = StoreWriter.open_or_create(path, plan)
+    sums = Accumulator(torch.from_numpy(x[0].mean(0)))
+    sums.add(torch.from_numpy(x))
+    writer.calibrate(name, *calibration(sums.moments()), rows_used=rows)
+    for shard, units in writer.pending():
+        with writer.shard(shard, units) as out:
+            first = shard * SHARD
+            part = x[first : first + plan.rows_in(shard)]
+            out.append(facts(first, len(part)), {name: part})
+    writer.finish()
+    return Cache.open(path)[name]
+
+
+def compare(space: Space, x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    rows = np.arange(len(x))
+    cache = Cache.open(space._cache.location)
+    sizes = cache.completions[space.spec.teacher].sizes
+    stored = sum(sum(sizes[a.path]) for a in cache.layout.space_arrays(space.spec).values())
+    found = space.decode(space.read(rows)).double()
+    live = torch.from_numpy(x).double()
+    mean, std = space.mean.double(), space.std.double()
+    z_found, z = (found - mean) / std, (live - mean) / std
+    result: dict[str, Any] = {
+        "shape": list(x.shape),
+        "bytes": stored,
+        "bytes_vs_fp16": stored / (2 * x.size),
+        "relative_error": float((found - live).norm() / live.norm()),
+        "relative_error_standardised": float((z_found - z).norm() / z.norm()),
+        "p1_cosine": percentile(found, live),
+        "p1_cosine_standardised": percentile(z_found, z),
+    }
+    if (labels >= 0).all():
+        result["knn"] = knn(z_found.mean(1), labels)
+        result["knn_live"] = knn(z.mean(1), labels)
+    return result
+
+
+def percentile(found: torch.Tensor, live: torch.Tensor) -> float:
+    """1st percentile over tokens of the cosine."""
+    cosine = torch.cosine_similarity(found, live, -1).flatten().numpy()
+    return float(np.percentile(cosine, 1))
+
+
+def knn(x: torch.Tensor, labels: np.ndarray) -> float:
+    """Leave-one-out accuracy of the majority of the nearest by cosine."""
+    unit = x / x.norm(dim=-1, keepdim=True)
+    near = (unit @ unit.T).fill_diagonal_(-2).topk(NEIGHBOURS).indices.numpy()
+    votes = np.array([np.bincount(labels[row]).argmax() for row in near])
+    return float((votes == labels).mean())
+
+
+def measure(folder: Path, rows: int) -> dict[str, Any]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for images in image_sets(rows):
+        for space_name, x in kept_features(folder, images).items():
+            title = f"{images.name}: {space_name}"
+            found[title] = {}
+            for encoding in ENCODINGS:
+                path = folder / "store"
+                shutil.rmtree(path, ignore_errors=True)
+                space = write(path, space_name, x, encoding)
+                found[title][encoding] = compare(space, x, images.labels)
+            shutil.rmtree(folder / "store")
+            table(title, found[title])
+    return {
+        "machine": machine(("numpy", "torch", "timm", "numcodecs")),
+        "group_rows": GROUP,
+        "spaces": found,
+        "summary": summary(found),
+    }
+
+
+def summary(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """By encoding: bytes of all spaces together, and the worst of the spaces with a grid."""
+    told = {}
+    for encoding in ENCODINGS:
+        every = [spaces[encoding] for spaces in found.values()]
+        grids = [one for one in every if one["shape"][1] > 1]
+        full = sum(2 * np.prod(one["shape"]) for one in every)
+        told[encoding] = {
+            "bytes_vs_fp16": float(sum(one["bytes"] for one in every) / full),
+            "bytes_vs_fp16_worst": max(one["bytes_vs_fp16"] for one in grids),
+            "relative_error": max(
+                max(one["relative_error"], one["relative_error_standardised"]) for one in grids
+            ),
+            "p1_cosine": min(min(one["p1_cosine"], one["p1_cosine_standardised"]) for one in grids),
+            "knn_change_worst": min(
+                (one["knn"] - one["knn_live"] for one in every if "knn" in one), default=None
+            ),
+        }
+    return told
+
+
+def table(title: str, encodings: Mapping[str, Mapping[str, Any]]) -> None:
+    columns = ("", "of fp16", "error %", "std %", "p1 cosine", "std", "k-NN", "live")
+    rows = [
+        [
+            name,
+            one["bytes_vs_fp16"],
+            100 * one["relative_error"],
+            100 * one["relative_error_standardised"],
+            f"{one['p1_cosine']:.5f}",
+            f"{one['p1_cosine_standardised']:.5f}",
+            one.get("knn"),
+            one.get("knn_live"),
+        ]
+        for name, one in encodings.items()
+    ]
+    shape = next(iter(encodings.values()))["shape"]
+    show(f"{title} {shape}", columns, rows)
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Error and cosine against size; a mark an encoding, a line a space with a grid."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    marks = dict(zip(ENCODINGS, "osD^v", strict=False))
+    for number, (title, encodings) in enumerate(result["spaces"].items()):
+        grids = {n: e for n, e in encodings.items() if e["shape"][1] > 1}
+        if not grids:
+            continue
+        colour = f"C{number // 2}"
+        order = sorted(grids, key=lambda name: grids[name]["bytes_vs_fp16"])
+        for axis, values in (
+            (left, [100 * grids[n]["relative_error_standardised"] for n in order]),
+            (right, [1 - grids[n]["p1_cosine_standardised"] for n in order]),
+        ):
+            sizes = [grids[n]["bytes_vs_fp16"] for n in order]
+            label = f"{title}, {grids[order[0]]['shape'][1]} x {grids[order[0]]['shape'][2]}"
+            axis.plot(sizes, values, color=colour, linewidth=0.8, label=label)
+            for name, size, value in zip(order, sizes, values, strict=True):
+                axis.plot(size, value, marks[name], color=colour, markersize=6)
+    left.axhline(1, color="0.6", linestyle=":", linewidth=1)
+    right.axhline(1e-3, color="0.6", linestyle=":", linewidth=1)
+    left.set_ylabel("relative error, standardised tokens (%)")
+    right.set_ylabel("1 - cosine, worst percentile of tokens")
+    for axis in (left, right):
+        axis.set_yscale("log")
+        axis.set_xlabel("bytes, as a share of half floats")
+        axis.grid(alpha=0.3)
+        for name, mark in marks.items():
+            axis.plot([], [], mark, color="0.3", linestyle="none", label=name)
+    right.legend(fontsize=7)
+    figure.savefig(path, dpi=140)
+
+
+if __name__ == "__main__":
+    main()
