@@ -62,6 +62,9 @@ SIZES = {
     },
 }
 
+# At least as many as `row_tiles` and `token_tiles` give for one width.
+MOST_CONFIGURATIONS = 6
+
 Contender = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -153,6 +156,31 @@ def inputs(
         return model, codes, torch.full(shape[:2], 0.02, device=device)
     tokens = torch.randn(shape, generator=generator).to(device, dtype)
     return model, tokens.requires_grad_(kind == "student"), None
+
+
+def kinds_of(name: str, device: str) -> list[str]:
+    """On CUDA, where everything is compiled first, students' tokens at one size only."""
+    if device == "cuda" and name != "dinov2_b":
+        return ["cached", "int8"]
+    return ["cached", "int8", "student"]
+
+
+def warm(size: Size, kind: str, device: str, dtype: torch.dtype, compiled: bool) -> None:
+    """Compiles what `measure` will run, every launch configuration included, timing nothing."""
+    from preceptor.kernels import autotune
+
+    model, tokens, scale = inputs(size, kind, device, dtype)
+    for name, (run, _) in contenders(size, device, dtype, compiled).items():
+        for position in range(MOST_CONFIGURATIONS if name == "ours" else 1):
+            try:
+                with autotune.only(position), torch.no_grad():
+                    run(model, tokens, scale)
+                with autotune.only(position):
+                    run(model, tokens, scale).sum().backward()
+            except Exception as error:
+                if name == "ours":
+                    raise
+                print(f"{name} {size.name} {kind}: {type(error).__name__}")
 
 
 def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -271,7 +299,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, help="calls a measurement; 1 on CPU, 10 on CUDA")
     parser.add_argument("--sizes", nargs="*", help="some of the device's sizes")
-    parser.add_argument("--kinds", nargs="*", default=["cached", "int8", "student"])
+    parser.add_argument("--kinds", nargs="*", help="of tokens: cached, int8, student")
+    parser.add_argument("--warm", action="store_true", help="compile everything and time nothing")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
@@ -281,14 +310,21 @@ def main() -> None:
     options.repeats = options.repeats or (10 if options.device == "cuda" else 1)
     torch.set_num_threads(options.threads)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    ceilings = {
-        "copy_bytes_per_s": timing.copy_bandwidth(options.device),
-        "matmul_flops_per_s": timing.matmul_rate(options.device, dtype),
-    }
+    ceilings = (
+        {}
+        if options.warm
+        else {
+            "copy_bytes_per_s": timing.copy_bandwidth(options.device),
+            "matmul_flops_per_s": timing.matmul_rate(options.device, dtype),
+        }
+    )
     summary: dict[str, Any] = {}
     results = []
     for name in options.sizes or SIZES[options.device]:
-        for kind in options.kinds:
+        for kind in options.kinds or kinds_of(name, options.device):
+            if options.warm:
+                warm(SIZES[options.device][name], kind, options.device, dtype, options.compile)
+                continue
             found = measure(SIZES[options.device][name], kind, options)
             results.append({"name": name, **found})
             summarise(name, found, ceilings["copy_bytes_per_s"], summary)
@@ -315,6 +351,8 @@ def main() -> None:
             share = found["forward"]["ours"]["bytes_per_s"] / ceilings["copy_bytes_per_s"]
             if math.isfinite(share):
                 print(f"forward reads tokens at {100 * share:.0f} % of a copy's bytes a second")
+    if options.warm:
+        return
     if options.png:
         roofline(options.png, results, ceilings)
     timing.save(

@@ -1,0 +1,139 @@
+"""The fused alignment losses over int8 targets against the same losses over decoded targets.
+
+`eager` decodes the codes into a float tensor and calls torch.nn.functional; `compiled` is the same
+under torch.compile. Times are of the forward and the backward pass together, taken in turns.
+
+    python benchmarks/alignment_loss.py --device cpu --threads 2 --json results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import checkout
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+checkout.ensure_importable()
+
+import device_timing as timing  # noqa: E402
+from preceptor.kernels import alignment_loss  # noqa: E402
+
+SIZES = {
+    "cpu": {"vit_s16": (32, 196, 384), "clip_b16": (32, 196, 768)},
+    "cuda": {
+        "dinov2_s": (256, 256, 384),
+        "dinov2_b": (256, 256, 768),
+        "dinov2_l": (256, 256, 1024),
+    },
+}
+
+
+def fused(prediction: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    cosine, smooth = alignment_loss(prediction, codes, scale)
+    return 0.9 * cosine + 0.1 * smooth
+
+
+def eager(prediction: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    target = (codes.float() * scale.unsqueeze(-1)).to(prediction.dtype)
+    cosine = (1 - functional.cosine_similarity(prediction, target, dim=-1)).mean()
+    return 0.9 * cosine + 0.1 * functional.smooth_l1_loss(prediction, target)
+
+
+def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[str, Any]:
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randn(shape, generator=generator).to(options.device, dtype).requires_grad_()
+    codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8).to(options.device)
+    scale = torch.full(shape[:2], 0.02, device=options.device)
+    rivals: dict[str, Callable[..., Tensor]] = {"ours": fused, "eager": eager}
+    if options.compile:
+        torch.compiler.reset()
+        rivals["compiled"] = torch.compile(eager)
+    works, failed, agreed = {}, {}, None
+    for name, loss in rivals.items():
+
+        def work(loss: Callable[..., Tensor] = loss) -> Tensor:
+            (gradient,) = torch.autograd.grad(loss(prediction, codes, scale), prediction)
+            return gradient
+
+        try:
+            gradient = work().float()
+        except Exception as error:
+            if name == "ours":
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            continue
+        agreed = gradient if agreed is None else agreed
+        if float((gradient - agreed).norm() / agreed.norm()) > 2e-2:
+            raise RuntimeError(f"the gradient of {name} differs from ours at {shape}")
+        works[name] = work
+    found = timing.alternate(works, options.device, options.rounds, options.repeats)
+    for name, entry in found.items():
+        entry["peak_bytes"] = timing.peak_bytes(works[name], options.device)
+    # Prediction and codes are read by both passes, the gradient is written.
+    moved = 3 * prediction.nbytes + 2 * codes.nbytes
+    found["ours"]["bytes_per_s"] = moved / found["ours"]["median_s"]
+    return {"shape": shape, "failed": failed, "forward_backward": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--repeats", type=int, help="calls a measurement; 1 on CPU, 10 on CUDA")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is available; use --device cpu")
+    options.repeats = options.repeats or (10 if options.device == "cuda" else 1)
+    torch.set_num_threads(options.threads)
+    copy = timing.copy_bandwidth(options.device)
+    summary, results = {}, {}
+    for name, shape in SIZES[options.device].items():
+        found = results[name] = measure(shape, options)
+        times = found["forward_backward"]
+        ours = times["ours"]["median_s"]
+        rows = [
+            (
+                rival,
+                entry["median_s"] * 1e3,
+                entry["quartiles_s"][0] * 1e3,
+                entry["quartiles_s"][1] * 1e3,
+                entry["median_s"] / ours,
+                entry["peak_bytes"] / 2**20,
+            )
+            for rival, entry in times.items()
+        ]
+        print(f"\n{name} B{shape[0]} N{shape[1]} D{shape[2]}")
+        print(timing.table(("", "ms", "q1", "q3", "x ours", "peak MiB"), rows))
+        summary[name] = {
+            rival: round(entry["median_s"] / ours, 2)
+            for rival, entry in times.items()
+            if rival != "ours"
+        }
+        share = round(times["ours"]["bytes_per_s"] / copy, 3)
+        summary[name]["share_of_copy"] = share
+        summary[name]["peak_bytes_over_ours"] = round(
+            times["eager"]["peak_bytes"] / max(1, times["ours"]["peak_bytes"]), 2
+        )
+    described = timing.describe(options.device)
+    timing.save(
+        options.json,
+        {**described, "copy_bytes_per_s": copy, "summary": summary, "results": results},
+    )
+
+
+if __name__ == "__main__":
+    main()

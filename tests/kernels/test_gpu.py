@@ -1,0 +1,220 @@
+"""The Triton kernels on a CUDA device; skipped where there is none."""
+
+from functools import partial
+
+import pytest
+import torch
+from preceptor.kernels import alignment_loss, cross_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+if torch.cuda.is_available():
+    from preceptor.kernels import autotune
+
+fused = partial(cross_attention, return_lse=True, implementation="triton")
+
+
+@pytest.fixture(autouse=True)
+def first_configuration(request):
+    """Timing all configurations of every shape would take minutes; one test does it."""
+    if "tuned" in request.node.name:
+        yield
+    else:
+        with autotune.only(0):
+            yield
+
+
+# Relative L2 errors of y, lse, dq and dx against float64.
+BOUNDS = {
+    torch.float32: (5e-6, 5e-6, 1e-5, 1e-5),
+    torch.float16: (6e-4, 5e-4, 1e-3, 1e-3),
+    torch.bfloat16: (5e-3, 1e-3, 7e-3, 8e-3),
+    torch.int8: (6e-4, 5e-4, 1e-3),
+}
+SHAPES = [
+    (1, 1, 1, 192),
+    (2, 6, 197, 384),
+    (4, 48, 256, 768),
+    (1, 16, 1369, 1024),
+    (3, 96, 49, 1024),
+    (2, 128, 131, 1536),
+    (1, 3, 4096, 200),
+]
+
+
+def on_gpu(problem):
+    for name, value in vars(problem).items():
+        if value is not None:
+            setattr(problem, name, value.cuda())
+    return problem
+
+
+def check(judge, problem, norm_eps, dtype, factor=1.0):
+    got = judge.gradients(fused, problem, norm_eps)
+    wanted = judge.gradients(judge.reference, problem, norm_eps, torch.float64)
+    assert all(torch.isfinite(g).all() for g in got if g.dim() == 3)
+    for error, bound in zip(judge.errors(got, wanted), BOUNDS[dtype], strict=True):
+        assert error <= bound * factor
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_gradients(judge, shape, norm_eps, dtype):
+    if shape[2] == 1 and norm_eps:
+        pytest.skip("the LayerNorm of one token leaves a gradient of rounding alone")
+    if shape[2] == 1 and dtype != torch.int8:
+        pytest.skip("one token has no gradient through its scores")
+    check(judge, on_gpu(judge.problem(*shape, dtype, masked=shape[0] > 1)), norm_eps, dtype)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("dim", [384, 768, 1536])
+@pytest.mark.parametrize("position", range(6))
+def test_every_configuration(judge, dtype, dim, position):
+    lanes = 4 if dtype == torch.int8 else 1
+    most = max(
+        len(autotune.row_tiles(kernel, dim // lanes, lanes, dtype.itemsize))
+        for kernel in ("forward", "backward")
+    )
+    if position >= most:
+        pytest.skip(f"this width has {most} configurations")
+    problem = on_gpu(judge.problem(2, 35, 130, dim, dtype))
+    with autotune.only(position):
+        check(judge, problem, 1e-5, dtype)
+
+
+def test_tuned(judge):
+    check(judge, on_gpu(judge.problem(8, 12, 197, 384, torch.bfloat16)), None, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+def test_gradients_of_any_size(judge, dtype, size):
+    problem = judge.problem(2, 12, 197, 384, dtype, query_dtype=torch.float32)
+    problem.grad_output *= size
+    problem.grad_lse *= size
+    problem = on_gpu(problem)
+    got = judge.gradients(fused, problem, None)
+    wanted = judge.gradients(judge.reference, problem, None, torch.float64)
+    kept = 3 if dtype == torch.float16 else 4
+    for error, bound in zip(judge.errors(got[:kept], wanted[:kept]), BOUNDS[dtype], strict=False):
+        assert error <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_common_mean_and_outlier_channels(judge, dtype):
+    for outliers in (False, True):
+        problem = judge.problem(2, 12, 197, 384, torch.float32)
+        tokens = problem.tokens.clone()
+        if outliers:
+            tokens[..., ::17] *= 50
+            problem.query[..., ::17] /= 50
+        else:
+            tokens += 30
+        if dtype == torch.int8:
+            problem.scale = tokens.abs().amax(-1) / 127
+            problem.tokens = (tokens / problem.scale[..., None]).round().to(torch.int8)
+        else:
+            problem.tokens, problem.query = tokens.to(dtype), problem.query.to(dtype)
+        check(judge, on_gpu(problem), 1e-5, dtype, factor=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_results_repeat_bit_for_bit(judge, dtype):
+    problem = on_gpu(judge.problem(2, 48, 1369, 768, dtype))
+    first = judge.gradients(fused, problem, 1e-5)
+    for _ in range(3):
+        again = judge.gradients(fused, problem, 1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["int8", "cached", "student"])
+def test_peak_memory_is_inputs_outputs_and_gradients(kind):
+    shape = (64, 256, 768)
+    query = torch.randn(64, 48, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    scale = None
+    if kind == "int8":
+        tokens = torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8)
+        scale = torch.rand(shape[:2], device="cuda") * 0.02
+    else:
+        tokens = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        tokens.requires_grad_(kind == "student")
+    wanted = [query, *([tokens] if tokens.requires_grad else [])]
+
+    def work():
+        y = cross_attention(query, tokens, scale, implementation="triton", validate=False)
+        return y, torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y, grads = work()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    inputs = sum(t.nbytes for t in (query, tokens, scale) if t is not None)
+    # The upstream gradient is the caller's; it is counted with the outputs.
+    results = 2 * y.nbytes + sum(g.nbytes for g in grads)
+    assert inputs + peak <= 1.1 * (inputs + results)
+
+
+def test_compiles_without_a_graph_break(judge):
+    problem = on_gpu(judge.problem(2, 6, 49, 384, torch.int8))
+
+    def function(query, tokens, scale):
+        y, lse = fused(query * 2, tokens, scale, norm_eps=1e-5)
+        return y.square().sum() + lse.sum()
+
+    compiled = torch.compile(function, fullgraph=True)
+    results = []
+    for candidate in (function, compiled):
+        query = problem.query.detach().requires_grad_()
+        loss = candidate(query, problem.tokens, problem.scale)
+        results.append((loss.detach(), *torch.autograd.grad(loss, query)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_opcheck(judge):
+    problem = on_gpu(judge.problem(2, 6, 49, 384, torch.bfloat16))
+    torch.library.opcheck(
+        torch.ops.preceptor.cross_attention.default,
+        (problem.query.requires_grad_(), problem.tokens.requires_grad_(), None, 1e-5, True),
+    )
+
+
+def test_module_against_its_standard_form():
+    from preceptor.train.attention import CrossAttention
+
+    torch.manual_seed(0)
+    module = CrossAttention(384, 384, 6, norm=True).cuda()
+    tokens = torch.randn(4, 197, 384, device="cuda")
+    model_tokens = torch.randn(4, 4, 384, device="cuda")
+    module.implementation = "triton"
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        ours = module(model_tokens, tokens)
+    expected = module.double()
+    expected.implementation = "standard"
+    theirs = expected(model_tokens.double(), tokens.double())
+    assert float((ours.double() - theirs).norm() / theirs.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("dim", [192, 384, 768, 1000, 1536])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_alignment_loss(dim, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (4, 197, dim)
+    prediction = torch.randn(shape, device="cuda", generator=generator).to(dtype)
+    codes = torch.randint(-127, 128, shape, device="cuda", generator=generator).to(torch.int8)
+    scale = torch.rand(shape[:2], device="cuda", generator=generator) * 0.02
+    results = []
+    for implementation, p in (("triton", prediction), ("torch", prediction.double())):
+        p = p.detach().requires_grad_()
+        cosine, smooth = alignment_loss(p, codes, scale, implementation=implementation)
+        results.append((cosine, smooth, *torch.autograd.grad(cosine + 2 * smooth, p)))
+    for ours, theirs, bound in zip(*results, (1e-5, 1e-5, 5e-3), strict=True):
+        assert float((ours.double() - theirs).norm() / theirs.norm()) <= bound
