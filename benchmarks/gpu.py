@@ -43,7 +43,8 @@ def run_tests(index: int, count: int) -> int:
     folder = checkout.ROOT / "tests" / "kernels"
     options = ["-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "--import-mode=importlib"]
     # Neither the repository's settings nor its root package, whose plugins may not be installed.
-    options += ["-c", os.devnull, "--rootdir", str(folder), "-o", "markers=gpu: needs CUDA"]
+    options += ["-c", os.devnull, "--rootdir", str(folder), "--confcutdir", str(folder)]
+    options += ["-o", "markers=gpu: needs CUDA"]
     status = int(pytest.main([*options, str(folder / "test_gpu.py")], [Shard(index, count)]))
     return 0 if status == pytest.ExitCode.NO_TESTS_COLLECTED else status
 
@@ -53,13 +54,16 @@ def run(name: str, commands: list[list[str]], limit: float) -> dict[str, Any]:
     start = time.perf_counter()
     deadline = start + limit
     folder = checkout.ROOT / "benchmarks"
-    outputs = [tempfile.TemporaryFile(mode="w+") for _ in commands]
-    running = [
-        subprocess.Popen(
-            [sys.executable, *command], cwd=folder, stdout=output, stderr=subprocess.STDOUT
-        )
-        for command, output in zip(commands, outputs, strict=True)
-    ]
+    # Files, since pipes that nobody reads would stop the processes.
+    outputs = [Path(tempfile.mkstemp(prefix="gpu-")[1]) for _ in commands]
+    running = []
+    for command, output in zip(commands, outputs, strict=True):
+        with output.open("w") as file:
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, *command], cwd=folder, stdout=file, stderr=subprocess.STDOUT
+                )
+            )
     found: dict[str, Any] = {"status": 0}
     for process, output, command in zip(running, outputs, commands, strict=True):
         try:
@@ -68,9 +72,8 @@ def run(name: str, commands: list[list[str]], limit: float) -> dict[str, Any]:
             process.kill()
             process.wait()
             status = 124
-        output.seek(0)
-        text = output.read()
-        output.close()
+        text = output.read_text(encoding="utf-8", errors="replace")
+        output.unlink()
         print(text, flush=True)
         for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text):
             found[word] = found.get(word, 0) + int(number)
