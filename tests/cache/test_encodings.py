@@ -34,7 +34,7 @@ def adversarial(draw: st.DrawFn) -> np.ndarray:
 
 
 @EACH
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(z=adversarial())
 def test_the_error_is_within_the_bound_that_is_stated(how: Encoding, z: np.ndarray) -> None:
     decoded = how.decode(how.encode(z), z.shape[-1])
@@ -43,7 +43,7 @@ def test_the_error_is_within_the_bound_that_is_stated(how: Encoding, z: np.ndarr
 
 
 @EACH
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(z=adversarial())
 def test_torch_and_numpy_give_the_same_bits(how: Encoding, z: np.ndarray) -> None:
     ours = how.encode(z)
@@ -58,7 +58,7 @@ def test_torch_and_numpy_give_the_same_bits(how: Encoding, z: np.ndarray) -> Non
 
 
 @EACH
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(z=adversarial())
 def test_shapes_are_those_declared_and_fill_values_never_occur(
     how: Encoding, z: np.ndarray
@@ -123,7 +123,7 @@ def test_compact_keeps_its_relative_error_beside_an_outlier() -> None:
     assert cosine.min() > 0.999
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.floats(0, 65504, width=32, allow_subnormal=True))
 def test_rounding_up_to_half_is_the_least_half_not_below(value: float) -> None:
     x = np.array([value], np.float32)

@@ -60,7 +60,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     return Manifest(plan, calibrations, "preceptor test")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(manifests())
 def test_a_manifest_round_trips(manifest: Manifest) -> None:
     raw = manifest.to_bytes()
@@ -73,7 +73,7 @@ def test_a_manifest_round_trips(manifest: Manifest) -> None:
         assert again.configuration(unit) == manifest.configuration(unit)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(manifests(), st.data())
 def test_no_flipped_bit_of_a_manifest_passes(manifest: Manifest, data: st.DataObject) -> None:
     raw = bytearray(manifest.to_bytes())

@@ -292,11 +292,12 @@ def test_kept_files_and_their_copies_mend_each_other(store: Path, finished: Path
     assert problems(store) == []
     kept = [name for name in whole if f"spare/{name}" in whole]
     assert len(kept) == 1 + 3 + 4 * 4
-    for name in [*kept, *(f"spare/{name}" for name in kept)]:
-        (store / name).write_bytes(whole[name][:-7])
+    for number, name in enumerate([*kept, *(f"spare/{name}" for name in kept)]):
+        if number % 3:
+            (store / name).write_bytes(whole[name][:-7])
+        else:
+            (store / name).unlink()
         assert any(name.removeprefix("spare/") in problem for problem in problems(store))
-        assert mend(store) == [name]
-        (store / name).unlink()
         assert mend(store) == [name]
     assert contents(store) == whole
     for name in ("manifest.json", "spare/manifest.json"):
