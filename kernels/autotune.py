@@ -23,6 +23,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _FORCED: list[int] = []
 
 Tile = dict[str, Any]
+FrozenTiles = tuple[tuple[tuple[str, Any], ...], ...]
 
 
 def chunk_of(width: int, ceiling: int, most: int) -> int:
@@ -135,10 +136,15 @@ def only(position: int) -> Iterator[None]:
         _FORCED.pop()
 
 
+def frozen(tiles: Sequence[Tile]) -> FrozenTiles:
+    """Configurations in a form that can be a key."""
+    return tuple(tuple(tile.items()) for tile in tiles)
+
+
 def launch(
     kernel: Any,
     grid: Callable[[Mapping[str, Any]], tuple[int, ...]],
-    tiles: Sequence[Tile],
+    tiles: FrozenTiles,
     arguments: Sequence[Any],
     constants: Mapping[str, Any],
     key: Sequence[str],
@@ -149,11 +155,10 @@ def launch(
         key: names of the kernel's arguments that decide which one is fastest.
     """
     if _FORCED or INTERPRETED or len(tiles) == 1 or torch.are_deterministic_algorithms_enabled():
-        tile = tiles[_FORCED[-1] % len(tiles) if _FORCED else 0]
+        tile = dict(tiles[_FORCED[-1] % len(tiles) if _FORCED else 0])
         kernel[grid(tile)](*arguments, **constants, **tile)
         return
-    frozen = tuple(tuple(tile.items()) for tile in tiles)
-    _tuner(kernel, frozen, tuple(key))[grid](*arguments, **constants)
+    _tuner(kernel, tiles, tuple(key))[grid](*arguments, **constants)
 
 
 @cache

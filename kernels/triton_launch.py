@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ def backward(
     autotune.launch(
         attend_backward_tokens,
         lambda tile: (triton.cdiv(count, tile["BN"]) * triton.cdiv(dim, tile["BD"]) * batch,),
-        autotune.token_tiles(tokens.element_size()),
+        autotune.frozen(autotune.token_tiles(tokens.element_size())),
         (
             query, layout.tokens, gain, mean, grad_output, residual.sum(0),
             key, value, sums, along, grad_tokens,
@@ -202,17 +203,26 @@ def backward(
     return grad_query, grad_tokens
 
 
-def _row_tiles(kernel: str, layout: Layout) -> list[autotune.Tile]:
+def _row_tiles(kernel: str, layout: Layout) -> autotune.FrozenTiles:
     tokens = layout.tokens
+    limit = None
+    if tokens.is_cuda:
+        properties: Any = torch.cuda.get_device_properties(tokens.device)
+        limit = properties.shared_memory_per_block_optin
     itemsize = tokens.element_size() // layout.lanes
-    tiles = autotune.row_tiles(kernel, layout.width, layout.lanes, itemsize)
-    if not tokens.is_cuda:
-        return tiles
-    properties: Any = torch.cuda.get_device_properties(tokens.device)
-    limit = properties.shared_memory_per_block_optin
-    return autotune.fitting(
-        tiles, lambda tile: autotune.shared_bytes(kernel, tile, layout.lanes, itemsize), limit
-    )
+    return _fitting_tiles(kernel, layout.width, layout.lanes, itemsize, limit)
+
+
+@cache
+def _fitting_tiles(
+    kernel: str, width: int, lanes: int, itemsize: int, limit: int | None
+) -> autotune.FrozenTiles:
+    tiles = autotune.row_tiles(kernel, width, lanes, itemsize)
+    if limit is not None:
+        tiles = autotune.fitting(
+            tiles, lambda tile: autotune.shared_bytes(kernel, tile, lanes, itemsize), limit
+        )
+    return autotune.frozen(tiles)
 
 
 def _rows(query: Tensor) -> Tensor:

@@ -197,12 +197,21 @@ def test_table_holds_no_configuration_that_cannot_run():
             assert entry["mma"] > 0, name
 
 
+def jobs():
+    found = [(case, tile, 90) for case in ALL for tile in case.tiles()]
+    return found + [(case, case.tiles()[0], arch) for case in QUICK for arch in SHARED_LIMIT]
+
+
+def test_table_lists_the_committed_configurations():
+    names = {label(*job) for job in jobs()}
+    for version, table in json.loads(TABLE.read_text()).items():
+        assert set(table) == names, version
+
+
 def write():
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     entries = {}
-    jobs = [(case, tile, 90) for case in ALL for tile in case.tiles()]
-    jobs += [(case, case.tiles()[0], arch) for case in QUICK for arch in SHARED_LIMIT]
-    for case, tile, arch in jobs:
+    for case, tile, arch in jobs():
         name = label(case, tile, arch)
         if name not in entries:
             entries[name] = resources(compiled(case, tile, arch))
