@@ -48,12 +48,12 @@ def main() -> None:
 
     count = len(shown)
     panels = [Panel("image", pixels((112, 112))[:count] / 255)]
-    palettes: dict[str, Palette] = {}
+    palettes: dict[tuple[str, tuple[int, int]], Palette] = {}
     for name, space in cache.spaces.items():
         if space.grid is not None:
             tokens = space.read(rows).standardised().numpy()
-            palettes[name] = Palette(tokens, space.grid)
-            colours = palettes[name](tokens[:count], space.grid)
+            palette = palettes[name, space.grid] = Palette(tokens, space.grid)
+            colours = palette(tokens[:count], space.grid)
             panels.append(Panel(f"teacher\n{name.replace('/', chr(10))}", colours))
     for folder in arguments.students:
         student, alignment, _ = load_model(folder)
@@ -62,8 +62,7 @@ def main() -> None:
             output = student.eval()(inputs)
             predicted = alignment.eval().predict(output, dense=True).dense
             # The student's idea of a space, in the colours of the teacher's own tokens.
-            for name, palette in palettes.items():
-                grid = cache[name].grid
+            for (name, grid), palette in palettes.items():
                 tokens = alignment.grids[module_key(name)](predicted[name]).numpy()
                 title = f"{folder.name} on\n{name.replace('/', chr(10))}"
                 panels.append(Panel(title, palette(tokens[:count], grid)))

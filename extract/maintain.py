@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +24,7 @@ from ..cache.report import fidelity
 from ..cache.spare import SPARE
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path
+from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..progress import ProgressLine
 from .pipeline import (
@@ -32,7 +32,6 @@ from .pipeline import (
     batched,
     calibrate,
     load_teachers,
-    precision_of,
     teacher_record,
 )
 
@@ -125,10 +124,10 @@ def add(config: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     root = Path(config.cache)
     writer = StoreWriter.open(root)
-    precision = str(precision_of(config))
+    asked = str(precision(config.engine))
     teachers = load_teachers(config.teachers)
     records = [
-        teacher_record(teacher, options, precision)
+        teacher_record(teacher, options, asked)
         for teacher, options in zip(teachers, config.teachers.values(), strict=True)
     ]
     names = [record.name for record in records]
@@ -143,7 +142,8 @@ def add(config: DictConfig) -> dict[str, Any]:
                 f"{root} has another teacher {record.name} already: {found}; give this one "
                 "another name, or drop that one first"
             )
-    runner = TeacherRunner(_fabric(config, precision), teachers, index, policy, _options(config))
+    fabric = launch(config.engine, exact=asked)
+    runner = TeacherRunner(fabric, teachers, index, policy, _options(config))
     calibrate(writer, runner, config)
     runner.fill(writer)
     writer.finish()
@@ -295,7 +295,7 @@ def _runner(
             f"the teachers {', '.join(names)} were run in {' and '.join(sorted(precisions))}: "
             "repair them one at a time with teachers=..."
         )
-    precision = min(precisions, default="32-true") if asked == "auto" else asked
+    exact = min(precisions, default="32-true") if asked == "auto" else asked
     for teacher in teachers:
         stored = plan.teacher(teacher.name)
         if strict and "converted" in stored.identity:
@@ -303,9 +303,10 @@ def _runner(
                 f"{teacher.name} in {config.cache} was converted from another store: run that "
                 "`preceptor convert` again, it does what verify named"
             )
-        ours = teacher_record(teacher, chosen[teacher.name], precision)
+        ours = teacher_record(teacher, chosen[teacher.name], exact)
         _refuse_other_teacher(str(config.cache), stored, ours, strict)
-    return TeacherRunner(_fabric(config, precision), teachers, index, policy, _options(config))
+    fabric = launch(config.engine, exact=exact)
+    return TeacherRunner(fabric, teachers, index, policy, _options(config))
 
 
 def _refuse_other_teacher(
@@ -350,12 +351,6 @@ def _options(config: DictConfig) -> DictConfig:
             "on_corrupt": "skip",
         }
     )
-
-
-def _fabric(config: DictConfig, precision: Any) -> Fabric:
-    fabric = Fabric(accelerator=config.engine.accelerator, devices=1, precision=precision)
-    fabric.launch()
-    return fabric
 
 
 def _refuse_pending(writer: StoreWriter, names: Sequence[str]) -> None:

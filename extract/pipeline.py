@@ -29,6 +29,7 @@ from ..cache import (
     ViewPolicy,
     class_sorted,
 )
+from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
 from ..progress import ProgressLine
@@ -48,7 +49,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     _validate(config)
-    fabric = _fabric(config)
+    fabric = launch(config.engine)
     index = _sample_index(config)
     policy = ViewPolicy(**OmegaConf.to_container(config.views, resolve=True))  # type: ignore[arg-type]
     teachers = load_teachers(config.teachers)
@@ -59,7 +60,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
         shard_rows=config.shard_rows,
         group_rows=config.group_rows,
         teachers=tuple(
-            teacher_record(teacher, options, str(precision_of(config)))
+            teacher_record(teacher, options, str(precision(config.engine)))
             for teacher, options in zip(teachers, config.teachers.values(), strict=True)
         ),
     )
@@ -261,25 +262,6 @@ def _validate(config: DictConfig) -> None:
         raise ConfigError(
             f"shard_rows={config.shard_rows} is not a multiple of group_rows={config.group_rows}"
         )
-
-
-def _fabric(config: DictConfig) -> Fabric:
-    engine = config.engine
-    fabric = Fabric(
-        accelerator=engine.accelerator,
-        devices=engine.devices,
-        num_nodes=engine.num_nodes,
-        precision=precision_of(config),
-    )
-    fabric.launch()
-    return fabric
-
-
-def precision_of(config: DictConfig) -> Any:
-    if config.engine.precision != "auto":
-        return config.engine.precision
-    cuda = config.engine.accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
-    return "bf16-mixed" if cuda else "32-true"
 
 
 def batched(rows: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..cache import Cache
 from ..cache.samples import SampleIndex
+from ..engine import launch, precision
 from ..errors import ConfigError
 from ..measure import peak_memory_mb
 from ..progress import ProgressLine
@@ -32,7 +33,6 @@ from .checkpoint import (
     write_json,
 )
 from .data import ColorJitter, StoredViews, TrainBatch, TrainData, normalise
-from .engine import launch, precision
 from .meter import FiniteWatch, Meter
 from .students import Student, build_student
 

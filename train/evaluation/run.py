@@ -11,10 +11,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from ...engine import launch
 from ...errors import ConfigError
 from ...measure import peak_memory_mb
 from ..checkpoint import load_model, write_json
-from ..engine import launch
 from ..students import build_student
 from .features import LabelledRows, student_features, teacher_features
 from .knn import knn_predict

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from omegaconf import DictConfig
 
-from ..errors import ConfigError
+from .errors import ConfigError
 
 
-def launch(engine: DictConfig) -> Fabric:
+def launch(engine: DictConfig, *, exact: str | None = None) -> Fabric:
     """Fabric for this process, joined with those that torchrun or Slurm started beside it.
+
+    Args:
+        engine: the configuration group. Under torchrun its default of one device means one for each
+            process that torchrun started.
+        exact: a precision that must be kept, whatever `engine` says.
 
     Raises:
         ConfigError: this machine has no such accelerator or not so many devices, an option has a
             value that Fabric does not know, or several devices were asked of a single process.
     """
+    devices, nodes = engine.devices, engine.num_nodes
+    if TorchElasticEnvironment.detect() and devices == 1:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
     try:
         fabric = Fabric(
             accelerator=engine.accelerator,
-            devices=engine.devices,
-            num_nodes=engine.num_nodes,
+            devices=devices,
+            num_nodes=nodes,
             strategy=engine.strategy,
-            precision=precision(engine),
+            precision=exact or precision(engine),  # type: ignore[arg-type]
         )
     except Exception as error:  # Fabric raises several kinds for a value that it cannot use
         line = str(error).strip().splitlines()[0]
@@ -33,7 +44,7 @@ def launch(engine: DictConfig) -> Fabric:
     if fabric.world_size > 1 and cluster is not None and not cluster.creates_processes_externally:
         raise ConfigError(
             f"engine.devices={engine.devices}: several processes are started by torchrun "
-            f"--nproc-per-node={fabric.world_size} -m preceptor.cli train ... (or by Slurm)"
+            f"--nproc-per-node={fabric.world_size} -m preceptor.cli ... (or by Slurm)"
         )
     fabric.launch()
     return fabric
