@@ -41,7 +41,7 @@ def print_table(scores: Sequence[Score], title: str, console: Console | None = N
     """Print the scores in per cent, best k-NN first within each kind."""
     table = Table(title=title)
     for column in ("", "name", "readout"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # names are never cut
     for column in ("width", "k-NN %", "linear %"):
         table.add_column(column, justify="right")
     kinds = list(dict.fromkeys(score.kind for score in scores))
