@@ -24,7 +24,7 @@ SHARDS = {
     "train": "examples/data/fashion-mnist/train-{000000..000003}.tar.gz",
     "test": "examples/data/fashion-mnist/test-000000.tar.gz",
 }
-STUDENTS = ("resnet10t", "vit_micro")
+STUDENTS = ("resnet_micro", "vit_micro")
 GROUPS = ["--config-dir", "examples/configs"]
 
 

@@ -238,3 +238,20 @@ def test_calibration_can_be_taken_from_another_store(
         expected = theirs[name].decode(theirs[name].read(rows))
         found = space.decode(space.read(np.arange(COUNT)))
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=5e-2)
+
+
+def test_two_processes_make_the_store_that_one_makes(
+    shards: str, teachers: list[str], store: Path, tmp_path: Path
+) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
+    arguments = ["preceptor.cli", "extract", *options(shards, teachers, tmp_path / "store")]
+    # The sums of a matrix product depend on how many threads share it.
+    threads = str(torch.get_num_threads())
+    done = subprocess.run(
+        [*run, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "store") == digests(store)
