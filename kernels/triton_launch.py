@@ -68,7 +68,8 @@ def splits_of(batch: int, rows: int, count: int, device: torch.device) -> tuple[
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     programs = batch * triton.cdiv(rows, 16)
-    wanted = triton.cdiv(2 * processors, max(programs, 1))
+    # Rounded down: parts cost memory, and two programs a processor are only a wish.
+    wanted = 2 * processors // max(programs, 1)
     splits = max(1, min(wanted, triton.cdiv(count, _SPLIT_UNIT), _MOST_SPLITS))
     length = triton.cdiv(triton.cdiv(count, splits), _SPLIT_UNIT) * _SPLIT_UNIT
     return max(1, triton.cdiv(count, max(length, 1))), max(length, 1)

@@ -129,6 +129,8 @@ class CrossAttention(nn.Module):
             norm_eps=None if self.norm is None else self.norm.eps,
             return_lse=True,
             implementation=self.implementation,
+            # Codes come from a checked store; on CUDA looking again would stall every step.
+            validate=not tokens.is_cuda,
         )
         y = y.unflatten(1, (count, heads))
         lse = lse.unflatten(1, (count, heads))
