@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c as library_crc32c
 
 from ..errors import StoreError
 from .encodings import encoding
@@ -171,7 +171,8 @@ def _zstd() -> Any:
 
 def crc32c(data: Any, start: int = 0) -> int:
     """CRC-32C of a contiguous uint8 NumPy array or bytes, continuing ``start``."""
-    return int(google_crc32c.extend(start, data) if start else google_crc32c.value(data))
+    # this library lets other threads run meanwhile
+    return int(library_crc32c(data, start))
 
 
 def shard_file(spec: ArraySpec, values: np.ndarray) -> tuple[list[Any], list[int]]:

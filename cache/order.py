@@ -50,8 +50,7 @@ class EpochOrder:
         self._key = (seed, epoch)
         self._rank = rank
         self._shuffle = shuffle
-        starts = np.arange(0, len(eligible), group_rows)
-        counts = np.add.reduceat(eligible, starts, dtype=np.int64) if len(starts) else starts
+        counts = _eligible_in_groups(eligible, group_rows)
         groups = np.flatnonzero(counts)
         if shuffle:
             groups = groups[permutation(len(groups), seed, epoch, 0)]
@@ -84,6 +83,15 @@ class EpochOrder:
     def _rows_of(self, group: int) -> np.ndarray:
         start = group * self._group_rows
         return start + np.flatnonzero(self._eligible[start : start + self._group_rows])
+
+
+def _eligible_in_groups(eligible: np.ndarray, group_rows: int) -> np.ndarray:
+    """int64 ``[groups]``; the last group may be shorter."""
+    whole = len(eligible) // group_rows * group_rows
+    counts = np.count_nonzero(eligible[:whole].reshape(-1, group_rows), axis=1)
+    if whole < len(eligible):
+        counts = np.append(counts, np.count_nonzero(eligible[whole:]))
+    return counts.astype(np.int64, copy=False)
 
 
 def class_sorted(labels: np.ndarray) -> bool:
