@@ -30,7 +30,6 @@ from preceptor.cache import (
     Accumulator,
     Cache,
     SampleIndex,
-    Space,
     SpaceSpec,
     StorePlan,
     StoreWriter,
@@ -156,7 +155,7 @@ def kept_features(folder: Path, images: Images) -> dict[str, np.ndarray]:
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def write(path: Path, name: str, x: np.ndarray, encoding: str) -> Space:
+def write(path: Path, name: str, x: np.ndarray, encoding: str) -> Cache:
     """A store of one space, calibrated on all of its rows; returns it opened."""
     rows, tokens, dim = x.shape
     side = int(tokens**0.5)
@@ -181,12 +180,11 @@ def write(path: Path, name: str, x: np.ndarray, encoding: str) -> Space:
             part = x[first : first + plan.rows_in(shard)]
             out.append(facts(first, len(part)), {name: part})
     writer.finish()
-    return Cache.open(path)[name]
+    return Cache.open(path)
 
 
-def compare(space: Space, x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    rows = np.arange(len(x))
-    cache = Cache.open(space._cache.location)
+def compare(cache: Cache, name: str, x: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    rows, space = np.arange(len(x)), cache[name]
     sizes = cache.completions[space.spec.teacher].sizes
     stored = sum(sum(sizes[a.path]) for a in cache.layout.space_arrays(space.spec).values())
     found = space.decode(space.read(rows)).double()
@@ -231,8 +229,8 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
             for encoding in ENCODINGS:
                 path = folder / "store"
                 shutil.rmtree(path, ignore_errors=True)
-                space = write(path, space_name, x, encoding)
-                found[title][encoding] = compare(space, x, images.labels)
+                cache = write(path, space_name, x, encoding)
+                found[title][encoding] = compare(cache, space_name, x, images.labels)
             shutil.rmtree(folder / "store")
             table(title, found[title])
     return {
