@@ -285,7 +285,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     """Error and cosine against size; a mark an encoding, a line a space with a grid."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     marks = dict(zip(ENCODINGS, "osD^v", strict=False))
     for number, (title, encodings) in enumerate(result["spaces"].items()):
@@ -313,7 +313,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
         for name, mark in marks.items():
             axis.plot([], [], mark, color="0.3", linestyle="none", label=name)
-    right.legend(fontsize=7)
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="outside lower center", ncol=4, fontsize=7
+    )
     figure.savefig(path, dpi=140)
 
 
