@@ -225,14 +225,10 @@ def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any
     for name, entry in found["forward_backward"].items():
         entry["peak_bytes"] = timing.peak_bytes(both[name], options.device)
     passes = {"forward": 1, "forward_backward": 3 if kind == "student" else 2}
-    rows = size.model_tokens * size.heads
     for phase, count in passes.items():
         ours = found[phase]["ours"]
         ours["bytes"] = tokens.nbytes * count
         ours["bytes_per_s"] = ours["bytes"] / ours["median_s"]
-        # Of the attention: two products a forward pass, three a backward one, two more for dX.
-        products = {"forward": 2, "forward_backward": 7 if kind == "student" else 5}[phase]
-        ours["flops"] = 2 * products * size.batch * rows * size.tokens * size.dim
     return found
 
 
@@ -247,7 +243,22 @@ def summarise(name: str, found: dict[str, Any], copy: float, summary: dict[str, 
     summary[f"{name} {found['size']} {found['tokens']}"] = ratios
 
 
-def roofline(path: Path, results: list[dict[str, Any]], ceilings: dict[str, float]) -> None:
+def work_of(size: Size, kind: str, phase: str, itemsize: int) -> tuple[float, float]:
+    """FLOPs and least bytes of the module: the attention, and the four projections of M tokens."""
+    both = phase == "forward_backward"
+    products = 2 if not both else 7 if kind == "student" else 5
+    rows = size.model_tokens * size.heads
+    attention = 2.0 * products * size.batch * rows * size.tokens * size.dim
+    projections = 2.0 * 4 * (3 if both else 1) * size.batch * size.model_tokens * size.dim**2
+    passes = 1 if not both else 3 if kind == "student" else 2
+    tokens = size.batch * size.tokens * size.dim * (1 if kind == "int8" else itemsize)
+    weights = 4 * size.dim**2 * itemsize * (3 if both else 1)
+    return attention + projections, float(passes * tokens + weights)
+
+
+def roofline(
+    path: Path, device: str, results: list[dict[str, Any]], ceilings: dict[str, float]
+) -> None:
     try:
         import matplotlib
 
@@ -256,35 +267,43 @@ def roofline(path: Path, results: list[dict[str, Any]], ceilings: dict[str, floa
     except ImportError:
         print("no matplotlib: the picture is left out")
         return
-    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    intensities = [0.5 * 1.3**i for i in range(30)]
-    roof = [
-        min(ceilings["copy_bytes_per_s"] * i, ceilings["matmul_flops_per_s"]) / 1e9
-        for i in intensities
-    ]
-    axes.plot(intensities, roof, color="black", label="measured copy and matrix product")
+    figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
+    copy, peak = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
+    ridge = peak / copy
+    ends = [ridge / 20, ridge, 1000 * ridge]
+    roof = [min(copy * x, peak) / 1e9 for x in ends]
+    axes.plot(ends, roof, color="black", label="measured copy, matrix product")
     markers = {"cached": "o", "int8": "s", "student": "^"}
-    colours = {"forward": "tab:blue", "forward_backward": "tab:orange"}
+    phases = {"forward": 0.45, "forward_backward": 1.0}
+    names = list(dict.fromkeys(entry["name"] for entry in results))
+    furthest = ridge
     for entry in results:
-        for phase, colour in colours.items():
-            ours = entry[phase]["ours"]
-            x = ours["flops"] / ours["bytes"]
-            y = ours["flops"] / ours["median_s"] / 1e9
-            axes.scatter(x, y, color=colour, marker=markers[entry["tokens"]], zorder=3)
-            if phase == "forward_backward":
-                axes.annotate(
-                    entry["name"], (x, y), fontsize=7, xytext=(5, -9), textcoords="offset points"
-                )
-    for label, colour in colours.items():
-        axes.scatter([], [], color=colour, label=label.replace("_", " + "))
+        colour = f"C{names.index(entry['name'])}"
+        for phase, alpha in phases.items():
+            itemsize = 2 if device == "cuda" else 4
+            size = SIZES[device][entry["name"]]
+            flops, moved = work_of(size, entry["tokens"], phase, itemsize)
+            furthest = max(furthest, flops / moved)
+            axes.scatter(
+                flops / moved, flops / entry[phase]["ours"]["median_s"] / 1e9,
+                color=colour, alpha=alpha, marker=markers[entry["tokens"]], zorder=3,
+            )  # fmt: skip
+    for number, name in enumerate(names):
+        label = f"{name}: {SIZES[device][name].name}"
+        axes.scatter([], [], color=f"C{number}", marker="D", label=label)
     for label, marker in markers.items():
         axes.scatter([], [], color="grey", marker=marker, label=f"{label} tokens")
+    for phase, alpha in phases.items():
+        axes.scatter(
+            [], [], color="black", alpha=alpha, marker="D", label=phase.replace("_", " + ")
+        )
     axes.set(
-        xscale="log", yscale="log", xlabel="attention FLOP per byte of tokens", ylabel="GFLOP/s",
-        title="Fused cross-attention (module with projections) under the roofline",
+        xscale="log", yscale="log", xlim=(ends[0], 2 * furthest), ylim=(peak / 5e10, peak / 7e8),
+        xlabel="FLOP per byte that must be moved", ylabel="GFLOP/s",
+        title=f"Cross-attention module under the roofline, {device}",
     )  # fmt: skip
     axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -354,7 +373,7 @@ def main() -> None:
     if options.warm:
         return
     if options.png:
-        roofline(options.png, results, ceilings)
+        roofline(options.png, options.device, results, ceilings)
     timing.save(
         options.json,
         {**timing.describe(options.device), **ceilings, "summary": summary, "results": results},

@@ -37,10 +37,10 @@ class MemoryMeter(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak_mb = 0.0
-        self._stop = threading.Event()
+        self._ended = threading.Event()
 
     def run(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._ended.wait(0.5):
             total = 0
             me = psutil.Process()
             for process in [me, *me.children(recursive=True)]:
@@ -52,7 +52,7 @@ class MemoryMeter(threading.Thread):
 
     def stop(self) -> float:
         """End the sampling and return the peak."""
-        self._stop.set()
+        self._ended.set()
         self.join()
         return self.peak_mb
 
@@ -107,7 +107,7 @@ def main() -> None:
             f"train.cache={stores['train']}", f"train.shards={quoted(SHARDS['train'])}",
             f"test.cache={stores['test']}", f"test.shards={quoted(SHARDS['test'])}",
             f"students=[{','.join(str(out / student) for student in STUDENTS)}]",
-            f"out={out / 'eval'}",
+            f"out={out / 'eval'}", "readouts=[pooled,both]",
         )  # fmt: skip
     with stage("picture: what every model sees", seconds):
         command = [sys.executable, "examples/token_picture.py", "--store", str(stores["test"])]
