@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from preceptor.cli import VERBS, check_options, main
+from preceptor.cli import VERBS, main
 from preceptor.errors import ConfigError
+from preceptor.options import check_options, readable
 
 
 def test_import_and_help_do_not_import_torch() -> None:
@@ -79,3 +82,31 @@ def test_jobs_of_a_sweep_that_would_overwrite_each_other_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"align\.tokens=2.*align\.tokens=4.*both write"):
         check_options("train", options)
     check_options("train", [*options, "out='x-${align.tokens}'"])
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_flags_may_stand_anywhere(place: int, tmp_path: Path) -> None:
+    given = ["cache=a", "seed=0,1"]
+    given[place:place] = ["-m", "--config-dir", str(tmp_path)]
+    assert readable(given) == ["-m", "--config-dir", str(tmp_path), "cache=a", "seed=0,1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("data.shards=/x-{0..3}.tar", "data.shards='/x-{0..3}.tar'"),
+        ("data.shards=x-*.tar", "data.shards='x-*.tar'"),
+        ("data.shards='x-{0..3}.tar'", "data.shards='x-{0..3}.tar'"),
+        ("a={b: 1}", "a={b: 1}"),
+        ("out=x-${seed}", "out=x-${seed}"),
+        ("seed=1,2", "seed=1,2"),
+    ],
+)
+def test_ranges_of_shards_need_no_quotes_of_their_own(given: str, expected: str) -> None:
+    assert readable([given]) == [expected]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_example_of_every_verb_is_accepted(verb: str) -> None:
+    words = shlex.split(VERBS[verb].example)
+    check_options(verb, readable(words[2:]))

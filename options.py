@@ -1,0 +1,246 @@
+"""Checks the options of a command before Hydra runs it, and answers mistakes with what is valid."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+CONFIGS = "preceptor.configs"
+
+
+def check_options(name: str, options: Sequence[str]) -> None:
+    """Refuse a mistyped key, group choice or value, naming the valid ones.
+
+    Every value of a sweep is checked before its first job starts, and so are missing options and
+    jobs that would write to the same place.
+
+    Raises:
+        ConfigError: with the option that is wrong and what would be right.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    texts = [option for option in options if not option.startswith("-")]
+    directories = _config_directories(options)
+    texts = [text for text in texts if text not in directories]
+    for text in texts:
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(f"{text!r} is not an option; options are written key=value")
+    try:
+        overrides = OverridesParser.create().parse_overrides(texts)
+    except HydraException as error:
+        raise ConfigError(f"an option cannot be read: {_first_line(error)}") from None
+    if directories:
+        paths = ",".join(f"file://{os.path.abspath(path)}" for path in directories)
+        search = [f"hydra.searchpath=[{paths}]"]
+    else:
+        search = []
+    with _Composer(name, search) as composer:
+        own = [item for item in overrides if not item.key_or_group.startswith("hydra")]
+        groups = [item for item in own if composer.is_group(item.key_or_group)]
+        for item in groups:
+            for choice in _values(item):
+                options_there = composer.options(item.key_or_group)
+                if isinstance(choice, str) and choice not in options_there:
+                    raise ConfigError(
+                        f"{item.key_or_group}={choice}: there is no such choice"
+                        f"{closest(choice, options_there)}; valid are {', '.join(options_there)}"
+                    )
+        # One composition for every value of every swept group, since groups bring their own keys.
+        fixed = [str(item.input_line) for item in groups if not item.is_sweep_override()]
+        base = composer.compose(fixed)
+        swept = [
+            composer.compose([*fixed, f"{group.key_or_group}={choice}"])
+            for group in groups
+            if group.is_sweep_override()
+            for choice in _values(group)
+        ]
+        for item in own:
+            if item in groups:
+                continue
+            _check_value(item, swept or [base])
+        _check_whole(own, composer)
+
+
+class _Composer:
+    """Hydra's composition of one verb's configuration, without running anything."""
+
+    def __init__(self, name: str, search: list[str]) -> None:
+        self._name, self._search = name, search
+
+    def __enter__(self) -> _Composer:
+        from hydra import initialize_config_module
+        from hydra.core.global_hydra import GlobalHydra
+
+        self._context = initialize_config_module(CONFIGS, version_base="1.3")
+        self._context.__enter__()
+        hydra = GlobalHydra.instance().hydra
+        if hydra is None:
+            raise RuntimeError("Hydra did not initialise")
+        self._loader = hydra.config_loader
+        if self._search:
+            # Only a composition makes Hydra read the extra search path.
+            self.compose([])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+    def compose(self, overrides: Iterable[str]) -> DictConfig:
+        from hydra import compose
+        from hydra.errors import HydraException
+
+        try:
+            return compose(self._name, [*self._search, *overrides])
+        except HydraException as error:
+            raise ConfigError(_first_line(error)) from None
+
+    def is_group(self, key: str) -> bool:
+        return bool(self.options(key))
+
+    def options(self, group: str) -> list[str]:
+        found = set(self._loader.get_group_options(group))
+        for directory in self._directories():
+            folder = os.path.join(directory, group)
+            if os.path.isdir(folder):
+                found |= {f[:-5] for f in os.listdir(folder) if f.endswith(".yaml")}
+        return sorted(found)
+
+    def _directories(self) -> list[str]:
+        text = self._search[0].split("=", 1)[1].strip("[]") if self._search else ""
+        return [path.removeprefix("file://") for path in text.split(",") if path]
+
+
+def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
+    from omegaconf import Container, DictConfig
+
+    key = item.key_or_group
+    if item.is_add() or item.is_force_add():
+        return
+    for config in variants:
+        node: Any = config
+        for depth, part in enumerate(key.split(".")):
+            if not isinstance(node, DictConfig) or part not in list(node.keys()):
+                where = ".".join(key.split(".")[:depth])
+                there = [str(k) for k in node] if isinstance(node, DictConfig) else []
+                prefix = f"{where}." if where else ""
+                raise ConfigError(
+                    f"there is no option {key!r}{closest(part, there, prefix)}; valid "
+                    f"{'under ' + where if where else 'options'} are: "
+                    f"{', '.join(prefix + k for k in there) or 'none'}"
+                )
+            node = node._get_node(part)
+        default = None if isinstance(node, Container) else node._value()
+        for value in _values(item):
+            expected = _mismatch(default, value)
+            if expected:
+                raise ConfigError(
+                    f"{key}={value}: expected {expected}, such as the default {default!r}"
+                )
+
+
+def _check_whole(overrides: Sequence[Override], composer: _Composer) -> None:
+    """Refuse options that are still missing and sweeps whose jobs would overwrite each other."""
+    from omegaconf import OmegaConf
+
+    fixed = [str(item.input_line) for item in overrides if not item.is_sweep_override()]
+    swept = [item for item in overrides if item.is_sweep_override() and item.is_choice_sweep()]
+    outputs: dict[str, str] = {}
+    for values in itertools.product(*(item.sweep_string_iterator() for item in swept)):
+        chosen = [f"{i.key_or_group}={v}" for i, v in zip(swept, values, strict=True)]
+        config = composer.compose([*fixed, *chosen])
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required: say "
+                f"{' '.join(f'{key}=...' for key in missing)}"
+            )
+        job, out = " ".join(chosen), config.get("out")
+        if out is not None and out in outputs:
+            raise ConfigError(
+                f"the jobs {outputs[out]!r} and {job!r} of the sweep would both write to {out}; "
+                f"put what differs into the name, such as out='{out}-${{{swept[-1].key_or_group}}}'"
+            )
+        outputs[out] = job
+
+
+def _mismatch(default: Any, value: Any) -> str | None:
+    """What was expected, when `value` is not of the kind of the option's default."""
+    from hydra.core.override_parser.types import QuotedString
+
+    if isinstance(value, QuotedString):
+        value = value.text
+    if value is None or not isinstance(default, bool | int | float):
+        return None
+    if isinstance(value, str) and value.startswith("${"):
+        return None
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return None if whole else "a whole number"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return None if number else "a number"
+
+
+def _values(item: Override) -> list[Any]:
+    if item.is_delete():
+        return []
+    if item.is_sweep_override() and item.is_choice_sweep():
+        return [value for value in item.sweep_iterator()]
+    if item.is_sweep_override():
+        return []
+    return [item.value()]
+
+
+def readable(options: Sequence[str]) -> list[str]:
+    """Options as Hydra reads them: flags before key=value pairs, and ranges of shards quoted.
+
+    The quotes of `data.shards='x-{000..146}.tar'` are taken off by the shell, and to Hydra bare
+    braces are a dictionary.
+    """
+    flags: list[str] = []
+    pairs: list[str] = []
+    rest = iter(options)
+    for option in rest:
+        if not option.startswith("-"):
+            key, _, value = option.partition("=")
+            bare = value[:1] not in ("", "{", "[", "'", '"') and not {"$", "(", "'"} & set(value)
+            pairs.append(f"{key}='{value}'" if bare and {"{", "*"} & set(value) else option)
+            continue
+        flags.append(option)
+        if option in ("--config-dir", "-cd"):
+            flags += itertools.islice(rest, 1)
+    return [*flags, *pairs]
+
+
+def _config_directories(options: Sequence[str]) -> list[str]:
+    found = []
+    for position, option in enumerate(options):
+        if option in ("--config-dir", "-cd"):
+            if position + 1 == len(options):
+                raise ConfigError(f"{option} needs a folder of configuration groups")
+            found.append(options[position + 1])
+        elif option.startswith("--config-dir="):
+            found.append(option.split("=", 1)[1])
+    for path in found:
+        if not os.path.isdir(path):
+            raise ConfigError(f"--config-dir {path}: there is no such folder")
+    return found
+
+
+def closest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
