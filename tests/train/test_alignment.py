@@ -101,6 +101,23 @@ def test_loss_is_the_weighted_sum_of_its_terms(name, match):
     assert set(found.losses) == set(SPACES)
 
 
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_every_teacher_has_its_share_of_the_loss_with_gradient(name):
+    alignment, output = build(name, dense_weight=0.4), student_output()
+    found = alignment(output, targets())
+    assert list(found.by_teacher) == ["cnn", "vit"]
+    for teacher, own in (("cnn", ("cnn/pool", "cnn/map")), ("vit", ("vit/cls", "vit/patch"))):
+        weighted = float(found.losses[own[0]]) + 0.4 * float(found.losses[own[1]])
+        assert float(found.by_teacher[teacher].detach()) == pytest.approx(weighted, rel=1e-6)
+    ends = (output.tokens, output.pooled)
+    parts = [
+        torch.autograd.grad(term, ends, retain_graph=True) for term in found.by_teacher.values()
+    ]
+    whole = torch.autograd.grad(found.loss, ends)
+    for i, gradient in enumerate(whole):
+        torch.testing.assert_close(parts[0][i] + parts[1][i], gradient)
+
+
 def interpolate(tokens, source, target):
     image = tokens.transpose(1, 2).unflatten(2, source)
     image = functional.interpolate(image, target, mode="bilinear", antialias=True)

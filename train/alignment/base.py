@@ -62,10 +62,13 @@ class AlignmentOutput(NamedTuple):
     Attributes:
         loss: scalar float32 with gradient; what the optimiser minimises.
         losses: detached scalar float32 per space, unweighted, for the log.
+        by_teacher: scalar float32 with gradient per teacher: the weighted sum of its spaces' terms,
+            before teachers are balanced against each other. `loss` is their balanced combination.
     """
 
     loss: Tensor
     losses: dict[str, Tensor]
+    by_teacher: dict[str, Tensor]
 
 
 class Alignment(nn.Module, ABC):
@@ -147,13 +150,18 @@ class Alignment(nn.Module, ABC):
         """
         predicted = self.predict(output, dense=bool(self.dense_weight))
         losses: dict[str, Tensor] = {}
-        total = output.pooled.new_zeros((), dtype=torch.float32)
+        by_teacher: dict[str, Tensor] = {}
+
+        def add(space: str, term: Tensor) -> None:
+            teacher = self.spaces[space].teacher
+            by_teacher[teacher] = by_teacher[teacher] + term if teacher in by_teacher else term
+
         for label, space in self.descriptors.items():
             target = targets[space]
             if self.spaces[space].grid is not None:
                 target = _floats(target).mean(1, keepdim=True)
             term = token_loss(predicted.descriptors[label].unsqueeze(1), target)
-            total = total + term
+            add(space, term)
             losses[label] = term.detach()
         for space in self.dense if self.dense_weight else ():
             prediction, target = predicted.dense[space], targets[space]
@@ -163,9 +171,9 @@ class Alignment(nn.Module, ABC):
             else:
                 target = resample(_floats(target))
             term = token_loss(prediction, target)
-            total = total + self.dense_weight * term
+            add(space, self.dense_weight * term)
             losses[space] = term.detach()
-        return AlignmentOutput(total, losses)
+        return AlignmentOutput(torch.stack(list(by_teacher.values())).sum(), losses, by_teacher)
 
     def readout(self, output: StudentOutput, kind: str = "pooled") -> Tensor:
         """The feature that an evaluation uses, [B, K] float.
