@@ -89,6 +89,11 @@ VERBS: dict[str, Verb] = {
         "test.shards='/data/in1k/val-{000000..000049}.tar' "
         "students=[outputs/train/resnet50-model_token-s1]",
     ),
+    "export": Verb(
+        "write a finished student for timm, the Hugging Face Hub, ONNX and torch.export",
+        "train.export.run:export",
+        "preceptor export run=outputs/train/resnet50-model_token-s1 formats=[timm,onnx]",
+    ),
 }
 
 

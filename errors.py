@@ -27,3 +27,7 @@ class ConfigError(PreceptorError):
 
 class TrainingError(PreceptorError):
     """A training run cannot go on."""
+
+
+class ExportError(PreceptorError):
+    """A student cannot be written in a form, or the form does not compute what the student does."""

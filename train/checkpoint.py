@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ..cache import Cache
 from ..cache.durable import write_whole
 from ..errors import ConfigError, DataError
 from .alignment import Alignment, build_alignment
@@ -26,6 +28,8 @@ from .students import (
 )
 
 ALIGNMENT = "alignment.safetensors"
+TARGETS = "targets.safetensors"
+"""Mean and deviation of every space that was learnt: from standardised to the teacher's units."""
 LAST = "checkpoints/last.pt"
 
 
@@ -87,16 +91,23 @@ def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any
 
 
 def save_model(
-    out: Path, student: Student, alignment: Alignment, config: Mapping[str, Any]
+    out: Path, student: Student, alignment: Alignment, config: Mapping[str, Any], cache: Cache
 ) -> None:
     """Write the trained student and its alignment, loadable by `load_model` without the store.
 
     Args:
         config: the ``student``, ``align`` and ``recipe`` groups and the ``seed``, as plain
             containers.
+        cache: the store, of which the teachers' identities, the views and the calibration are kept.
     """
     write_whole(out / WEIGHTS, save(_contiguous(student.model)))
     write_whole(out / ALIGNMENT, save(_contiguous(alignment)))
+    calibration: dict[str, Tensor] = {}
+    for name in alignment.spaces:
+        space = cache[name]
+        calibration |= {f"{name}.mean": space.mean.clone(), f"{name}.std": space.std.clone()}
+    write_whole(out / TARGETS, save(calibration))
+    learnt = {space.teacher for space in alignment.spaces.values()}
     spaces = {
         name: {"teacher": s.teacher, "tokens": s.tokens, "dim": s.dim, "grid": s.grid}
         for name, s in alignment.spaces.items()
@@ -109,6 +120,12 @@ def save_model(
             "seed": config["seed"],
             "interpolation": config["recipe"]["interpolation"],
             "spaces": spaces,
+            "views": cache.manifest.plan.views,
+            "teachers": {
+                record.name: dict(record.identity)
+                for record in cache.manifest.plan.teachers
+                if record.name in learnt
+            },
         },
     )
 
@@ -128,6 +145,23 @@ def load_model(out: Path) -> tuple[Student, Alignment, dict[str, Any]]:
     alignment = build_alignment({**config["align"], "spaces": None}, student, spaces)
     load_weights(alignment, out / ALIGNMENT)
     return student, alignment.eval(), config
+
+
+def load_calibration(out: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and deviation, float32 [D] each, of every space that a finished run learnt.
+
+    Raises:
+        DataError: the file is missing (an older run) or damaged.
+    """
+    try:
+        tensors = load_file(out / TARGETS)
+        names = [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
+        return {name: (tensors[f"{name}.mean"], tensors[f"{name}.std"]) for name in names}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(
+            f"{out / TARGETS} cannot be read ({error}); train the run again, or say "
+            "units=standardised"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -219,7 +219,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         "peak_memory_mb": peak_memory_mb(),
     }
     if rank_zero:
-        save_model(out, student, alignment, identity)
+        save_model(out, student, alignment, identity, cache)
         write_json(out / SUMMARY, summary)
         print(
             f"{out}: {steps} steps in {meter.seconds:.0f} s, "

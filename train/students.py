@@ -183,9 +183,7 @@ def _create(
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() lists them"
         raise ConfigError(f"student.model={name}: timm has no such model{hint}")
-    # Models built for one image size say so; the others take any and know no such argument.
-    if timm.models.get_pretrained_cfg(name) and "img_size" not in options and _is_fixed(name):
-        options = {"img_size": size, **options}
+    options = timm_options(name, size, options)
     # timm takes lists from a configuration file where it documents tuples.
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
     try:
@@ -202,6 +200,17 @@ def _create(
             f"student {name} gives no intermediate features in timm; choose another backbone"
         )
     return model
+
+
+def timm_options(
+    name: str, size: tuple[int, int], options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What ``timm.create_model`` is given beside the name, for images of `size` (height, width)."""
+    options = dict(options or {})
+    # Models built for one image size say so; the others take any and know no such argument.
+    if "img_size" not in options and _is_fixed(name):
+        options = {"img_size": size, **options}
+    return options
 
 
 def _is_fixed(name: str) -> bool:

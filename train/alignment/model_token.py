@@ -133,7 +133,7 @@ class ModelToken(Alignment):
             project(student) + position
             for project, position in zip(self.inputs, self.positions, strict=True)
         ]
-        tokens = self.model_tokens.unsqueeze(0).expand(len(student), -1, -1, -1)
+        tokens = self.model_tokens.unsqueeze(0).expand(student.shape[0], -1, -1, -1)
         for layer in self.layers:
             tokens = layer(tokens, seen)
         return self.norm(tokens)

@@ -1,0 +1,299 @@
+"""What is exported is loaded where there is no preceptor, and computes what the student does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from omegaconf import DictConfig
+from preceptor.cache import Cache
+from preceptor.cache.samples import SampleIndex
+from preceptor.errors import ConfigError, DataError, ExportError
+from preceptor.train.checkpoint import load_model
+from preceptor.train.export import hub, run
+from preceptor.train.loop import train
+from preceptor.train.students import IMAGENET_MEAN, IMAGENET_STD, Student
+from safetensors.torch import load_file
+
+from .conftest import SMALL_CNN, Bed, compose
+
+IMAGES = str(Path(__file__).parents[2] / "examples/data/fashion-mnist/test-000000.tar.gz")
+VIT = ("student=vit_micro", "student.options.depth=2", "student.options.embed_dim=48")
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+# Without `site` no .pth file is read, so an editable installation stays out of reach.
+PRELUDE = f"""
+import sys
+sys.path += {site.getsitepackages()!r}
+import importlib.util
+assert importlib.util.find_spec("preceptor") is None
+import numpy as np
+source, pixels, result = sys.argv[1:]
+pixels = np.load(pixels)
+"""
+READERS = {
+    "timm": """
+import timm, torch
+model = timm.create_model(f"local-dir:{source}", pretrained=True).eval()
+with torch.no_grad():
+    np.savez(result, pooled=model(torch.from_numpy(pixels)).numpy())
+""",
+    "onnx": """
+import onnxruntime
+session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+(entry,) = session.get_inputs()
+assert entry.name == "pixels" and entry.shape[0] == "batch", (entry.name, entry.shape)
+assert all(output.shape[0] == "batch" for output in session.get_outputs())
+names = [output.name for output in session.get_outputs()]
+np.savez(result, **dict(zip(names, session.run(None, {"pixels": pixels}))))
+""",
+    "program": """
+import torch
+module = torch.export.load(source).module()
+with torch.no_grad():
+    np.savez(result, **{k: v.numpy() for k, v in module(torch.from_numpy(pixels)).items()})
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs: a CNN with model tokens and a ViT with regression."""
+    folder = tmp_path_factory.mktemp("runs")
+    model_token = ("align=model_token", "align.layers=1", "align.width=32")
+    for name, student, align in (
+        ("cnn", SMALL_CNN, model_token),
+        ("vit", VIT, ("align=regression",)),
+    ):
+        train(
+            compose(
+                "train", f"cache={bed.cache}", f"data.shards={bed.shards}", f"out={folder / name}",
+                "student.size=32", *student, *align, "recipe=short", "recipe.steps=4",
+                "recipe.batch_size=16", "engine=cpu", "workers=0",
+            )
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(runs: Path) -> Path:
+    """The same folder after both runs were exported in every form."""
+    for name in ("cnn", "vit"):
+        run.export(config(runs / name, "formats=[timm,onnx,program]", f"check.shards={IMAGES}"))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Five embedded images as the students take them, by Pillow and NumPy alone."""
+    index = SampleIndex.from_shards(IMAGES)
+    images = [np.asarray(index.image(i).convert("RGB").resize((32, 32), 3)) for i in range(5)]
+    scaled = (np.stack(images) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
+    return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+def config(folder: Path, *overrides: str) -> DictConfig:
+    return compose("export", f"run={folder}", *overrides)
+
+
+def read_apart(form: str, source: Path, pixels: np.ndarray, tmp_path: Path) -> dict:
+    """Outputs of an exported form, from a fresh interpreter that cannot import preceptor."""
+    np.save(tmp_path / "pixels.npy", pixels)
+    result = tmp_path / "result.npz"
+    command = [sys.executable, "-I", "-S", "-c", PRELUDE + READERS[form], str(source)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "pixels.npy"), str(result)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(result) as found:
+        return dict(found)
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_timm_loads_the_folder_without_preceptor(exported, pixels, tmp_path, name):
+    found = read_apart("timm", exported / name / "export/timm", pixels, tmp_path)
+    student, _, _ = load_model(exported / name)
+    with torch.no_grad():
+        expected = student(torch.from_numpy(pixels)).pooled
+    torch.testing.assert_close(torch.from_numpy(found["pooled"]), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("form", ["onnx", "program"])
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_student_with_heads_runs_without_preceptor(exported, bed, pixels, tmp_path, form, name):
+    """Any number of images; readouts as evaluation has them, predictions in the teacher's units."""
+    file = {"onnx": "student.onnx", "program": "student.pt2"}[form]
+    found = read_apart(form, exported / name / "export" / file, pixels, tmp_path)
+    found = {key: torch.from_numpy(value) for key, value in found.items()}
+    student, alignment, _ = load_model(exported / name)
+    space = {key: Cache.open(bed.cache)[key] for key in ("vit/cls", "vit/patch")}
+    with torch.no_grad():
+        output = student(torch.from_numpy(pixels))
+        predicted = alignment.predict(output, dense=True)
+        tokens = predicted.dense["vit/patch"]
+        if name == "cnn":  # 2 x 2 tokens predict 4 x 4
+            square = tokens.transpose(1, 2).unflatten(2, (2, 2))
+            tokens = torch.nn.functional.interpolate(square, (4, 4), mode="bilinear")
+            tokens = tokens.flatten(2).transpose(1, 2)
+        expected = {
+            "grid": output.tokens,
+            **{f"readout/{kind}": alignment.readout(output, kind) for kind in alignment.readouts},
+            "descriptor/vit/cls": predicted.descriptors["vit/cls"] * space["vit/cls"].std
+            + space["vit/cls"].mean,
+            "tokens/vit/patch": tokens * space["vit/patch"].std + space["vit/patch"].mean,
+        }
+    assert set(found) == set(expected)
+    assert ("readout/tokens" in found) == (name == "cnn")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, **CLOSE, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_backbone_onnx_runs_without_preceptor(exported, pixels, tmp_path):
+    found = read_apart("onnx", exported / "vit/export/backbone.onnx", pixels[:1], tmp_path)
+    student, _, _ = load_model(exported / "vit")
+    with torch.no_grad():
+        output = student(torch.from_numpy(pixels[:1]))
+    assert set(found) == {"pooled", "grid"}
+    torch.testing.assert_close(torch.from_numpy(found["pooled"]), output.pooled, **CLOSE)
+    torch.testing.assert_close(torch.from_numpy(found["grid"]), output.tokens, **CLOSE)
+
+
+def test_timm_prepares_images_as_the_student_saw_them(exported, pixels):
+    """timm's own transform, from what config.json says, gives the pixels of training."""
+    model = timm.create_model(f"local-dir:{exported / 'cnn/export/timm'}", pretrained=True)
+    data = timm.data.resolve_model_data_config(model)
+    assert tuple(data["input_size"]) == (3, 32, 32)
+    assert (data["crop_pct"], data["interpolation"]) == (1.0, "bicubic")
+    transform = timm.data.create_transform(**data)
+    index = SampleIndex.from_shards(IMAGES)
+    found = torch.stack([transform(index.image(i)) for i in range(5)])
+    torch.testing.assert_close(found, torch.from_numpy(pixels), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        ({"name": "center", "crop": 0.875}, {"crop_pct": 0.875, "crop_mode": "center"}),
+        ({"name": "full", "crop": 1.0}, {"crop_pct": 1.0, "crop_mode": "squash"}),
+        ({"name": "random", "crop": 1.0}, {"crop_pct": 1.0, "crop_mode": "center"}),
+    ],
+)
+def test_the_view_policy_in_timms_words(exported, views, expected):
+    student, _, model = load_model(exported / "cnn")
+    found = hub.timm_config(student, {**model, "views": views})["pretrained_cfg"]
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("convnext_atto", (64, 96), {"drop_path_rate": 0.1}),
+        ("vit_tiny_patch16_224", (32, 64), {"patch_size": 16, "depth": 1, "reg_tokens": 2}),
+        ("swin_tiny_patch4_window7_224", (64, 64), {"depths": [1, 1], "num_heads": [2, 4],
+                                                    "embed_dim": 16, "window_size": 4}),
+        ("efficientvit_b0", (64, 64), {}),
+        ("levit_128s", (224, 224), {}),
+    ],
+)  # fmt: skip
+def test_any_backbone_survives_timms_layout(tmp_path, name, size, options):
+    """Also with a classifier on top, which is what most people load it for."""
+    torch.manual_seed(3)
+    student = Student(name, size=size, **options).eval()
+    model = {
+        "student": {"model": name, "options": options},
+        "align": {"name": "regression"},
+        "interpolation": "bicubic",
+    }
+    hub.write_folder(tmp_path / "timm", student, model, "card")
+    images = torch.randn(2, 3, *size)
+    found = hub.open_folder(tmp_path / "timm")(images)["pooled"]
+    with torch.no_grad():
+        torch.testing.assert_close(found, student(images).pooled, **CLOSE)
+    source = f"local-dir:{tmp_path / 'timm'}"
+    classifier = timm.create_model(source, pretrained=True, num_classes=7).eval()
+    with torch.no_grad():
+        assert classifier(images).shape == (2, 7)
+        torch.testing.assert_close(
+            classifier.forward_features(images), student.model.forward_features(images), **CLOSE
+        )
+
+
+def test_card_and_summary_say_what_the_run_says(exported):
+    card = (exported / "cnn/export/timm/README.md").read_text()
+    summary = json.loads((exported / "cnn/summary.json").read_text())
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert "license:" not in card
+    for fact in (
+        f"| vit/cls | {summary['losses']['vit/cls']:.4f} |",
+        "`model_token`",
+        f"{summary['parameters']['student']:,} parameters",
+        "seed 0, 4 steps",
+        "| vit | random |",
+    ):
+        assert fact in card
+    files = json.loads((exported / "cnn/export/summary.json").read_text())["files"]
+    assert list(files) == ["timm", "backbone.onnx", "student.onnx", "student.pt2"]
+    assert all(0 <= gap < 1e-4 for file in files.values() for gap in file["differences"].values())
+    assert load_file(exported / "cnn/export/timm/model.safetensors").keys() == (
+        load_file(exported / "cnn/student.safetensors").keys()
+    )
+
+
+def test_standardised_predictions_need_no_calibration(runs, pixels, tmp_path):
+    shutil.copytree(runs / "vit", tmp_path / "old")
+    (tmp_path / "old/targets.safetensors").unlink()
+    out = tmp_path / "out"
+    wanted = ("formats=[onnx]", "check.images=0", f"out={out}")
+    with pytest.raises(DataError, match="units=standardised"):
+        run.export(config(tmp_path / "old", *wanted))
+    run.export(config(tmp_path / "old", *wanted, "units=standardised"))
+    found = read_apart("onnx", out / "student.onnx", pixels, tmp_path)
+    student, alignment, _ = load_model(runs / "vit")
+    with torch.no_grad():
+        output = student(torch.from_numpy(pixels))
+        expected = alignment.predict(output, dense=False).descriptors["vit/cls"]
+    torch.testing.assert_close(torch.from_numpy(found["descriptor/vit/cls"]), expected, **CLOSE)
+
+
+def test_a_form_that_differs_is_not_kept(runs, tmp_path):
+    wanted = (f"check.shards={IMAGES}", "check.tolerance=1e-12", "formats=[onnx]")
+    with pytest.raises(ExportError, match=r"backbone\.onnx does not compute .* more than"):
+        run.export(config(runs / "vit", *wanted, f"out={tmp_path / 'out'}"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
+    def told(error: type[Exception], match: str, folder: Path, *overrides: str) -> None:
+        with pytest.raises(error, match=match) as caught:
+            run.export(config(folder, "formats=[timm]", f"out={tmp_path / 'out'}", *overrides))
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+    told(DataError, "holds no trained student", tmp_path)
+    told(ConfigError, "formats=.*tflite.*valid are timm, onnx, program", runs / "vit",
+         "formats=[tflite]")  # fmt: skip
+    told(ConfigError, r"write a list, formats=\[onnx\]", runs / "vit", "formats=onnx")
+    told(ConfigError, "units=mm: valid are teacher, standardised", runs / "vit", "units=mm")
+    told(DataError, r"images to compare on.*check\.shards", runs / "vit", "check.shards=/no.tar")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    told(ConfigError, r"pip install 'preceptor\[export\]'", runs / "vit", "formats=[onnx]")
+    monkeypatch.undo()
+
+    for file in ("student.safetensors", "alignment.safetensors", "summary.json", "model.json"):
+        damaged = tmp_path / f"damaged-{file}"
+        shutil.copytree(runs / "vit", damaged)
+        content = (damaged / file).read_bytes()
+        (damaged / file).write_bytes(content[: len(content) // 2])
+        told(DataError, file.replace(".", r"\."), damaged)
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        run.export(config(runs / "vit", f"out={tmp_path / 'out'}"))

@@ -1,0 +1,1 @@
+"""Finished students in forms that others load without this package."""
