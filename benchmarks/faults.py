@@ -65,6 +65,8 @@ def everything(path: Path) -> dict[str, bytes]:
         values: torch.Tensor = space.decode(space.read(rows))
         moments = space.statistics()
         found[name] = values.numpy().tobytes() + moments.mean.tobytes() + moments.scatter.tobytes()
+    if cache.pixels is not None:
+        found["pixels"] = cache.read_pixels(rows).numpy().tobytes()
     return found
 
 

@@ -1,4 +1,4 @@
-"""A store of a few kilobytes with every encoding, whose tokens depend on the row alone.
+"""A store of a few kilobytes with every encoding and pixels, which depend on the row alone.
 
 For fault injection, in tests and in torture_cache.py.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from preceptor.cache import (
     Accumulator,
+    PixelSpec,
     RowBatch,
     SpaceSpec,
     StorePlan,
@@ -46,6 +47,7 @@ def plan(*teachers: TeacherRecord, rows: int = ROWS) -> StorePlan:
         shard_rows=SHARD,
         group_rows=GROUP,
         teachers=teachers or TEACHERS,
+        pixels=PixelSpec((5, 3)),
     )
 
 
@@ -57,6 +59,12 @@ def tokens(space: SpaceSpec, rows: np.ndarray, version: int = 0) -> np.ndarray:
         for row in rows
     ]
     return np.array(draws, np.float32).reshape(len(rows), space.tokens, space.dim)
+
+
+def pixels(rows: np.ndarray, version: int = 0) -> np.ndarray:
+    """uint8 [rows, 5, 3, 3]."""
+    draws = [np.random.default_rng([77, version, int(row)]).integers(0, 256, 45) for row in rows]
+    return np.array(draws, np.uint8).reshape(len(rows), 5, 3, 3)
 
 
 def batch(first: int, last: int) -> RowBatch:
@@ -88,13 +96,13 @@ def fill(writer: StoreWriter, version: int = 0) -> None:
 def fill_shard(writer: StoreWriter, shard: int, units: tuple[str, ...], version: int = 0) -> None:
     first = shard * writer.plan.shard_rows
     last = first + writer.plan.rows_in(shard)
-    teachers = [writer.plan.teacher(unit) for unit in units if unit != "rows"]
-    wanted = [space for teacher in teachers for space in teacher.spaces]
+    wanted = [space for unit in units for space in writer.plan.spaces_of(unit)]
     with writer.shard(shard, units) as out:
         for start in range(first, last, 3):
             rows = batch(start, min(start + 3, last))
             numbers = np.arange(start, start + len(rows))[rows.valid]
-            out.append(rows, {space.id: tokens(space, numbers, version) for space in wanted})
+            shown = pixels(numbers, version) if "pixels" in units else None
+            out.append(rows, {space.id: tokens(space, numbers, version) for space in wanted}, shown)
 
 
 def extract(path: Path, *teachers: TeacherRecord, rows: int = ROWS) -> StoreWriter:

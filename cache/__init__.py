@@ -1,7 +1,7 @@
 """The store that cache_format.md describes."""
 
 from .batches import Batch
-from .manifest import SpaceSpec, StorePlan, TeacherRecord
+from .manifest import PixelSpec, SpaceSpec, StorePlan, TeacherRecord
 from .order import class_sorted
 from .reader import Cache
 from .rows import RowBatch
@@ -17,6 +17,7 @@ __all__ = [
     "Batch",
     "Cache",
     "Moments",
+    "PixelSpec",
     "RowBatch",
     "SampleIndex",
     "Space",

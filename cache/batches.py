@@ -13,7 +13,7 @@ import torch
 from .buffers import BufferPool
 from .gather import Destination, Gatherer, by_group, tasks
 from .layout import Layout
-from .manifest import SpaceSpec
+from .manifest import PIXELS, SpaceSpec
 from .order import EpochOrder
 from .tokens import Tokens
 
@@ -26,21 +26,27 @@ class Batch:
         rows: int64 ``[b]`` row numbers.
         tokens: encoded tokens by space id, in the same order. Their memory is used again when
             nothing refers to it any more, so it may be kept as long as wanted.
+        pixels: uint8 ``[b, height, width, 3]`` of the views, where they were asked for.
     """
 
     rows: torch.Tensor
     tokens: dict[str, Tokens]
+    pixels: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device; rows too."""
         tokens = {name: part.to(device, non_blocking) for name, part in self.tokens.items()}
-        return Batch(self.rows.to(device, non_blocking=non_blocking), tokens)
+        pixels = self.pixels
+        if pixels is not None:
+            pixels = pixels.to(device, non_blocking=non_blocking)
+        return Batch(self.rows.to(device, non_blocking=non_blocking), tokens, pixels)
 
 
 @dataclass
 class _Window:
     rows: np.ndarray
-    destinations: list[Destination]
+    spaces: dict[SpaceSpec, Destination]
+    pixels: Destination | None
     reads: list[Future[None]]
 
 
@@ -59,10 +65,12 @@ class BatchIterator(Iterator[Batch]):
         *,
         start_step: int,
         threads: int,
+        pixels: bool,
         pool: BufferPool,
     ) -> None:
         self._layout, self._gatherer = layout, gatherer
         self._spaces = spaces
+        self._pixels = pixels
         self._order = order
         self._step = start_step
         self._a_window = order.window_rows // order.batch_size
@@ -92,16 +100,24 @@ class BatchIterator(Iterator[Batch]):
         if not len(rows):
             return
         size = self._order.batch_size
-        plan = self._layout.plan
-        spaces = [
-            Destination(self._layout, space, len(rows), size, self._pool) for space in self._spaces
-        ]
+        plan, layout = self._layout.plan, self._layout
+        spaces = {
+            space: Destination(
+                space.teacher, layout.space_arrays(space), len(rows), size, self._pool
+            )
+            for space in self._spaces
+        }
+        pixels = None
+        if self._pixels:
+            arrays = {PIXELS: layout.pixel_array()}
+            pixels = Destination(PIXELS, arrays, len(rows), size, self._pool)
+        wanted = [*spaces.values(), *([] if pixels is None else [pixels])]
         groups = list(by_group(rows, plan.shard_rows, plan.group_rows))
         reads = [
-            self._threads.submit(self._gatherer.fill, space, group)
-            for space, group in tasks(spaces, groups)
+            self._threads.submit(self._gatherer.fill, one, group)
+            for one, group in tasks(wanted, groups)
         ]
-        self._ahead.append(_Window(rows, spaces, reads))
+        self._ahead.append(_Window(rows, spaces, pixels, reads))
 
     def __next__(self) -> Batch:
         if self._step >= self._order.steps:
@@ -116,9 +132,13 @@ class BatchIterator(Iterator[Batch]):
         assert window is not None
         size = self._order.batch_size
         rows = window.rows[number * size : (number + 1) * size]
-        tokens = {space.space.id: space.pop(number) for space in window.destinations}
+        tokens = {
+            space.id: Tokens.from_parts(place.pop(number), space.encoding, space.dim)
+            for space, place in window.spaces.items()
+        }
+        pixels = None if window.pixels is None else window.pixels.pop(number)[PIXELS]
         self._step += 1
-        return Batch(torch.from_numpy(rows.copy()), tokens)
+        return Batch(torch.from_numpy(rows.copy()), tokens, pixels)
 
     def _advance(self) -> None:
         window = self._ahead.popleft()

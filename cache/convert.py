@@ -26,7 +26,7 @@ from .constants import statistics_files
 from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
 from .layout import Layout
-from .manifest import ROWS, SpaceSpec, StorePlan, TeacherRecord
+from .manifest import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
 from .spare import write_twice
@@ -117,7 +117,9 @@ def _converted(plan: StorePlan, chosen: list[str], encoding_name: str) -> StoreP
 
 
 def _same_unit(before: StorePlan, after: StorePlan, unit: str) -> bool:
-    return unit == ROWS or before.teacher(unit).as_json() == after.teacher(unit).as_json()
+    if not before.spaces_of(unit):
+        return True
+    return before.teacher(unit).as_json() == after.teacher(unit).as_json()
 
 
 def _convert_shard(
@@ -196,8 +198,7 @@ def _copy_shard(cache: Cache, root: Path, unit: str, shard: int) -> None:
 def _seal(cache: Cache, writer: StoreWriter, unit: str, same: bool) -> None:
     """The completion and, for a teacher, the statistics of the original features."""
     root, before = writer.path, cache.completions[unit]
-    spaces = () if unit == ROWS else writer.plan.teacher(unit).spaces
-    for space in spaces:
+    for space in writer.plan.spaces_of(unit):
         for name in statistics_files(cache.layout, cache[space.id].spec):
             _write_if_other(root, name, cache.source.read(name))
     if same:

@@ -12,7 +12,7 @@ from ..errors import StoreError
 from .commit import Commit, Completion, completion_name, record_name
 from .constants import constant_bytes, statistics_sha256
 from .layout import Layout
-from .manifest import ROWS, Manifest, SpaceSpec
+from .manifest import Manifest, SpaceSpec
 from .shard_writer import partial_name
 from .spare import write_twice
 from .statistics import Moments
@@ -36,7 +36,7 @@ def finish_unit(root: Path, manifest: Manifest, unit: str) -> None:
         path: [commit.files[path].bytes for commit in commits] for path in layout.unit_arrays(unit)
     }
     done = Completion(unit, manifest.configuration(unit), records, sizes)
-    for space in () if unit == ROWS else manifest.plan.teacher(unit).spaces:
+    for space in manifest.plan.spaces_of(unit):
         merged = _merged(root, space, commits)
         if merged is not None:
             values = {"mean": merged.mean, "covariance": merged.covariance}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .buffers import BufferPool
-from .layout import ArraySpec, Layout
-from .manifest import SpaceSpec
+from .layout import ArraySpec
 from .shard_index import ChunkReader
-from .tokens import Tokens
 
 _DIRECT = 8192  # rows of at least so many bytes are read straight into their place
 
@@ -50,18 +48,24 @@ def by_group(rows: np.ndarray, shard_rows: int, group_rows: int) -> Iterator[Gro
 
 
 class Destination:
-    """Buffers for a sequence of rows of one space, cut into batches.
+    """Buffers for a sequence of rows of some arrays of one unit, cut into batches.
 
     Args:
+        unit: the unit whose commit records vouch for the arrays.
+        arrays: by the name they are asked for.
         rows: length of the sequence.
         batch_size: rows a batch; the last may be shorter.
     """
 
     def __init__(
-        self, layout: Layout, space: SpaceSpec, rows: int, batch_size: int, pool: BufferPool
+        self,
+        unit: str,
+        arrays: Mapping[str, ArraySpec],
+        rows: int,
+        batch_size: int,
+        pool: BufferPool,
     ) -> None:
-        self.space = space
-        self.arrays = layout.space_arrays(space)
+        self.unit, self.arrays = unit, arrays
         self.batch_size = batch_size
         self._rows = rows
         self._parts: dict[str, list[torch.Tensor]] = {}
@@ -90,12 +94,12 @@ class Destination:
             here = batches == batch
             self._bytes[name][batch][places[here] % self.batch_size] = values[here]
 
-    def pop(self, batch: int) -> Tokens:
-        """The tokens of one batch; the destination lets go of them."""
+    def pop(self, batch: int) -> dict[str, torch.Tensor]:
+        """The arrays of one batch; the destination lets go of them."""
         parts = {name: buffers[batch] for name, buffers in self._parts.items()}
         for name in parts:
             self._parts[name][batch] = self._bytes[name][batch] = None  # type: ignore[call-overload]
-        return Tokens.from_parts(parts, self.space.encoding, self.space.dim)
+        return parts
 
 
 class Gatherer:
@@ -140,14 +144,14 @@ class Gatherer:
             for at, local in enumerate(missing):
                 rows[local] = spare[at]
         whole: Sequence[np.ndarray] = [row for row in rows if row is not None]
-        self._chunks.scatter(destination.space.teacher, spec, group.shard, group.chunk, whole)
+        self._chunks.scatter(destination.unit, spec, group.shard, group.chunk, whole)
         for local, place in again:
             destination.row(name, place)[:] = whole[local]
 
     def _copied(
         self, destination: Destination, name: str, spec: ArraySpec, group: GroupRows
     ) -> None:
-        unit = destination.space.teacher
+        unit = destination.unit
         out = self._buffer(spec.chunk_bytes + 4)
         raw = self._chunks.stored(unit, spec, group.shard, group.chunk, out)
         if not spec.fixed_size:
@@ -168,6 +172,6 @@ class Gatherer:
 def tasks(
     destinations: Iterable[Destination], groups: Sequence[GroupRows]
 ) -> Iterator[tuple[Destination, GroupRows]]:
-    """Every (space, group) pair, group by group."""
-    spaces = list(destinations)
-    return ((space, group) for group in groups for space in spaces)
+    """Every (destination, group) pair, group by group."""
+    wanted = list(destinations)
+    return ((one, group) for group in groups for one in wanted)

@@ -16,7 +16,7 @@ from crc32c import crc32c as library_crc32c
 
 from ..errors import StoreError
 from .encodings import encoding
-from .manifest import FORMAT, ROWS, VERSION, Json, SpaceSpec, StorePlan
+from .manifest import FORMAT, PIXELS, ROWS, VERSION, Json, SpaceSpec, StorePlan
 
 INDEX_ENTRY = 16  # offset and length, two little-endian uint64
 CRC = 4
@@ -260,6 +260,27 @@ class Layout:
         )
         return {spec.path.rpartition("/")[2]: spec for spec in arrays}
 
+    def pixel_array(self) -> ArraySpec:
+        """The pixels of every view: uint8 ``[rows, height, width, 3]``.
+
+        Raises:
+            StoreError: the store has none.
+        """
+        plan = self.plan
+        if plan.pixels is None:
+            raise StoreError("the store has no pixels: extract or add them with pixels.size=...")
+        image = (*plan.pixels.size, 3)
+        attributes = {"interpolation": plan.pixels.interpolation}
+        return ArraySpec(
+            PIXELS,
+            "uint8",
+            (plan.rows, *image),
+            (plan.shard_rows, *image),
+            (plan.group_rows, *image),
+            0,
+            attributes=attributes,
+        )
+
     def space_arrays(self, space: SpaceSpec) -> dict[str, ArraySpec]:
         """The encoded arrays of a space by component name."""
         plan = self.plan
@@ -305,6 +326,8 @@ class Layout:
         """The arrays, by path, whose shards a unit's commit records cover."""
         if unit == ROWS:
             return {spec.path: spec for spec in self.row_arrays().values()}
+        if self._is_pixels(unit):
+            return {PIXELS: self.pixel_array()}
         spaces = self.plan.teacher(unit).spaces
         arrays = (spec for space in spaces for spec in self.space_arrays(space).values())
         return {spec.path: spec for spec in arrays}
@@ -315,6 +338,9 @@ class Layout:
             yield ROWS, group_metadata({})
             for spec in self.row_arrays().values():
                 yield spec.path, spec.metadata()
+            return
+        if self._is_pixels(unit):
+            yield PIXELS, self.pixel_array().metadata()
             return
         yield f"spaces/{unit}", group_metadata({})
         for space in self.plan.teacher(unit).spaces:
@@ -328,6 +354,9 @@ class Layout:
             for maker in makers:
                 for spec in maker(space).values():
                     yield spec.path, spec.metadata()
+
+    def _is_pixels(self, unit: str) -> bool:
+        return unit == PIXELS and self.plan.pixels is not None
 
     def root_nodes(self) -> Iterator[tuple[str, Json]]:
         """(node path, zarr.json) of the groups that belong to no unit."""

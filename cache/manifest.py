@@ -20,7 +20,8 @@ Json = Any  # what json.loads gives: dict, list, str, int, float, bool, None
 FORMAT = "preceptor-cache"
 VERSION = 1
 MANIFEST = "manifest.json"
-ROWS = "rows"  # the unit that holds the facts about rows; every other unit is a teacher
+ROWS = "rows"  # the unit that holds the facts about rows
+PIXELS = "pixels"  # the unit that holds the pixels of the views, where a store has them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -157,6 +158,26 @@ class TeacherRecord:
 
 
 @dataclass(frozen=True)
+class PixelSpec:
+    """The pixels of every view, stored exactly at the size of a student.
+
+    Attributes:
+        size: (height, width).
+        interpolation: how the view was resampled to it, a name of ``views.INTERPOLATIONS``.
+    """
+
+    size: tuple[int, int]
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise StoreError(f"pixels: a size of {self.size} pixels holds no image")
+
+    def as_json(self) -> Json:
+        return {"size": list(self.size), "interpolation": self.interpolation}
+
+
+@dataclass(frozen=True)
 class StorePlan:
     """All that determines a store, before any row is written.
 
@@ -168,6 +189,7 @@ class StorePlan:
         group_rows: rows a group (the inner chunk).
         teachers: the teachers, in order.
         key_bytes: room for a row's key, UTF-8, NUL padded.
+        pixels: the pixels that are stored beside the tokens; None: none.
     """
 
     samples: Mapping[str, Json]
@@ -177,6 +199,7 @@ class StorePlan:
     group_rows: int
     teachers: tuple[TeacherRecord, ...]
     key_bytes: int = 128
+    pixels: PixelSpec | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -189,6 +212,8 @@ class StorePlan:
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise StoreError(f"a teacher is named twice among {', '.join(names)}")
+        if self.pixels is not None and PIXELS in names:
+            raise StoreError(f"a store with pixels cannot have a teacher named {PIXELS!r}")
 
     @property
     def shards(self) -> int:
@@ -197,12 +222,20 @@ class StorePlan:
 
     @property
     def units(self) -> tuple[str, ...]:
-        """``rows`` and every teacher: what is committed, added and dropped independently."""
-        return (ROWS, *(teacher.name for teacher in self.teachers))
+        """``rows``, ``pixels`` where there are any, and every teacher: what is committed, added
+        and dropped independently."""
+        pixels = () if self.pixels is None else (PIXELS,)
+        return (ROWS, *pixels, *(teacher.name for teacher in self.teachers))
 
     @property
     def spaces(self) -> dict[str, SpaceSpec]:
         return {space.id: space for teacher in self.teachers for space in teacher.spaces}
+
+    def spaces_of(self, unit: str) -> tuple[SpaceSpec, ...]:
+        """The spaces of a unit: none unless it is a teacher."""
+        if unit == ROWS or (unit == PIXELS and self.pixels is not None):
+            return ()
+        return self.teacher(unit).spaces
 
     def rows_in(self, shard: int) -> int:
         """Rows of one shard."""
@@ -224,6 +257,10 @@ class StorePlan:
             "group_rows": self.group_rows,
             "key_bytes": self.key_bytes,
         }
+
+    def pixels_json(self) -> Json:
+        """The manifest's optional member."""
+        return {} if self.pixels is None else {PIXELS: self.pixels.as_json()}
 
 
 @dataclass(frozen=True)
@@ -261,6 +298,8 @@ class Manifest:
         rows = digest({"format": FORMAT, "version": VERSION, **self.plan.rows_json()})
         if unit == ROWS:
             return rows
+        if unit == PIXELS and self.plan.pixels is not None:
+            return digest({"rows": rows, **self.plan.pixels_json()})
         return digest({"rows": rows, "teacher": self.teacher_json(unit)})
 
     def to_bytes(self) -> bytes:
@@ -270,6 +309,7 @@ class Manifest:
                 "version": VERSION,
                 "writer": self.writer,
                 **self.plan.rows_json(),
+                **self.plan.pixels_json(),
                 "teachers": [self.teacher_json(teacher.name) for teacher in self.plan.teachers],
             }
         )
@@ -327,8 +367,16 @@ class Manifest:
             group_rows=body["group_rows"],
             teachers=tuple(teachers),
             key_bytes=body["key_bytes"],
+            pixels=_pixels(body.get(PIXELS)),
         )
         return cls(plan, calibrations, body["writer"])
+
+
+def _pixels(member: Json) -> PixelSpec | None:
+    if member is None:
+        return None
+    height, width = member["size"]
+    return PixelSpec((int(height), int(width)), str(member["interpolation"]))
 
 
 def difference(theirs: Json, ours: Json, path: str = "") -> str | None:
@@ -362,7 +410,8 @@ def plan_difference(store: StorePlan, ours: StorePlan) -> str | None:
     """The first difference between the plan of a store and another plan, in words."""
 
     def whole(plan: StorePlan) -> Json:
-        return {**plan.rows_json(), "teachers": [teacher.as_json() for teacher in plan.teachers]}
+        teachers = [teacher.as_json() for teacher in plan.teachers]
+        return {**plan.rows_json(), **plan.pixels_json(), "teachers": teachers}
 
     return difference(whole(store), whole(ours))
 

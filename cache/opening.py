@@ -29,8 +29,8 @@ def open_units(
         ) from None
     manifest = Manifest.from_bytes(raw, f"{source.location}/{MANIFEST}")
     plan = manifest.plan
-    names = [teacher.name for teacher in plan.teachers] if teachers is None else list(teachers)
-    units = [ROWS, *(plan.teacher(name).name for name in names)]
+    named = (plan.teacher(name).name for name in teachers or ())
+    units = [*plan.units] if teachers is None else [ROWS, *named]
     completions: dict[str, Completion] = {}
     unfinished: list[str] = []
     for unit in units:

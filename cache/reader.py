@@ -15,7 +15,7 @@ from .batches import BatchIterator
 from .buffers import BufferPool
 from .commit import Completion
 from .facts import Keys
-from .manifest import ROWS, Manifest, StorePlan
+from .manifest import PIXELS, Manifest, PixelSpec, StorePlan
 from .opening import open_units
 from .order import EpochOrder
 from .source import Source, open_source
@@ -93,7 +93,31 @@ class Cache:
     @property
     def teachers(self) -> tuple[str, ...]:
         """Names of the teachers that are open."""
-        return tuple(unit for unit in self.completions if unit != ROWS)
+        return tuple(t.name for t in self.plan.teachers if t.name in self.completions)
+
+    @property
+    def pixels(self) -> PixelSpec | None:
+        """The pixels of the views that the store holds; None: it holds none."""
+        return self.plan.pixels if PIXELS in self.completions else None
+
+    def read_pixels(
+        self, rows: Sequence[int] | np.ndarray | torch.Tensor, threads: int | None = None
+    ) -> torch.Tensor:
+        """The stored pixels of rows: uint8 ``[b, height, width, 3]``, in the order asked for.
+
+        Raises:
+            StoreError: the store has none, a row is not there, or damage by shard and group.
+        """
+        self._need_pixels()
+        arrays = {PIXELS: self.layout.pixel_array()}
+        return self._store.read(PIXELS, arrays, rows, threads)[PIXELS]
+
+    def _need_pixels(self) -> None:
+        if self.pixels is None:
+            raise StoreError(
+                f"{self.location} holds no pixels: `preceptor add cache={self.location} "
+                "pixels.size=...` stores them"
+            )
 
     @property
     def keys(self) -> Keys:
@@ -136,6 +160,7 @@ class Cache:
         world: int = 1,
         start_step: int = 0,
         rows: Sequence[int] | np.ndarray | None = None,
+        pixels: bool = False,
         shuffle: bool = True,
         drop_last: bool = True,
         window_rows: int = 1024,
@@ -152,6 +177,7 @@ class Cache:
             batch_size: rows a batch of this rank.
             start_step: begin here, without reading what comes before.
             rows: read only these (each once); None: all.
+            pixels: read the stored pixels too.
             shuffle: False: ascending rows.
             drop_last: leave out a last batch that is not full.
             window_rows: rows that are shuffled together and held in memory (twice).
@@ -167,6 +193,8 @@ class Cache:
         chosen = [self[name].spec for name in spaces]
         if not chosen:
             raise StoreError("batches need at least one space")
+        if pixels:
+            self._need_pixels()
         threads = self.source.parallel if threads is None else threads
         if batch_size < 1 or window_rows < 1 or threads < 1:
             raise StoreError("batch_size, window_rows and threads must be at least 1")
@@ -199,6 +227,7 @@ class Cache:
             order,
             start_step=start_step,
             threads=threads,
+            pixels=pixels,
             pool=self.pinned_buffers if pinned else self.buffers,
         )
 

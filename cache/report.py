@@ -17,7 +17,7 @@ from .commit import committed
 from .copies import best_completion, best_manifest
 from .encodings import encoding
 from .layout import Layout
-from .manifest import ROWS, Manifest, SpaceSpec
+from .manifest import PIXELS, ROWS, Manifest, PixelSpec, SpaceSpec
 from .pictures import Panel, draw_panels, principal_colours
 from .reader import Cache, Space
 
@@ -84,7 +84,19 @@ def describe(location: str | Path) -> dict[str, Any]:
         "views": dict(plan.views),
         "teachers": {teacher.name: dict(teacher.identity) for teacher in plan.teachers},
         "spaces": spaces,
+        "pixels": None if plan.pixels is None else _pixels(plan.pixels, cache, sizes),
     }
+
+
+def _pixels(
+    spec: PixelSpec, cache: Cache | None, files: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """The stored pixels; bytes of a store that is not whole are those of the files there."""
+    if cache is not None:
+        stored: int | None = sum(cache.completions[PIXELS].sizes[PIXELS])
+    else:
+        stored = sum(n for name, n in (files or {}).items() if name.startswith(f"{PIXELS}/c."))
+    return {**spec.as_json(), "bytes": stored}
 
 
 def _local_manifest(root: Path, problem: str) -> Manifest:
@@ -217,6 +229,12 @@ def print_tables(found: Mapping[str, Any]) -> None:
             f"{told['p1_cosine']:.5f}" if told else "–",
         )
     console.print(table)
+    if pixels := found["pixels"]:
+        print(
+            "pixels: {} x {}, {}, {:,.2f} MiB".format(
+                *pixels["size"], pixels["interpolation"], (pixels["bytes"] or 0) / 2**20
+            )
+        )
     print("error and cosine: expected from the codes' steps, relative to the tokens")
     for unit, state in found["missing"].items():
         shards = state["shards"]

@@ -18,7 +18,7 @@ from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
 from .encodings.base import to_numpy
 from .layout import Layout, pad_to_chunks, shard_file
-from .manifest import ROWS, Manifest, SpaceSpec
+from .manifest import PIXELS, ROWS, Manifest, SpaceSpec
 from .rows import RowBatch
 from .statistics import Accumulator
 
@@ -55,9 +55,10 @@ class ShardWriter:
             name: pad_to_chunks(spec, self._rows)
             for name, spec in self._layout.row_arrays().items()
         }
-        self._spaces = [
-            space for unit in units if unit != ROWS for space in manifest.plan.teacher(unit).spaces
-        ]
+        self._spaces = [space for unit in units for space in manifest.plan.spaces_of(unit)]
+        self._pixels = None
+        if manifest.plan.pixels is not None and PIXELS in units:
+            self._pixels = pad_to_chunks(self._layout.pixel_array(), self._rows)
         self._values = {
             space.id: {
                 name: pad_to_chunks(spec, self._rows)
@@ -78,13 +79,17 @@ class ShardWriter:
         """Rows appended so far."""
         return self._filled
 
-    def append(self, rows: RowBatch, tokens: Mapping[str, Any]) -> None:
+    def append(
+        self, rows: RowBatch, tokens: Mapping[str, Any], pixels: np.ndarray | None = None
+    ) -> None:
         """Encode the next rows.
 
         Args:
             rows: facts about b rows.
             tokens: by space id, every space of the units' teachers: float ``[v, N, D]`` of the v
                 valid rows, a torch tensor on any device or a NumPy array.
+            pixels: uint8 ``[v, height, width, 3]`` of the valid rows, where ``pixels`` is one of
+                the units; otherwise None.
 
         Raises:
             DataError: tokens that are not finite, or beyond what the encoding can hold.
@@ -92,6 +97,7 @@ class ShardWriter:
         """
         stored, at = self._checked(rows, tokens)
         keys = [key for key, valid in zip(rows.keys, stored["valid"], strict=True) if valid]
+        self._keep_pixels(pixels, at)
         for space in self._spaces:
             self._encode(space, tokens[space.id], at, keys)
         self._keep(rows, stored)
@@ -134,6 +140,17 @@ class ShardWriter:
         self._keys += rows.keys
         self._valid += int(stored["valid"].sum())
         self._filled = end
+
+    def _keep_pixels(self, pixels: np.ndarray | None, at: np.ndarray) -> None:
+        if self._pixels is None and pixels is None:
+            return
+        wanted = None if self._pixels is None else (len(at), *self._pixels.shape[1:])
+        given = None if pixels is None else pixels.shape
+        if self._pixels is None or pixels is None or given != wanted or pixels.dtype != np.uint8:
+            raise StoreError(
+                f"shard {self._shard} wants pixels of shape {wanted} as uint8, not {given}"
+            )
+        self._pixels[at] = pixels
 
     def _encode(self, space: SpaceSpec, given: Any, at: np.ndarray, keys: list[str]) -> None:
         x = given if isinstance(given, torch.Tensor) else torch.from_numpy(np.asarray(given))
@@ -271,6 +288,8 @@ class ShardWriter:
         parent, _, name = path.rpartition("/")
         if parent == ROWS:
             return self._row_values[name]
+        if path == PIXELS and self._pixels is not None:
+            return self._pixels
         return self._values[parent.removeprefix("spaces/")][name]
 
 

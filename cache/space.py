@@ -20,7 +20,7 @@ from .constants import (
 )
 from .facts import Keys, RowFacts
 from .gather import Destination, Gatherer, by_group
-from .layout import Layout
+from .layout import ArraySpec, Layout
 from .manifest import Manifest, SpaceSpec, StorePlan
 from .opening import read_files
 from .shard_index import ChunkReader
@@ -90,6 +90,30 @@ class OpenStore:
             )
         return wanted
 
+    def read(
+        self,
+        unit: str,
+        arrays: Mapping[str, ArraySpec],
+        rows: Sequence[int] | np.ndarray | torch.Tensor,
+        threads: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Rows of some arrays of a unit, in the order asked for.
+
+        Raises:
+            StoreError: a row outside the store or without data, or damage by shard and group.
+        """
+        wanted = self.checked_rows(rows)
+        place = Destination(unit, arrays, len(wanted), max(len(wanted), 1), BufferPool())
+        groups = list(by_group(wanted, self.plan.shard_rows, self.plan.group_rows))
+        threads = threads or self.source.parallel
+        if threads > 1 and len(groups) > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda group: self.gatherer.fill(place, group), groups))
+        else:
+            for group in groups:
+                self.gatherer.fill(place, group)
+        return place.pop(0)
+
 
 class Space:
     """One space of an open store.
@@ -145,21 +169,8 @@ class Space:
         Raises:
             StoreError: a row outside the store or without tokens, or damage by shard and group.
         """
-        wanted = self._store.checked_rows(rows)
-        plan = self._store.plan
-        place = Destination(
-            self._store.layout, self.spec, len(wanted), max(len(wanted), 1), BufferPool()
-        )
-        groups = list(by_group(wanted, plan.shard_rows, plan.group_rows))
-        gatherer = self._store.gatherer
-        threads = threads or self._store.source.parallel
-        if threads > 1 and len(groups) > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(lambda group: gatherer.fill(place, group), groups))
-        else:
-            for group in groups:
-                gatherer.fill(place, group)
-        return place.pop(0)
+        parts = self._store.read(self.spec.teacher, self._arrays, rows, threads)
+        return Tokens.from_parts(parts, self.spec.encoding, self.spec.dim)
 
     def decode(self, tokens: Tokens) -> torch.Tensor:
         """Tokens in the teacher's own units: float32 ``[b, N, D]``."""

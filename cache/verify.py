@@ -159,7 +159,7 @@ class _Work:
 
     def _moment_problems(self, unit: str, commit: Commit) -> Iterator[Problem]:
         """Until a unit is finished, every shard's moments lie beside it."""
-        for space in () if unit == ROWS else self._manifest.plan.teacher(unit).spaces:
+        for space in self._manifest.plan.spaces_of(unit):
             name = partial_name(space, commit.shard)
             try:
                 raw = (self._root / name).read_bytes()

@@ -19,9 +19,11 @@ from .finish import finish_unit
 from .layout import Layout, node_bytes
 from .manifest import (
     MANIFEST,
+    PIXELS,
     ROWS,
     Calibration,
     Manifest,
+    PixelSpec,
     SpaceSpec,
     StorePlan,
     TeacherRecord,
@@ -208,9 +210,7 @@ class StoreWriter:
             raise StoreError(f"{self.path} has shards 0 to {self.plan.shards - 1}, not {shard}")
         if not units:
             raise StoreError(f"shard {shard}: no units were named")
-        spaces = [
-            space for unit in units if unit != ROWS for space in self.plan.teacher(unit).spaces
-        ]
+        spaces = [space for unit in units for space in self.plan.spaces_of(unit)]
         calibrations = {space.id: self.calibration(space.id) for space in spaces}
         return ShardWriter(self.path, self.manifest, shard, tuple(units), calibrations)
 
@@ -245,25 +245,43 @@ class StoreWriter:
             _make_unit(self.path, Layout(plan), teacher.name)
             self._replace(replace(manifest, plan=plan))
 
-    def drop(self, teacher: str) -> None:
-        """Remove a teacher: from the manifest first, then its files.
+    def add_pixels(self, pixels: PixelSpec) -> None:
+        """Add the pixels of the views to the plan; their shards are then pending.
+
+        Raises:
+            StoreError: the store has pixels already, or a teacher of that name.
+        """
+        with directory_lock(self.path):
+            manifest = read_manifest(self.path)
+            if manifest.plan.pixels is not None:
+                raise StoreError(f"{self.path} has pixels already: drop them first")
+            plan = replace(manifest.plan, pixels=pixels)
+            _make_unit(self.path, Layout(plan), PIXELS)
+            self._replace(replace(manifest, plan=plan))
+
+    def drop(self, unit: str) -> None:
+        """Remove a teacher, or the pixels: from the manifest first, then the files.
 
         Raises:
             StoreError: there is no such teacher.
         """
         with directory_lock(self.path):
             manifest = read_manifest(self.path)
-            gone = manifest.plan.teacher(teacher)
-            left = tuple(other for other in manifest.plan.teachers if other is not gone)
-            ids = {space.id for space in gone.spaces}
+            before = manifest.plan
+            ids: set[str] = set()
+            if unit == PIXELS and before.pixels is not None:
+                plan, folder = replace(before, pixels=None), PIXELS
+            else:
+                gone = before.teacher(unit)
+                ids = {space.id for space in gone.spaces}
+                left = tuple(other for other in before.teachers if other is not gone)
+                plan, folder = replace(before, teachers=left), f"spaces/{unit}"
             kept = {key: one for key, one in manifest.calibrations.items() if key not in ids}
-            self._replace(
-                replace(manifest, plan=replace(manifest.plan, teachers=left), calibrations=kept)
-            )
-        for name in (f"spaces/{teacher}", f"{COMMITS}/{teacher}"):
+            self._replace(replace(manifest, plan=plan, calibrations=kept))
+        for name in (folder, f"{COMMITS}/{unit}"):
             shutil.rmtree(self.path / name, ignore_errors=True)
             shutil.rmtree(self.path / SPARE / name, ignore_errors=True)
-        shutil.rmtree(self.path / PARTIAL / teacher, ignore_errors=True)
+        shutil.rmtree(self.path / PARTIAL / unit, ignore_errors=True)
 
     def _replace(self, manifest: Manifest) -> None:
         write_twice(self.path, MANIFEST, manifest.to_bytes())
@@ -271,7 +289,7 @@ class StoreWriter:
         self._layout = Layout(manifest.plan)
 
 
-_OURS = {"zarr.json", "spaces", ROWS, COMMITS, PARTIAL, SPARE, MANIFEST}
+_OURS = {"zarr.json", "spaces", ROWS, PIXELS, COMMITS, PARTIAL, SPARE, MANIFEST}
 
 
 def _make_unit(path: Path, layout: Layout, unit: str) -> None:

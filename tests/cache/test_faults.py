@@ -63,10 +63,11 @@ def mended(path: Path, good: dict[str, bytes], version: int = 0) -> bool:
 
 def unit_and_shard(name: str) -> tuple[str, int] | None:
     """Of a file that can only be extracted again."""
-    unit = "rows" if name.startswith("rows/") else Path(name).parts[min(1, name.count("/"))]
+    alone = name.startswith(("rows/", "pixels/"))
+    unit = Path(name).parts[0 if alone else min(1, name.count("/"))]
     if re.fullmatch(r"commits/\w+/\d+\.json", name):
         return unit, int(Path(name).stem)
-    if re.fullmatch(r"(rows/\w+|spaces/\w+/\w+/(codes|scales))/c[.\d]+", name):
+    if re.fullmatch(r"(pixels|rows/\w+|spaces/\w+/\w+/(codes|scales))/c[.\d]+", name):
         return unit, int(Path(name).name.split(".")[1])
     return None
 
@@ -122,19 +123,21 @@ def test_swapped_shards(folder: Path, whole: tuple[dict[str, bytes], dict[str, b
     path = folder / "swap"
     restore(path, good)
     pairs = [(name, name.replace("c.0", "c.1", 1)) for name in shard_files(good)]
-    pairs += [(f"commits/{u}/0.json", f"commits/{u}/1.json") for u in ("rows", "vit", "cnn")]
-    assert len(pairs) == 6 + 7 + 3
+    pairs += [
+        (f"commits/{u}/0.json", f"commits/{u}/1.json") for u in ("rows", "pixels", "vit", "cnn")
+    ]
+    assert len(pairs) == 6 + 1 + 7 + 4
     for one, other in pairs:
         faults.swap(path / one, path / other)
         assert faults.noticed_by_reader(path, values), one
-        unit = "rows" if "rows" in one else one.split("/")[1]
+        unit = one.split("/")[0 if one.startswith(("rows", "pixels")) else 1]
         assert verify_store(path).shards == [(unit, 0), (unit, 1)]
         assert mended(path, good)
     # whole shards with their records, which agree among themselves
     for one, other in pairs:
         faults.swap(path / one, path / other)
     assert faults.noticed_by_reader(path, values)
-    assert len(verify_store(path).shards) == 6
+    assert len(verify_store(path).shards) == 8
     assert mended(path, good)
 
 

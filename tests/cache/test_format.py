@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from preceptor.benchmarks.small_store import extract
 from preceptor.cache import Cache
 from preceptor.cache.encodings import ENCODINGS
 from preceptor.cache.layout import Layout
@@ -157,9 +158,13 @@ def canonical_sha256(document: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("store", [GOLDEN / "store", None], ids=["golden", "fresh"])
-def test_hashes_and_checksums_are_those_of_the_document(store: Path | None, finished: Path) -> None:
-    root = store or finished
+@pytest.mark.parametrize("kind", ["golden", "fresh", "pixels"])
+def test_hashes_and_checksums_are_those_of_the_document(
+    kind: str, finished: Path, tmp_path: Path
+) -> None:
+    root = {"golden": GOLDEN / "store", "fresh": finished, "pixels": tmp_path / "store"}[kind]
+    if kind == "pixels":
+        extract(root)
     schemas = {
         name: json.loads(text)
         for name, text in re.findall(r"```json schema=(\w+)\n(.*?)```", DOCUMENT, re.S)
@@ -168,7 +173,8 @@ def test_hashes_and_checksums_are_those_of_the_document(store: Path | None, fini
     jsonschema.validate(manifest, schemas["manifest"])
     assert manifest["sha256"] == canonical_sha256(manifest)
     shards = -(-manifest["rows"] // manifest["shard_rows"])
-    for unit in ["rows", *(teacher["name"] for teacher in manifest["teachers"])]:
+    units = ["rows", *(teacher["name"] for teacher in manifest["teachers"])]
+    for unit in [*units, *(["pixels"] if "pixels" in manifest else [])]:
         done = json.loads((root / f"commits/{unit}/complete.json").read_text())
         jsonschema.validate(done, schemas["completion"])
         assert done["sha256"] == canonical_sha256(done)
