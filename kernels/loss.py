@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from torch.nn import functional
 
 from .availability import why_not_triton
 
-# Rows that the PyTorch body decodes at once: their floats stay in a core's cache.
-_STEP_BYTES = 1 << 20
+# Bytes of decoded tokens that the PyTorch body holds at once: about the caches of two cores. With
+# less, the calls cost more than the memory does.
+_STEP_BYTES = 2 << 20
 # As in torch.nn.functional.cosine_similarity.
 _NORM_EPS = 1e-8
 
@@ -43,7 +45,9 @@ def alignment_loss(
 
     as `torch.nn.functional.cosine_similarity` and `smooth_l1_loss` have it. Codes are decoded in
     registers (Triton, on CUDA) or a cache-sized chunk at a time (PyTorch), so that no float copy of
-    the targets exists; the same holds for the backward pass, which reads both again.
+    the targets exists; the same holds for the backward pass, which reads both again. Under
+    `torch.compile` the PyTorch form is traced as ordinary operations instead, which the compiler
+    fuses into loops of the same kind, and faster ones on a CPU.
 
     Args:
         prediction: [B, N, D] float16, bfloat16, float32 or float64; gets the gradient.
@@ -69,15 +73,18 @@ def alignment_loss(
         if reason and implementation == "triton":
             raise ValueError(f'implementation="triton" {reason}')
         use_triton = reason is None
-    cosine, smooth, _ = torch.ops.preceptor.alignment_loss(
-        prediction, tokens, None if scale is None else scale.detach(), float(beta), use_triton
-    )
+    scale = None if scale is None else scale.detach()
+    if torch.compiler.is_compiling() and not use_triton:
+        cosine, smooth = _traced(prediction, tokens.detach(), scale, float(beta))
+    else:
+        cosine, smooth, _ = torch.ops.preceptor.alignment_loss(
+            prediction, tokens, scale, float(beta), use_triton
+        )
     if mask is not None:
         cosine, smooth = torch.where(mask, cosine, 0.0), torch.where(mask, smooth, 0.0)
     if reduction == "none":
         return AlignmentLoss(cosine, smooth)
-    count = cosine.numel() if mask is None else mask.sum()
-    count = max(count, 1) if mask is None else torch.clamp(count, min=1)
+    count = max(cosine.numel(), 1) if mask is None else mask.sum().clamp_min(1)
     return AlignmentLoss(cosine.sum() / count, smooth.sum() / count)
 
 
@@ -141,16 +148,17 @@ def _forward(
             return triton_loss.forward(prediction, tokens, scale, beta)
     dtype = _accumulate_dtype(prediction)
     options: dict[str, Any] = {"dtype": dtype, "device": prediction.device}
-    batch, count, dim = prediction.shape
-    cosine, smooth = torch.empty(batch * count, **options), torch.empty(batch * count, **options)
+    batch, count = prediction.shape[:2]
+    smooth = torch.empty(batch * count, **options)
     statistics = torch.empty(3, batch * count, **options)
-    flat = prediction.reshape(-1, dim), tokens.reshape(-1, dim), _flat(scale)
-    for step in _steps(batch * count, dim, dtype):
-        p, z = flat[0][step].to(dtype), _decoded(flat[1], flat[2], step, dtype)
-        smooth[step] = functional.smooth_l1_loss(p, z, reduction="none", beta=beta).mean(-1)
-        for row, (a, b) in enumerate(((p, z), (p, p), (z, z))):
-            statistics[row, step] = torch.linalg.vecdot(a, b)
     inner, predicted, stored = statistics
+    for step, p, z, spare in _chunks(prediction, tokens, scale, dtype):
+        torch.ops.aten.smooth_l1_loss.out(p, z, 0, beta, out=spare)
+        torch.mean(spare, -1, out=smooth[step])
+        torch.sum(torch.mul(p, z, out=spare), -1, out=inner[step])
+        torch.linalg.vector_norm(p, dim=-1, out=predicted[step])
+        torch.linalg.vector_norm(z, dim=-1, out=stored[step])
+    statistics[1:].square_()
     cosine = 1 - inner * _inverse_norm(predicted) * _inverse_norm(stored)
     return (
         cosine.view(batch, count),
@@ -192,16 +200,17 @@ def _backward(
                 prediction, tokens, scale, along_prediction, along_target, smooth_factor, beta
             )
     dtype = _accumulate_dtype(prediction)
-    batch, count, dim = prediction.shape
-    gradient = torch.empty((batch * count, dim), dtype=prediction.dtype, device=prediction.device)
-    flat = prediction.reshape(-1, dim), tokens.reshape(-1, dim), _flat(scale)
-    factors = [_flat(f) for f in (along_prediction, along_target, smooth_factor)]
-    for step in _steps(batch * count, dim, dtype):
-        p, z = flat[0][step].to(dtype), _decoded(flat[1], flat[2], step, dtype)
-        by_p, by_z, by_sign = (f[step].unsqueeze(-1) for f in factors if f is not None)
-        slope = ((p - z) / beta).clamp_(-1, 1).mul_(by_sign)
-        gradient[step] = slope.addcmul_(p, by_p).addcmul_(z, by_z)
-    return gradient.view(prediction.shape)
+    gradient = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    rows = gradient.view(-1, prediction.shape[-1])
+    by_p, by_z = along_prediction.reshape(-1, 1), along_target.reshape(-1, 1)
+    by_slope = smooth_factor.reshape(-1, 1) / beta
+    for step, p, z, spare in _chunks(prediction, tokens, scale, dtype):
+        total = rows[step] if rows.dtype == dtype else spare
+        torch.sub(p, z, out=total).clamp_(-beta, beta).mul_(by_slope[step])
+        total.addcmul_(p, by_p[step]).addcmul_(z, by_z[step])
+        if rows.dtype != dtype:
+            rows[step] = total
+    return gradient
 
 
 @register_fake("preceptor::alignment_loss_backward")
@@ -253,15 +262,38 @@ def _inverse_norm(squared: Tensor) -> Tensor:
     return squared.clamp_min(_NORM_EPS**2).rsqrt()
 
 
-def _flat(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.reshape(-1)
+def _chunks(
+    prediction: Tensor, tokens: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Rows of the prediction and of the decoded tokens, some at a time, and a spare block.
+
+    All blocks lie in the same memory from chunk to chunk: fresh memory would be paid for in page
+    faults, which cost as much as the arithmetic.
+    """
+    dim = prediction.shape[-1]
+    predicted, stored = prediction.reshape(-1, dim), tokens.reshape(-1, dim)
+    factor = None if scale is None else scale.reshape(-1, 1).to(dtype)
+    rows = len(predicted)
+    most = min(rows, max(1, _STEP_BYTES // max(1, dim * dtype.itemsize)))
+    blocks = torch.empty(3, most, dim, dtype=dtype, device=prediction.device)
+    for start in range(0, rows, max(1, most)):
+        step = slice(start, min(start + most, rows))
+        p, z, spare = blocks[:, : step.stop - start]
+        p = predicted[step] if prediction.dtype == dtype else p.copy_(predicted[step])
+        z = stored[step] if tokens.dtype == dtype else z.copy_(stored[step])
+        if factor is not None:
+            z = z.mul_(factor[step])
+        yield step, p, z, spare
 
 
-def _steps(rows: int, dim: int, dtype: torch.dtype) -> list[slice]:
-    step = max(1, _STEP_BYTES // max(1, dim * dtype.itemsize))
-    return [slice(start, start + step) for start in range(0, rows, step)]
-
-
-def _decoded(tokens: Tensor, scale: Tensor | None, step: slice, dtype: torch.dtype) -> Tensor:
-    z = tokens[step].to(dtype)
-    return z if scale is None else z * scale[step].to(dtype).unsqueeze(-1)
+def _traced(
+    prediction: Tensor, tokens: Tensor, scale: Tensor | None, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Losses [B, N] by operations that autograd and a compiler see."""
+    dtype = _accumulate_dtype(prediction)
+    p, z = prediction.to(dtype), tokens.to(dtype)
+    if scale is not None:
+        z = z * scale.to(dtype).unsqueeze(-1)
+    norms = _inverse_norm((p * p).sum(-1)) * _inverse_norm((z * z).sum(-1))
+    smooth = functional.smooth_l1_loss(p, z, reduction="none", beta=beta).mean(-1)
+    return 1 - (p * z).sum(-1) * norms, smooth

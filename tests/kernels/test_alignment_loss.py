@@ -114,6 +114,39 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiler_on_cpu_sees_operations_that_it_can_fuse(dtype):
+    prediction, tokens, scale = problem(2, 5, 24, dtype)
+    prediction[0, 0] = 0
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    def function(p):
+        return alignment_loss(p, tokens, scale, beta=0.7)
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for ours, theirs in zip(
+        values_and_gradient(compiled, prediction),
+        values_and_gradient(function, prediction),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert len(graphs) == 1
+    assert "preceptor.alignment_loss" not in graphs[0]
+
+
+def test_targets_are_left_as_they_are():
+    prediction, tokens, _ = problem(2, 3, 8, codes=False)
+    before = tokens.clone(), prediction.clone()
+    alignment_loss(prediction.requires_grad_(), tokens).smooth_l1.backward()
+    assert torch.equal(tokens, before[0])
+    assert torch.equal(prediction, before[1])
+
+
 P, CODES, SCALE = torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.int8), torch.ones(2, 3)
 
 
