@@ -4,18 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ...errors import ConfigError
+from .base import Classes, Features, Measurement, Protocol, correct, split
+from .intervals import MeanOf
 
 PROBES = ("ridge", "logistic")
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Linear(Protocol[Classes]):
+    """Accuracy of `fit_linear_probe`: a linear classifier of the standardised features.
+
+    The linear evaluation of self-supervised learning in its closed or convex form, whose only
+    choice is the L2 strength (Kornblith et al. 2019, arXiv:1805.08974, appendix A, choose it so).
+
+    Attributes:
+        probe: ``ridge`` or ``logistic``.
+        strengths: L2 strengths to choose from.
+    """
+
+    truth: ClassVar[type[Classes]] = Classes
+
+    probe: str = "ridge"
+    strengths: Sequence[float] = STRENGTHS
+
+    def __post_init__(self) -> None:
+        check_strengths("linear", self.strengths)
+        if self.probe not in PROBES:
+            raise ConfigError(f"linear.probe={self.probe}: valid are {', '.join(PROBES)}")
+
+    def fit(self, features: Features, truth: Classes) -> LinearProbe:
+        """The probe of the training side."""
+        return fit_linear_probe(
+            features.train,
+            truth.train,
+            probe=self.probe,
+            strengths=self.strengths,
+            validation=self.validation,
+            seed=self.seed,
+        )
+
+    def measure(self, features: Features, truth: Classes) -> list[Measurement]:
+        fitted = self.fit(features, truth)
+        return [
+            Measurement(
+                metric="accuracy",
+                statistic=MeanOf(correct(fitted.predict(features.test), truth.test)),
+                validation=fitted.validation,
+                chosen={"strength": fitted.strength},
+            )
+        ]
+
+
+def check_strengths(protocol: str, strengths: Sequence[float]) -> None:
+    """Refuse an empty list of L2 strengths, and strengths that are not positive.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if not strengths or not all(strength > 0 for strength in strengths):
+        raise ConfigError(f"{protocol}.strengths={list(strengths)}: expected positive numbers")
 
 
 @dataclass(frozen=True)
@@ -42,7 +99,7 @@ def fit_linear_probe(
     labels: NDArray[np.int64],
     *,
     probe: str = "ridge",
-    strengths: Sequence[float] = (1e-3, 1e-2, 1e-1, 1.0, 10.0),
+    strengths: Sequence[float] = STRENGTHS,
     validation: float = 0.2,
     seed: int = 0,
 ) -> LinearProbe:
@@ -65,15 +122,8 @@ def fit_linear_probe(
     """
     if probe not in PROBES:
         raise ConfigError(f"linear.probe={probe}: valid are {', '.join(PROBES)}")
-    try:
-        fit_x, held_x, fit_y, held_y = train_test_split(
-            features, labels, test_size=validation, random_state=seed, stratify=labels
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"linear.validation={validation}: cannot split {len(labels)} images of "
-            f"{len(np.unique(labels))} classes: {error}"
-        ) from error
+    fit, held = split(len(labels), validation, seed, labels)
+    fit_x, fit_y, held_x, held_y = features[fit], labels[fit], features[held], labels[held]
     scores = [
         float((_fit(probe, strength, fit_x, fit_y).predict(held_x) == held_y).mean())
         for strength in strengths

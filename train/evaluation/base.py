@@ -1,0 +1,410 @@
+"""What every protocol takes and gives: features, what is to be read off them, and scores.
+
+Nothing here knows of students or of stores: features are arrays, wherever they came from.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
+
+from ...errors import ConfigError, DataError
+from .intervals import Bootstrap, Statistic
+
+Array = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Frozen features of one model, of the images that probes learn from and of the test images.
+
+    Attributes:
+        train, test: float32 [n, K] and [m, K]; on a grid [n, N, K] and [m, N, K], row-major.
+        grid: (rows, columns) of the N tokens; None for one feature an image.
+        corrupted: features of the corrupted test images, [m, K] by (corruption, severity); empty
+            where nobody can compute them, as for teachers whose features come from a store.
+
+    Raises:
+        DataError: the shapes do not fit each other, or a value is not finite.
+    """
+
+    train: Array
+    test: Array
+    grid: tuple[int, int] | None = None
+    corrupted: Mapping[tuple[str, int], Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        axes = 2 if self.grid is None else 3
+        parts = {"training": self.train, "test": self.test}
+        parts |= {
+            f"test ({name}, severity {n})": part for (name, n), part in self.corrupted.items()
+        }
+        for side, part in parts.items():
+            if part.ndim != axes or part.shape[1:] != self.train.shape[1:] or not len(part):
+                raise DataError(
+                    f"{side} features have the shape {part.shape}, which does not fit "
+                    f"{self.train.shape} and the grid {self.grid}"
+                )
+            if self.grid is not None and part.shape[1] != self.grid[0] * self.grid[1]:
+                raise DataError(f"{side} features: {part.shape[1]} tokens are no grid {self.grid}")
+            if not np.isfinite(part).all():
+                raise DataError(f"{side} features are not finite: the model has diverged")
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return int(self.train.shape[-1])
+
+    def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Features:
+        """Some of the images of either side."""
+        return replace(
+            self,
+            train=self.train[train],
+            test=self.test[test],
+            corrupted={key: part[test] for key, part in self.corrupted.items()},
+        )
+
+
+class Truth(ABC):
+    """What is to be read off the features of the same images, in the same order.
+
+    Attributes:
+        name: of the task, for people.
+    """
+
+    name: str
+
+    @abstractmethod
+    def labelled(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
+        """Which images of either side have a label; None where labels are not the question."""
+
+    @abstractmethod
+    def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Self:
+        """Some of the images of either side."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Labels(Truth):
+    name: str
+    train: NDArray[Any]
+    test: NDArray[Any]
+
+    def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Self:
+        return replace(self, train=self.train[train], test=self.test[test])
+
+
+@dataclass(frozen=True, eq=False)
+class Classes(_Labels):
+    """One class an image: ``train`` int64 [n] and ``test`` int64 [m]; -1 where unknown."""
+
+    def labelled(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        return self.train >= 0, self.test >= 0
+
+
+@dataclass(frozen=True, eq=False)
+class Targets(_Labels):
+    """Numbers an image: ``train`` float64 [n, T] and ``test`` float64 [m, T]; NaN where unknown."""
+
+    def labelled(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        return np.isfinite(self.train).all(1), np.isfinite(self.test).all(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Maps(_Labels):
+    """A class a pixel: ``train`` int64 [n, H, W] and ``test`` [m, H, W]; -1 where unknown.
+
+    H and W are free: the labels of patches are maps of the size of the grid.
+    """
+
+    def labelled(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        return _any_pixel(self.train), _any_pixel(self.test)
+
+
+@dataclass(frozen=True, eq=False)
+class Spaces(Truth):
+    """Other representations of the test images, to compare with: ``test`` float32 [m, D] each."""
+
+    name: str
+    test: Mapping[str, Array]
+
+    def labelled(self) -> None:
+        return None
+
+    def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Self:
+        return replace(self, test={name: part[test] for name, part in self.test.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What a protocol finds.
+
+    Attributes:
+        metric: such as ``accuracy``; larger is better for all of them.
+        statistic: the figure as a function of the test images' weights.
+        variant: which of a protocol's figures, such as ``5-shot``; empty where there is one.
+        validation: the same metric on the training images that choose; None where nothing is held.
+        chosen: what the validation split chose.
+        details: further figures.
+    """
+
+    metric: str
+    statistic: Statistic
+    variant: str = ""
+    validation: float | None = None
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of one feature, with its interval.
+
+    Attributes:
+        protocol, variant, task, metric: what was measured.
+        value: from the test images.
+        low, high: bootstrap interval over the test images; None without resamples.
+        validation: the metric where choices were made: on training images that were held out.
+        chosen, details: see `Measurement`.
+        images: how many test images.
+        statistic: gives the figure again under other weights of the test images: paired
+            differences are ``Bootstrap().difference(a.statistic, b.statistic, a.images)``.
+    """
+
+    protocol: str
+    variant: str
+    task: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    validation: float | None
+    chosen: Mapping[str, Any]
+    details: Mapping[str, Any]
+    images: int
+    statistic: Statistic = field(repr=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """``knn``, ``fewshot/5-shot``, ``regression@angle``: protocol, variant, task if named."""
+        variant = f"/{self.variant}" if self.variant else ""
+        return f"{self.protocol}{variant}" + ("" if self.task in DEFAULTS else f"@{self.task}")
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the statistic."""
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        found.pop("statistic")
+        return {
+            "key": self.key,
+            **found,
+            "chosen": dict(self.chosen),
+            "details": dict(self.details),
+        }
+
+
+DEFAULTS = ("class", "spaces")
+"""Tasks that need no naming: the labels of the store and its spaces."""
+
+T = TypeVar("T", bound=Truth)
+V = TypeVar("V", int, float, str)
+
+
+@dataclass(frozen=True)
+class Protocol(ABC, Generic[T]):
+    """One way to ask what frozen features are worth; its fields are its options.
+
+    Every choice is made on training images that `split` holds out, never on test images.
+
+    Attributes:
+        validation: share of the training images that choose, in (0, 1).
+        seed: of the split and of whatever else is drawn.
+    """
+
+    truth: ClassVar[type[Truth]]
+    """What it needs beside features."""
+    on_grid: ClassVar[bool] = False
+    """Whether it reads tokens on a grid instead of one feature an image."""
+    needs_corrupted: ClassVar[bool] = False
+    """Whether it reads `Features.corrupted`."""
+
+    validation: float = 0.2
+    seed: int = 0
+
+    @abstractmethod
+    def measure(self, features: Features, truth: T) -> list[Measurement]:
+        """Learn from the training side, judge on the test side; all images are labelled."""
+
+    def check(self, truth: T) -> None:
+        """Refuse labels that this protocol cannot use, before any feature is computed.
+
+        Raises:
+            ConfigError: with what is missing.
+        """
+
+    def split(
+        self, images: int, classes: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions of the training images that fit and of those that choose.
+
+        It depends on the count, the classes and the options alone, so it is the same for every
+        model.
+
+        Args:
+            classes: stratify by these.
+
+        Raises:
+            ConfigError: too few images to split.
+        """
+        return split(images, self.validation, self.seed, classes)
+
+
+def split(
+    images: int, validation: float, seed: int, classes: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the images that fit and of those that choose, stratified by `classes`.
+
+    Raises:
+        ConfigError: too few images to split.
+    """
+    try:
+        fit, held = train_test_split(
+            np.arange(images), test_size=validation, random_state=seed, stratify=classes
+        )
+    except ValueError as error:
+        kinds = "" if classes is None else f" of {len(np.unique(classes))} classes"
+        raise ConfigError(
+            f"validation={validation}: cannot split {images} images{kinds}: {error}"
+        ) from error
+    return fit, held
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Protocols that are applied alike to whatever is given.
+
+    Attributes:
+        protocols: by name.
+        bootstrap: gives the intervals.
+    """
+
+    protocols: Mapping[str, Protocol[Any]]
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether some protocol reads one feature an image."""
+        return any(not protocol.on_grid for protocol in self.protocols.values())
+
+    @property
+    def reads_grids(self) -> bool:
+        return any(protocol.on_grid for protocol in self.protocols.values())
+
+    @cached_property
+    def needs_corrupted(self) -> bool:
+        return any(protocol.needs_corrupted for protocol in self.protocols.values())
+
+    def check(self, truths: Sequence[Truth]) -> None:
+        """Refuse protocols without a task of theirs, and tasks that they cannot use.
+
+        Raises:
+            ConfigError: with what is missing.
+        """
+        for name, protocol in self.protocols.items():
+            own = [truth for truth in truths if isinstance(truth, protocol.truth)]
+            if not own:
+                there = ", ".join(f"{t.name} ({type(t).__name__.lower()})" for t in truths)
+                raise ConfigError(
+                    f"protocols: {name} needs a task of {protocol.truth.__name__.lower()}; there "
+                    f"are {there or 'none'}"
+                )
+            for truth in own:
+                kept = truth.labelled()
+                for side, labelled in zip(("training", "test"), kept or (), strict=False):
+                    if not labelled.any():
+                        raise ConfigError(f"task {truth.name}: no {side} image has a label")
+                protocol.check(truth if kept is None else truth.take(*kept))
+
+    def score(self, features: Features, truths: Sequence[Truth]) -> list[Score]:
+        """Every figure of the protocols that read such features, in the protocols' order.
+
+        Images without a label for a task are left out of that task.
+
+        Raises:
+            ConfigError: features and labels are not of equally many images, or too few.
+        """
+        found = []
+        for name, protocol in self.protocols.items():
+            if protocol.on_grid != (features.grid is not None):
+                continue
+            if protocol.needs_corrupted and not features.corrupted:
+                continue
+            for truth in truths:
+                if isinstance(truth, protocol.truth):
+                    found += self._apply(name, protocol, features, truth)
+        return found
+
+    def _apply(
+        self, name: str, protocol: Protocol[Any], features: Features, truth: Truth
+    ) -> list[Score]:
+        kept = truth.labelled()
+        if kept is not None:
+            for side, labelled, part in zip(
+                ("training", "test"), kept, (features.train, features.test), strict=True
+            ):
+                if len(labelled) != len(part):
+                    raise ConfigError(
+                        f"task {truth.name}: {len(labelled)} {side} labels for {len(part)} images"
+                    )
+                if not labelled.any():
+                    raise ConfigError(f"task {truth.name}: no {side} image has a label")
+            if not all(labelled.all() for labelled in kept):
+                features, truth = features.take(*kept), truth.take(*kept)
+        scores = []
+        for one in protocol.measure(features, truth):
+            interval = self.bootstrap.interval(one.statistic, len(features.test))
+            scores.append(
+                Score(
+                    protocol=name,
+                    variant=one.variant,
+                    task=truth.name,
+                    metric=one.metric,
+                    value=interval.value,
+                    low=None if math.isnan(interval.low) else interval.low,
+                    high=None if math.isnan(interval.high) else interval.high,
+                    validation=one.validation,
+                    chosen=one.chosen,
+                    details=one.details,
+                    images=len(features.test),
+                    statistic=one.statistic,
+                )
+            )
+        return scores
+
+
+def _any_pixel(maps: Labels) -> NDArray[np.bool_]:
+    return np.asarray((maps >= 0).any(axis=(1, 2)), dtype=bool)
+
+
+def correct(predicted: NDArray[Any], truth: NDArray[Any]) -> NDArray[np.float64]:
+    """1.0 where the class is right, else 0.0."""
+    return (predicted == truth).astype(np.float64)
+
+
+def several(option: V | Sequence[V]) -> list[V]:
+    """An option that is one value, or several to choose from, as a list."""
+    if isinstance(option, Sequence) and not isinstance(option, str):
+        return list(option)
+    return [option]
+
+
+def choose(scores: Mapping[tuple[Any, ...], float]) -> tuple[Any, ...]:
+    """The key of the largest score; the first of equals."""
+    return max(scores, key=lambda key: scores[key])

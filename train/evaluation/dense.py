@@ -1,0 +1,194 @@
+"""Dense linear probe: classes of pixels from the tokens of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from ...errors import ConfigError
+from .base import Array, Features, Labels, Maps, Measurement, Protocol, choose
+from .intervals import MeanIoU
+from .linear import STRENGTHS, check_strengths
+
+_CHUNK = 4_000_000  # class scores of pixels that are held at once
+
+
+@dataclass(frozen=True)
+class Dense(Protocol[Maps]):
+    """Mean intersection over union of a linear classifier of each token.
+
+    The linear segmentation of DINOv2 (Oquab et al. 2023, arXiv:2304.07193, section 7.4: one linear
+    layer on frozen patch tokens, its scores resized to the map) with least squares in the place of
+    gradient descent. A token's target is the share of each class among the labelled pixels of its
+    cell, and it weighs as much as its labelled share; features are standardised; the L2 strength s
+    (``alpha = s`` times the total weight) is chosen by mIoU on held-out training images, and the
+    probe is then fitted on all of them. Class scores are resized bilinearly from the grid to the
+    maps, so that models with different grids are judged on the same pixels; unlabelled pixels are
+    left out. The mIoU pools pixels over test images and averages over the classes that occur.
+
+    Attributes:
+        strengths: L2 strengths to choose from; the first of the best.
+    """
+
+    truth: ClassVar[type[Maps]] = Maps
+    on_grid: ClassVar[bool] = True
+
+    strengths: Sequence[float] = STRENGTHS
+
+    def __post_init__(self) -> None:
+        check_strengths("dense", self.strengths)
+
+    def check(self, truth: Maps) -> None:
+        if len(np.unique(truth.train[truth.train >= 0])) < 2:
+            raise ConfigError(f"task {truth.name}: the training maps show fewer than two classes")
+
+    def measure(self, features: Features, truth: Maps) -> list[Measurement]:
+        self.check(truth)
+        assert features.grid is not None
+        classes = int(max(truth.train.max(), truth.test.max())) + 1
+        fit, held = self.split(len(truth.train))
+        part = _Normal(features.train[fit], features.grid, truth.train[fit], classes)
+
+        held_tokens, grid = features.train[held], features.grid
+
+        def score(strength: float) -> float:
+            found, _ = _judge(part.solve(strength), held_tokens, grid, truth.train[held])
+            return float(found(np.ones((1, len(held))))[0])
+
+        scores = {(strength,): score(strength) for strength in self.strengths}
+        best = choose(scores)
+        whole = _Normal(features.train, features.grid, truth.train, classes)
+        statistic, accuracy = _judge(whole.solve(best[0]), features.test, features.grid, truth.test)
+        shared, joined = statistic.intersection.sum(0), statistic.union.sum(0)
+        return [
+            Measurement(
+                metric="mIoU",
+                statistic=statistic,
+                validation=scores[best],
+                chosen={"strength": best[0]},
+                details={
+                    "pixel_accuracy": accuracy,
+                    "iou": [
+                        float(s / j) if j else None for s, j in zip(shared, joined, strict=True)
+                    ],
+                },
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Class scores of tokens: (x - mean) / scale @ weight + bias."""
+
+    weight: NDArray[np.float64]
+    bias: NDArray[np.float64]
+
+    def scores(self, tokens: Array) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = tokens @ self.weight.astype(np.float32) + self.bias.astype(
+            np.float32
+        )
+        return found
+
+
+class _Normal:
+    """Weighted ridge regression of all tokens, gathered once and solved for any strength.
+
+    float64 sums over images, so that no copy of the tokens is made.
+    """
+
+    def __init__(self, tokens: Array, grid: tuple[int, int], maps: Labels, classes: int) -> None:
+        width = tokens.shape[-1]
+        self.total = 0.0
+        first, second = np.zeros(width), np.zeros((width, width))
+        cross, target = np.zeros((width, classes)), np.zeros(classes)
+        for part in _parts(maps, classes):
+            shares, weight = cell_shares(maps[part], grid, classes)
+            x = tokens[part].reshape(-1, width).astype(np.float64)
+            y, w = shares.reshape(-1, classes), weight.reshape(-1)
+            weighted = x * w[:, None]
+            self.total += float(w.sum())
+            first += weighted.sum(0)
+            second += weighted.T @ x
+            cross += weighted.T @ y
+            target += w @ y
+        mean, self.target = first / self.total, target / self.total
+        covariance = second / self.total - np.outer(mean, mean)
+        deviation = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+        scale = np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation, 1.0)
+        self.mean, self.scale = mean, scale
+        self.covariance = covariance / np.outer(scale, scale)
+        self.cross = (cross / self.total - np.outer(mean, self.target)) / scale[:, None]
+
+    def solve(self, strength: float) -> _Probe:
+        """Least squares with the L2 penalty `strength` against the mean squared error."""
+        penalised = self.covariance + strength * np.eye(len(self.mean))
+        weight = np.linalg.solve(penalised, self.cross) / self.scale[:, None]
+        return _Probe(weight, self.target - self.mean @ weight)
+
+
+def cell_shares(
+    maps: Labels, grid: tuple[int, int], classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What the cells of a grid hold: shares of the classes, and the labelled share of each cell.
+
+    A cell is the area that belongs to a token where the grid covers the whole map; pixels on a
+    border between cells count for each by their area.
+
+    Args:
+        maps: int64 [b, H, W]; -1 where unlabelled.
+
+    Returns:
+        float64 [b, rows * columns, classes], which sum to one in cells with labelled pixels, and
+        float64 [b, rows * columns] from 0 to 1.
+    """
+    rows, columns = (_areas(edge, cells) for edge, cells in zip(maps.shape[1:], grid, strict=True))
+    one_hot = (maps[..., None] == np.arange(classes)).astype(np.float64)
+    shares = np.einsum("rh,bhwk,cw->brck", rows, one_hot, columns, optimize=True)
+    weight = shares.sum(-1, keepdims=True)
+    shares = np.divide(shares, weight, out=np.zeros_like(shares), where=weight > 0)
+    return shares.reshape(len(maps), -1, classes), weight.reshape(len(maps), -1)
+
+
+def _areas(edge: int, cells: int) -> NDArray[np.float64]:
+    """[cells, edge]: the share of each cell's length that each pixel takes; rows sum to one."""
+    pixel, cell = np.arange(edge) / edge, np.arange(cells)[:, None] / cells
+    low, high = np.maximum(pixel, cell), np.minimum(pixel + 1 / edge, cell + 1 / cells)
+    return np.maximum(high - low, 0.0) * cells
+
+
+def _parts(maps: Labels, classes: int) -> list[slice]:
+    images = max(1, _CHUNK // (maps.shape[1] * maps.shape[2] * classes))
+    return [slice(start, start + images) for start in range(0, len(maps), images)]
+
+
+def _judge(
+    probe: _Probe, tokens: Array, grid: tuple[int, int], maps: Labels
+) -> tuple[MeanIoU, float]:
+    """Intersections and unions of each image, and the share of labelled pixels that are right."""
+    classes = len(probe.bias)
+    shared, joined, right, labelled = [], [], 0, 0
+    for part in _parts(maps, classes):
+        truth = maps[part]
+        scores = torch.from_numpy(probe.scores(tokens[part]))
+        scores = scores.transpose(1, 2).unflatten(2, grid)
+        resized = functional.interpolate(scores, truth.shape[1:], mode="bilinear")
+        found = resized.argmax(1).numpy()
+        known = truth >= 0
+        right += int((found == truth)[known].sum())
+        labelled += int(known.sum())
+        for kind in range(classes):
+            said, is_kind = (found == kind) & known, truth == kind
+            shared.append((said & is_kind).sum((1, 2)))
+            joined.append((said | is_kind).sum((1, 2)))
+
+    def stacked(counts: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+        rows = [np.stack(counts[i : i + classes], 1) for i in range(0, len(counts), classes)]
+        return np.concatenate(rows).astype(np.float64)
+
+    return MeanIoU(stacked(shared), stacked(joined)), right / labelled
