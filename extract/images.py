@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..cache import RowBatch, SampleIndex, ViewPolicy
-from ..errors import DataError
+from ..cache import PixelSpec, RowBatch, SampleIndex, ViewPolicy
+from ..cache.views import INTERPOLATIONS
+from ..errors import ConfigError, DataError
 from .teachers import Preprocessing
 
 Geometry = tuple[tuple[int, int], str]
@@ -105,6 +107,25 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing, device: torch.device
     mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
     std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0
     return (pixels.to(device, non_blocking=True).float() - mean) / std
+
+
+def stored_pixels(options: DictConfig | None) -> PixelSpec | None:
+    """What the ``pixels`` options ask for; None where ``size`` is null.
+
+    Raises:
+        ConfigError: ``size`` is neither a side nor [height, width], or no such interpolation.
+    """
+    if options is None or options.size is None:
+        return None
+    size, interpolation = options.size, str(options.interpolation)
+    edges = list(size) if isinstance(size, Sequence) and not isinstance(size, str) else [size] * 2
+    if len(edges) != 2 or not all(type(edge) is int and edge > 0 for edge in edges):
+        raise ConfigError(f"pixels.size={size}: expected a side in pixels, or [height,width]")
+    if interpolation not in INTERPOLATIONS:
+        raise ConfigError(
+            f"pixels.interpolation={interpolation}: valid are {', '.join(INTERPOLATIONS)}"
+        )
+    return PixelSpec((edges[0], edges[1]), interpolation)
 
 
 def geometry(preprocessing: Preprocessing) -> Geometry:

@@ -18,7 +18,7 @@ from rich.table import Table
 from ..cache import Cache, SampleIndex, StoreWriter, TeacherRecord, ViewPolicy
 from ..cache.commit import COMMITS
 from ..cache.copies import stray_units
-from ..cache.manifest import ROWS, StorePlan, difference
+from ..cache.manifest import PIXELS, ROWS, StorePlan, difference
 from ..cache.mend import Repaired, mend_files, repair_store
 from ..cache.report import fidelity
 from ..cache.spare import SPARE
@@ -27,6 +27,7 @@ from ..cache.verify_report import VerifyReport, fresh_report, report_path
 from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..progress import ProgressLine
+from .images import stored_pixels
 from .pipeline import (
     TeacherRunner,
     batched,
@@ -89,7 +90,7 @@ def repair(config: DictConfig) -> dict[str, Any]:
     waiting = [(unit, shard) for shard, units in writer.pending() for unit in units]
     todo = sorted({*report.shards, *waiting})
     units = {unit for unit, _ in todo} & set(writer.plan.units)
-    runner = _runner(config, writer.plan, sorted(units - {ROWS})) if units else None
+    runner = _runner(config, writer.plan, sorted(units - {ROWS, PIXELS})) if units else None
     done = repair_store(root, report.shards, runner.fill if runner else None)
     done = Repaired((*restored, *done.restored), done.extracted, done.different)
     Cache.open(root)
@@ -115,22 +116,24 @@ def repair(config: DictConfig) -> dict[str, Any]:
 
 
 def add(config: DictConfig) -> dict[str, Any]:
-    """Run more teachers over the rows of a store; see configs/add.yaml.
+    """Run more teachers over the rows of a store, or store pixels; see configs/add.yaml.
 
     Raises:
         ConfigError, DataError, TeacherError: as ``extract``.
-        StoreError: the store is not whole, or has another teacher of that name.
+        StoreError: the store is not whole, or has another teacher of that name or other pixels.
     """
     started = time.monotonic()
     root = Path(config.cache)
     writer = StoreWriter.open(root)
     asked = str(precision(config.engine))
-    teachers = load_teachers(config.teachers)
+    pixels = stored_pixels(config.pixels)
+    chosen = config.teachers if config.teachers or pixels is None else OmegaConf.create({})
+    teachers = load_teachers(chosen) if chosen or pixels is None else []
     records = [
         teacher_record(teacher, options, asked)
-        for teacher, options in zip(teachers, config.teachers.values(), strict=True)
+        for teacher, options in zip(teachers, chosen.values(), strict=True)
     ]
-    names = [record.name for record in records]
+    names = [record.name for record in records] + ([] if pixels is None else [PIXELS])
     present = {teacher.name: teacher for teacher in writer.plan.teachers}
     _refuse_pending(writer, names)
     index, policy = _images(config, writer.plan)
@@ -142,6 +145,14 @@ def add(config: DictConfig) -> dict[str, Any]:
                 f"{root} has another teacher {record.name} already: {found}; give this one "
                 "another name, or drop that one first"
             )
+    if pixels is not None and writer.plan.pixels is None:
+        writer.add_pixels(pixels)
+    elif pixels is not None and writer.plan.pixels != pixels:
+        found = difference(writer.plan.pixels_json(), {PIXELS: pixels.as_json()})
+        raise StoreError(
+            f"{root} has other pixels already: {found}; drop them first with `preceptor drop "
+            f"cache={root} teacher={PIXELS}`"
+        )
     fabric = launch(config.engine, exact=asked)
     runner = TeacherRunner(fabric, teachers, index, policy, _options(config))
     calibrate(writer, runner, config)
@@ -168,7 +179,7 @@ def add(config: DictConfig) -> dict[str, Any]:
 
 
 def drop(config: DictConfig) -> dict[str, Any]:
-    """Remove a teacher from a store; see configs/drop.yaml.
+    """Remove a teacher, or the pixels, from a store; see configs/drop.yaml.
 
     Raises:
         StoreError: there is no such teacher, or it is the only one.
@@ -179,9 +190,10 @@ def drop(config: DictConfig) -> dict[str, Any]:
     if name in stray_units(root, writer.manifest):  # what an interrupted drop left
         for folder in ("spaces", COMMITS, f"{SPARE}/spaces", f"{SPARE}/{COMMITS}"):
             shutil.rmtree(root / folder / name, ignore_errors=True)
+        if name == PIXELS:
+            shutil.rmtree(root / PIXELS, ignore_errors=True)
     else:
-        writer.plan.teacher(name)
-        if len(writer.plan.teachers) == 1:
+        if writer.plan.spaces_of(name) and len(writer.plan.teachers) == 1:
             raise StoreError(
                 f"{name} is the only teacher of {root}: delete the directory to be rid of it"
             )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..cache import (
     Cache,
+    PixelSpec,
     SampleIndex,
     SpaceSpec,
     StorePlan,
@@ -29,12 +30,13 @@ from ..cache import (
     ViewPolicy,
     class_sorted,
 )
+from ..cache.manifest import PIXELS
 from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
 from ..progress import ProgressLine
 from .calibration import measure, sample_rows
-from .images import ViewBatch, ViewDataset, geometry, normalise, view_batches
+from .images import ViewBatch, ViewDataset, geometry, normalise, stored_pixels, view_batches
 from .teachers import Teacher, load_teacher
 
 
@@ -63,6 +65,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
             teacher_record(teacher, options, str(precision(config.engine)))
             for teacher, options in zip(teachers, config.teachers.values(), strict=True)
         ),
+        pixels=stored_pixels(config.pixels),
     )
     runner = TeacherRunner(fabric, teachers, index, policy, config)
     if fabric.global_rank == 0:
@@ -107,9 +110,17 @@ class TeacherRunner:
         for teacher in teachers:
             teacher.to(fabric.device)
 
-    def batches(self, rows: Iterable[Sequence[int]]) -> Iterable[ViewBatch]:
-        """Decode the given lists of rows; a damaged image stops the run unless skipping is on."""
+    def batches(
+        self, rows: Iterable[Sequence[int]], pixels: PixelSpec | None = None
+    ) -> Iterable[ViewBatch]:
+        """Decode the given lists of rows; a damaged image stops the run unless skipping is on.
+
+        Args:
+            pixels: a further geometry, beside those of the teachers.
+        """
         geometries = [geometry(teacher.preprocessing) for teacher in self.teachers]
+        if pixels is not None:
+            geometries.append((pixels.size, pixels.interpolation))
         dataset = ViewDataset(self.index, self.policy, geometries, list(rows), self.max_pixels)
         pin = self.fabric.device.type == "cuda"
         for batch in view_batches(dataset, self.workers, pin=pin):
@@ -149,13 +160,18 @@ class TeacherRunner:
             for first in (shard * writer.plan.shard_rows for shard, _ in pending)
         ]
         total = sum(len(batch) for batches in lists for batch in batches)
-        stream = iter(self.batches(batch for batches in lists for batch in batches))
+        pixels = writer.plan.pixels if any(PIXELS in units for _, units in pending) else None
+        stream = iter(self.batches((batch for batches in lists for batch in batches), pixels))
         with ProgressLine("extract", total, "rows") as line:
             for (shard, units), batches in zip(pending, lists, strict=True):
                 with writer.shard(shard, units) as out:
                     for _ in batches:
                         batch = next(stream)
-                        out.append(batch.rows, self.tokens(batch, units))
+                        shown = None
+                        if pixels is not None and PIXELS in units:
+                            views = batch.pixels[pixels.size, pixels.interpolation]
+                            shown = views.permute(0, 2, 3, 1).numpy()
+                        out.append(batch.rows, self.tokens(batch, units), shown)
                         problems += batch.problems
                         self.rows_extracted += len(batch.rows.keys)
                         line.advance(len(batch.rows.keys))
@@ -283,6 +299,7 @@ def _summary(
         "bytes": size,
         "bytes_per_row": size / len(cache),
         "spaces": {name: list(space.shape) for name, space in cache.spaces.items()},
+        "pixels": cache.pixels and cache.pixels.as_json(),
         "device": str(runner.fabric.device),
         "seconds": seconds,
         "rows_per_second": runner.rows_extracted / seconds,

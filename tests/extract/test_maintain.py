@@ -251,3 +251,59 @@ def test_info_of_whole_and_unfinished_stores(
     assert "fidelity" not in found["spaces"]["vit/patch"]
     assert main(["info", f"cache={tmp_path / 'nowhere'}"]) == 1
     assert "holds no store" in capsys.readouterr().err
+
+
+def test_pixels_are_extracted_added_mended_and_dropped(
+    shards: str, configs: Path, good: dict[str, bytes], store: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    size = "pixels.size=[24,16]"
+    made = tmp_path / "made"
+    tiny = ("--config-dir", str(configs), "teachers=tiny")
+    assert run("extract", made, shards, *tiny, size) == 0
+    assert json.loads((tmp_path / "made.extract.json").read_text())["pixels"] == {
+        "size": [24, 16], "interpolation": "bicubic",
+    }  # fmt: skip
+    cache = Cache.open(made)
+    for sample in webdataset.WebDataset(shards, shardshuffle=False):
+        row = int(sample["__key__"][2:])
+        if not cache.valid[row]:
+            continue
+        image = Image.open(io.BytesIO(sample["png"])).convert("RGB")
+        left = (image.width - image.height) / 2
+        box = (left, 0, left + image.height, image.height)
+        expected = np.asarray(image.resize((16, 24), Image.Resampling.BICUBIC, box=box))
+        assert (cache.read_pixels([row])[0].numpy() == expected).all()
+
+    assert run("add", store, shards, size) == 0  # no teacher is needed
+    assert contents(store) == contents(made)
+    assert run("add", store, shards, size) == 0  # nothing left to do
+    assert run("add", store, shards, "pixels.size=24") == 1
+    assert "other pixels already: pixels.size[1] is 16 in the store" in capsys.readouterr().err
+
+    flip(store / "pixels/c.1.0.0.0", np.random.default_rng(0))
+    (store / "commits/pixels/2.json").unlink()
+    assert main(["verify", f"cache={store}"]) == 1
+    told = json.loads((tmp_path / "store.verify.json").read_text())
+    assert told["shards"] == {"pixels": [1, 2]}
+    assert run("repair", store, shards) == 0
+    assert contents(store) == contents(made)
+
+    assert main(["drop", f"cache={store}", "teacher=pixels"]) == 0
+    assert contents(store) == good
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("pixels.size=0", "pixels.size=0: expected a side in pixels"),
+        ("pixels.size=[1,2,3]", "expected a side in pixels, or [height,width]"),
+        ("pixels.size=224px", "pixels.size=224px"),
+        ("pixels={size: 8, interpolation: cubic}", "pixels.interpolation=cubic: valid are"),
+    ],
+)
+def test_mistaken_pixels_are_told(
+    shards: str, store: Path, option: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("add", store, shards, option) == 1
+    assert expected in capsys.readouterr().err
