@@ -114,8 +114,8 @@ def file_sha256(path: Path) -> str:
     return hashed.hexdigest()
 
 
-def write_whole(path: Path, raw: bytes) -> None:
-    """Replace a small file atomically and durably."""
+def write_whole(path: Path, raw: bytes | memoryview) -> None:
+    """Replace a file atomically and durably."""
     staged = Staged(path, [raw])
     staged.verify()
     staged.publish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..cache import Cache
-from ..cache.durable import write_whole
-from ..errors import ConfigError, DataError
+from ..cache.durable import remove_torn, write_whole
+from ..errors import ConfigError, DataError, StoreError
 from .alignment import Alignment, build_alignment
 from .alignment.base import Space
 from .students import (
@@ -30,11 +31,75 @@ from .students import (
 ALIGNMENT = "alignment.safetensors"
 TARGETS = "targets.safetensors"
 """Mean and deviation of every space that was learnt: from standardised to the teacher's units."""
-LAST = "checkpoints/last.pt"
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints."""
+
+
+class Checkpoints:
+    """The checkpoints of a run: ``step-N.pt`` for the last ones, and ``best.pt``.
+
+    Args:
+        out: the run's folder.
+        keep: how many of the last ones stay.
+    """
+
+    def __init__(self, out: Path, keep: int) -> None:
+        self._folder, self._keep = out / CHECKPOINTS, keep
+        self.best = self._folder / "best.pt"
+
+    def steps(self) -> dict[int, Path]:
+        """The checkpoints that there are by their step, in order."""
+        found = self._folder.glob("step-*.pt")
+        return dict(sorted((int(path.stem.removeprefix("step-")), path) for path in found))
+
+    @property
+    def last(self) -> Path | None:
+        """The one to go on from."""
+        return next(reversed(self.steps().values()), None)
+
+    def kept(self) -> str:
+        """In words, for a message about what went wrong."""
+        if (last := self.last) is None:
+            return "there is no earlier checkpoint"
+        return f"the last good checkpoint is {last} (step {next(reversed(self.steps()))})"
+
+    def keep(self, state: Mapping[str, Any], *, last: bool, best: bool, must: bool) -> None:
+        """Write a state as the last one, as the best one, or as both.
+
+        Where it cannot be written the earlier checkpoints stay as they were, and the run hears of
+        it: by a warning, since the next one may succeed, or by an error.
+
+        Args:
+            must: whether the run ends here, so that there is no next one.
+
+        Raises:
+            StoreError: it could not be written and `must` be.
+        """
+        try:
+            if best:
+                save_checkpoint(self.best, state)
+            if last:
+                save_checkpoint(self._folder / f"step-{state['step']:08d}.pt", state)
+                for path in list(self.steps().values())[: -self._keep]:
+                    path.unlink(missing_ok=True)
+        except StoreError as error:
+            if must:
+                raise StoreError(f"{error}; {self.kept()}") from error
+            print(f"warning: {error}; {self.kept()}; training goes on", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Remove all of them, to start anew."""
+        for path in (*self.steps().values(), self.best):
+            path.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove what a killed writer left half written."""
+        if self._folder.is_dir():
+            remove_torn(self._folder)
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a training state so that `path` always holds a whole one.
+    """Write a training state so that `path` holds a whole one, or what it held before.
 
     The state holds tensors, numbers, strings and plain containers only; it is written aside,
     synced, read back and renamed. When that fails (a full disk), the earlier checkpoint stays.
@@ -45,7 +110,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

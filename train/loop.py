@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
-from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from ..cache import Cache
@@ -25,30 +23,49 @@ from ..measure import peak_memory_mb
 from ..progress import ProgressLine
 from .alignment import Alignment, AlignmentOutput, Codes, Target, build_alignment
 from .checkpoint import (
-    LAST,
+    Checkpoints,
     check_same_run,
     load_checkpoint,
-    save_checkpoint,
     save_model,
     write_json,
 )
 from .data import ColorJitter, StoredViews, TrainBatch, TrainData, normalise
+from .diagnosis import Diagnosis
+from .logs import Logs, check_loggers
 from .meter import FiniteWatch, Meter
-from .students import Student, build_student
+from .monitor import KnnMonitor
+from .optimizer import average_of, build_optimizer, learning_rate
+from .state import METRICS, RunState
+from .stop import StopRequest, continuing_command
+from .students import Student, StudentOutput, build_student
 
 SUMMARY = "summary.json"
+AVERAGE, BEST = "ema", "best"
+"""Folders within a run's: the averaged weights and the best ones, each a finished run in itself."""
 
 
 class Distiller(nn.Module):
-    """Student and alignment as one module, so that every strategy wraps and synchronises both."""
+    """Student and alignment as one module, so that every strategy wraps and synchronises both.
+
+    Attributes:
+        watched: whether the next forward pass leaves what it computed in `seen`.
+        seen: features and losses, with the graph behind them.
+    """
 
     def __init__(self, student: Student, alignment: Alignment) -> None:
         super().__init__()
         self.student, self.alignment = student, alignment
+        self.watched = False
+        self.seen: tuple[StudentOutput, AlignmentOutput] | None = None
 
     def forward(self, pixels: Tensor, targets: Mapping[str, Target]) -> AlignmentOutput:
         """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space."""
-        return self.alignment(self.student(pixels), targets)
+        features = self.student(pixels)
+        output: AlignmentOutput = self.alignment(features, targets)
+        if self.watched:
+            self.seen = (features, output)
+        # Fabric lets gradients of what it returns be taken by itself alone.
+        return output._replace(by_teacher={})
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that stay undecayed, besides all that have one dimension."""
@@ -70,11 +87,12 @@ def train(config: DictConfig) -> dict[str, Any]:
         What `summary.json` in the output folder holds.
 
     Raises:
-        ConfigError, DataError, StoreError: an input cannot be used.
+        ConfigError, DataError, StoreError: an input cannot be used, or an output not be written.
         TrainingError: the loss is not finite.
+        SystemExit: with status 0, when a signal asked the run to stop and its state is saved.
     """
     _validate(config)
-    recipe, out = config.recipe, Path(config.out)
+    recipe, log, out = config.recipe, config.log, Path(config.out)
     fabric = launch(config.engine)
     rank_zero, world = fabric.global_rank == 0, fabric.world_size
 
@@ -106,6 +124,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     )
     images_a_step = recipe.batch_size * recipe.accumulate * world
     steps = recipe.steps or max(1, recipe.epochs * data.steps_per_epoch // recipe.accumulate)
+    knn = _monitor(config, fabric, cache, views)
 
     # What is trained.
     distiller = Distiller(student, alignment)
@@ -113,51 +132,57 @@ def train(config: DictConfig) -> dict[str, Any]:
         student.to(memory_format=torch.channels_last)
     if config.engine.compile:
         student.compile()
-    optimizer = create_optimizer_v2(
-        distiller,
-        opt=recipe.optimizer,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        **_plain(recipe.optimizer_options),
-    )
-    module, optimizer = fabric.setup(distiller, optimizer)
+    module, optimizer = fabric.setup(distiller, build_optimizer(distiller, recipe))
+    average = average_of(distiller, recipe)
     torch.manual_seed(config.seed + fabric.global_rank)  # drop-path must differ between ranks
+    meter, watch = Meter(fabric), FiniteWatch(fabric.device)
+    identity = _identity(config, cache)
+    run = RunState(fabric, distiller, optimizer, average, meter, identity)
 
     # Where it starts.
-    identity = _identity(config, cache)
-    checkpoint = out / LAST
-    first = 0
-    if config.resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        check_same_run(checkpoint, state["identity"], identity)
-        first = int(state["step"])
+    checkpoints = Checkpoints(out, config.keep.last)
+    first = seen = 0  # steps, and images of all ranks, before this start
+    if config.resume and (last := checkpoints.last):
+        state = load_checkpoint(last)
+        check_same_run(last, state["identity"], identity)
+        first, seen = int(state["step"]), int(state["images"])
+        if recipe.epochs and state["ranks"] != world:
+            first = seen // images_a_step  # the same part of the way, in steps of another size
         if first >= steps and (out / SUMMARY).exists():
             fabric.print(f"{out}: trained already ({first} steps); resume=false trains anew")
             return dict(json.loads((out / SUMMARY).read_text(encoding="utf-8")))
-        _restore(state, distiller, optimizer, fabric)
+        run.restore(state)
         fabric.print(f"{out}: going on from step {first} of {steps}")
-    elif rank_zero:
-        shutil.rmtree(out / "logs", ignore_errors=True)
-        checkpoint.unlink(missing_ok=True)
+    fabric.barrier()  # every rank has looked before the first one writes
     if rank_zero:
         out.mkdir(parents=True, exist_ok=True)
+        if not first:
+            checkpoints.clear()
+        checkpoints.tidy()
         OmegaConf.save(config, out / "config.yaml", resolve=True)
         if views.unused:
             print(f"{views.unused:,} images of data.shards have no row in the store: left out")
-
-    logger = TensorBoardLogger(out, name="logs", version="")
-    watch = FiniteWatch(fabric.device)
-    meter = Meter(fabric)
+    diagnosis = Diagnosis(fabric, alignment, after=round(recipe.warmup * steps))
     line = ProgressLine(f"train {out.name}", (steps - first) * images_a_step, "images")
-    batches = data.batches(first * recipe.accumulate, steps * recipe.accumulate)
+    batches = cast(
+        "Generator[TrainBatch, None, None]",
+        data.batches(first * recipe.accumulate, steps * recipe.accumulate),
+    )
+    latest: dict[str, float] = {}
     distiller.train()
-    saved = first if first else None
 
-    with line if rank_zero else contextlib.nullcontext():
+    with (
+        Logs(log, out, _plain(config), first=first, active=rank_zero) as logs,
+        StopRequest(fabric) as stop,
+        contextlib.closing(batches),
+        line if rank_zero else contextlib.nullcontext(),
+    ):
         for step in range(first, steps):
             lr = learning_rate(step, steps, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
+            done, ends = step + 1, step + 1 == steps
+            distiller.watched = _due(done, log.gradients_every)
 
             for micro in range(recipe.accumulate):
                 batch = meter.timed(batches)
@@ -165,6 +190,9 @@ def train(config: DictConfig) -> dict[str, Any]:
                 with fabric.no_backward_sync(module, enabled=more and world > 1):
                     pixels, targets = to_device(batch, fabric.device)
                     output: AlignmentOutput = module(pixels, targets)
+                    if distiller.seen is not None:
+                        logs.log(diagnosis.sample(done, distiller.seen), done)
+                        distiller.watched, distiller.seen = False, None
                     fabric.backward(output.loss / recipe.accumulate)
                 watch.see(step, output)
                 meter.count(output, len(batch.rows))
@@ -174,24 +202,41 @@ def train(config: DictConfig) -> dict[str, Any]:
                 )
             optimizer.step()
             optimizer.zero_grad()
+            if average is not None:
+                average.update(distiller, step=done)
+            stopping = stop.agreed()
 
-            done = step + 1
+            # What it tells.
             if fabric.device.type == "cpu":
-                watch.check(saved, checkpoint)
-            if done % recipe.log_every == 0 or done == steps:
-                watch.check(saved, checkpoint)
-                scalars = meter.read()
-                logger.log_metrics({**scalars, "lr": lr}, step=done)
-                note = f"loss {scalars['loss']:.3f}, wait {100 * meter.wait_share:.0f} %"
+                watch.check(checkpoints)
+            if ends or _due(done, recipe.log_every):
+                watch.check(checkpoints)
+                latest |= meter.read()
+                logs.log({**latest, "lr": lr}, done)
+            measured = knn is not None and (ends or _due(done, log.knn_every))
+            if knn is not None and measured:
+                judged = student if average is None else average.module.student
+                latest["knn"] = knn.accuracy(judged)
+                logs.log({"knn": latest["knn"]}, done)
             if rank_zero:
-                line.advance(images_a_step, note if done >= recipe.log_every else "")
-            if done == steps or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
-                watch.check(saved, checkpoint)
-                state = _state(done, data, distiller, optimizer, fabric, identity)
+                line.advance(images_a_step, _note(latest))
+
+            # What it keeps.
+            saves = ends or stopping or _due(done, recipe.checkpoint_every)
+            judges = measured if config.keep.best == "knn" else saves
+            best = judges and run.improves(config.keep.best, latest, done)
+            if saves or best:
+                watch.check(checkpoints)
+                state = run.collect(done, seen + (done - first) * images_a_step)
                 if rank_zero:
-                    save_checkpoint(checkpoint, state)
-                saved = done
-    logger.finalize("success")
+                    logs.flush()
+                    checkpoints.keep(state, last=saves, best=best, must=ends or stopping)
+            if stopping and not ends:
+                fabric.print(
+                    f"{out}: stopped after step {done} of {steps}, which is saved; go on with\n"
+                    f"  {continuing_command(world)}"
+                )
+                raise SystemExit(0)
 
     # What is left behind.
     summary = {
@@ -206,12 +251,14 @@ def train(config: DictConfig) -> dict[str, Any]:
         "seconds": meter.seconds,
         "images_per_second": meter.images * world / meter.seconds,
         "wait_share": meter.wait_share,
-        "loss": scalars["loss"],
+        "loss": latest["loss"],
         "losses": {
             name.removeprefix("loss/"): value
-            for name, value in scalars.items()
+            for name, value in latest.items()
             if name.startswith("loss/")
         },
+        "knn": latest.get("knn"),
+        "best": run.best or None,
         "parameters": {"student": _parameters(student), "alignment": _parameters(alignment)},
         "device": str(fabric.device),
         "precision": str(precision(config.engine)),
@@ -220,6 +267,14 @@ def train(config: DictConfig) -> dict[str, Any]:
     }
     if rank_zero:
         save_model(out, student, alignment, identity, cache)
+        if average is not None:
+            save_model(
+                out / AVERAGE, average.module.student, average.module.alignment, identity, cache
+            )
+        if run.best:
+            state = load_checkpoint(checkpoints.best)
+            distiller.load_state_dict(state["average"] or state["module"])
+            save_model(out / BEST, student, alignment, identity, cache)
         write_json(out / SUMMARY, summary)
         print(
             f"{out}: {steps} steps in {meter.seconds:.0f} s, "
@@ -229,14 +284,15 @@ def train(config: DictConfig) -> dict[str, Any]:
     return summary
 
 
-def learning_rate(step: int, steps: int, recipe: DictConfig) -> float:
-    """Linear warm-up over the first `recipe.warmup` share of the steps, then a half cosine to
-    `recipe.min_lr`. A function of the step alone, so there is nothing to resume."""
-    warm = round(recipe.warmup * steps)
-    if step < warm:
-        return float(recipe.lr * (step + 1) / warm)
-    part = (step - warm) / max(1, steps - warm)
-    return float(recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * part)))
+def _due(done: int, every: int) -> bool:
+    return bool(every) and done % every == 0
+
+
+def _note(latest: Mapping[str, float]) -> str:
+    if "loss" not in latest:
+        return ""
+    note = f"loss {latest['loss']:.3f}, wait {100 * latest['wait_share']:.1f} %"
+    return note + (f", k-NN {100 * latest['knn']:.1f} %" if "knn" in latest else "")
 
 
 def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str, Target]]:
@@ -252,54 +308,6 @@ def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str
         else:
             targets[name] = moved.standardised()
     return normalise(batch.pixels, device), targets
-
-
-def _state(
-    step: int,
-    data: TrainData,
-    distiller: Distiller,
-    optimizer: Any,
-    fabric: Fabric,
-    identity: Mapping[str, Any],
-) -> dict[str, Any]:
-    """All that the rest of the run depends on, beside its configuration and the store."""
-    random = {"cpu": torch.get_rng_state()}
-    if fabric.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(fabric.device)
-    world = fabric.world_size
-    gathered = {
-        name: cast(Tensor, fabric.all_gather(state.to(fabric.device))).cpu().view(world, -1)
-        for name, state in random.items()
-    }
-    return {
-        "step": step,
-        "epoch": step // max(1, data.steps_per_epoch),
-        "ranks": world,
-        "student": distiller.student.state_dict(),
-        "alignment": distiller.alignment.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "precision": fabric.strategy.precision.state_dict(),
-        "random": gathered,
-        "identity": dict(identity),
-    }
-
-
-def _restore(
-    state: Mapping[str, Any], distiller: Distiller, optimizer: Any, fabric: Fabric
-) -> None:
-    distiller.student.load_state_dict(state["student"])
-    distiller.alignment.load_state_dict(state["alignment"])
-    optimizer.load_state_dict(state["optimizer"])
-    fabric.strategy.precision.load_state_dict(state["precision"])
-    if state["ranks"] != fabric.world_size:
-        fabric.print(
-            f"the checkpoint was written by {state['ranks']} rank(s) and this run has "
-            f"{fabric.world_size}: the rest of the run is valid but not the same"
-        )
-        return
-    torch.set_rng_state(state["random"]["cpu"][fabric.global_rank])
-    if fabric.device.type == "cuda" and "cuda" in state["random"]:
-        torch.cuda.set_rng_state(state["random"]["cuda"][fabric.global_rank], fabric.device)
 
 
 def _identity(config: DictConfig, cache: Cache) -> dict[str, Any]:
@@ -322,7 +330,12 @@ def _validate(config: DictConfig) -> None:
         for key in map(str, group):
             if OmegaConf.is_missing(group, key):
                 raise ConfigError(f"{prefix}{key} is required: say {prefix}{key}=...")
-    recipe = config.recipe
+    recipe, log, keep = config.recipe, config.log, config.keep
+    if lacking := sorted(_recipe_keys() - set(recipe)):
+        raise ConfigError(
+            f"the recipe lacks {', '.join(lacking)}: a recipe has all the keys of "
+            "configs/recipe/short.yaml"
+        )
     if (recipe.steps is None) == (recipe.epochs is None):
         raise ConfigError("recipe: give either steps or epochs, and null for the other")
     length = "epochs" if recipe.steps is None else "steps"
@@ -331,6 +344,44 @@ def _validate(config: DictConfig) -> None:
             raise ConfigError(f"recipe.{key}={recipe[key]}: expected a positive number")
     if not 0 <= recipe.warmup <= 1:
         raise ConfigError(f"recipe.warmup={recipe.warmup}: a share of the steps, from 0 to 1")
+    if not 0 < recipe.layer_decay <= 1:
+        raise ConfigError(f"recipe.layer_decay={recipe.layer_decay}: above 0, and 1 for none")
+    if not 0 <= recipe.ema < 1:
+        raise ConfigError(f"recipe.ema={recipe.ema}: a decay below 1, and 0 for none")
+    check_loggers(log.to)
+    if keep.last < 1:
+        raise ConfigError(f"keep.last={keep.last}: at least the last checkpoint is kept")
+    if keep.best not in (None, *METRICS):
+        raise ConfigError(f"keep.best={keep.best}: valid are null, {', '.join(METRICS)}")
+    if keep.best == "knn" and not log.knn_every:
+        raise ConfigError("keep.best=knn: say how often it is measured, log.knn_every=...")
+
+
+def _recipe_keys() -> set[str]:
+    text = resources.files("preceptor.configs").joinpath("recipe", "short.yaml").read_text("utf-8")
+    return set(map(str, OmegaConf.create(text)))
+
+
+def _monitor(
+    config: DictConfig, fabric: Fabric, cache: Cache, views: StoredViews
+) -> KnnMonitor | None:
+    """The k-NN that the configuration asks for; none where the store has no labels."""
+    log = config.log
+    if not log.knn_every:
+        return None
+    if config.keep.best != "knn" and not (np.asarray(cache.labels) >= 0).any():
+        fabric.print("the store has no labels (.cls): no k-NN on the way")
+        return None
+    return KnnMonitor(
+        fabric,
+        cache,
+        views,
+        images=log.knn_images,
+        neighbours=log.knn_neighbours,
+        seed=config.seed,
+        batch_size=config.recipe.batch_size,
+        workers=config.workers,
+    )
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from .alignment import AlignmentOutput
+from .checkpoint import Checkpoints
 from .data import TrainBatch
 
 
@@ -31,31 +31,32 @@ class FiniteWatch:
         self.names = list(output.losses)
         self.values = losses if self.values is None else torch.where(new, losses, self.values)
 
-    def check(self, saved: int | None, checkpoint: Path) -> None:
-        """Raises TrainingError when a loss was not finite."""
+    def check(self, checkpoints: Checkpoints) -> None:
+        """Raises TrainingError when a loss was not finite; says what there is to go on from."""
         if int(self.first) < 0 or self.values is None:
             return
         finite = self.values.isfinite().tolist()[1:]
         bad = [name for name, good in zip(self.names, finite, strict=True) if not good]
-        kept = "there is no earlier checkpoint"
-        if saved is not None:
-            kept = f"the last good checkpoint is {checkpoint} (step {saved})"
         raise TrainingError(
             f"the loss is not finite at step {int(self.first)} (spaces: "
-            f"{', '.join(bad) or 'none alone, only their sum'}); {kept}; lower recipe.lr or "
-            "recipe.clip and start again"
+            f"{', '.join(bad) or 'none alone, only their sum'}); {checkpoints.kept()}; lower "
+            "recipe.lr or recipe.clip and start again"
         )
 
 
 class Meter:
-    """Sums of losses since the last reading, and where the time of the run went."""
+    """Sums of losses since the last reading, and where the time of the run went.
+
+    Attributes:
+        images: that this rank has trained on since the meter began.
+    """
 
     def __init__(self, fabric: Fabric) -> None:
         self._fabric = fabric
-        self._start = self._last = time.perf_counter()
-        self._waited = 0.0
+        self._start = self._read_at = time.perf_counter()
+        self._waited = self._waited_before = 0.0
         self._sums: dict[str, Tensor] = {}
-        self._batches = self._images_read = 0
+        self._batches = self._timed = self._images_before = 0
         self.images = 0
 
     def timed(self, batches: Iterator[TrainBatch]) -> TrainBatch:
@@ -63,6 +64,7 @@ class Meter:
         before = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - before
+        self._timed += 1
         return batch
 
     def count(self, output: AlignmentOutput, images: int) -> None:
@@ -75,16 +77,37 @@ class Meter:
         self.images += images
 
     def read(self) -> dict[str, float]:
-        """Mean losses over all ranks and images a second since the last reading."""
+        """Means over all ranks since the last reading: losses, speed, and seconds a step.
+
+        ``seconds/wait`` is the time that a batch was waited for (an upper bound on CUDA, where a
+        device may still be at work) and ``seconds/compute`` all the rest, both a batch.
+        """
         local = torch.stack(list(self._sums.values())) / self._batches
         means = cast(Tensor, self._fabric.all_reduce(local, reduce_op="mean"))
         scalars = dict(zip(self._sums, means.tolist(), strict=True))
         now = time.perf_counter()
-        fresh = (self.images - self._images_read) * self._fabric.world_size
-        scalars["images_per_second"] = fresh / (now - self._last)
-        scalars["wait_share"] = self.wait_share
-        self._sums, self._batches, self._last, self._images_read = {}, 0, now, self.images
+        passed, waited = now - self._read_at, self._waited - self._waited_before
+        images = (self.images - self._images_before) * self._fabric.world_size
+        scalars |= {
+            "images_per_second": images / passed,
+            "wait_share": waited / passed,
+            "seconds/wait": waited / self._timed,
+            "seconds/compute": (passed - waited) / self._timed,
+        }
+        self._sums, self._batches, self._timed = {}, 0, 0
+        self._read_at, self._waited_before, self._images_before = now, self._waited, self.images
         return scalars
+
+    def state(self) -> dict[str, Any]:
+        """The sums of the window that is open, for a checkpoint; of this rank."""
+        sums = torch.stack(list(self._sums.values())) if self._sums else torch.zeros(0)
+        return {"names": list(self._sums), "batches": self._batches, "sums": sums}
+
+    def restore(self, names: list[str], batches: int, sums: Tensor) -> None:
+        """Open the window that `state` described."""
+        values = sums.to(self._fabric.device)
+        self._sums = dict(zip(names, values, strict=True))
+        self._batches = batches
 
     @property
     def seconds(self) -> float:
@@ -92,5 +115,5 @@ class Meter:
 
     @property
     def wait_share(self) -> float:
-        """Part of the time that the loop stood still for data (an upper bound on CUDA)."""
+        """Part of all the time that the loop stood still for data (an upper bound on CUDA)."""
         return self._waited / self.seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from preceptor.cache import Cache
 from preceptor.errors import ConfigError, DataError, TrainingError
 from preceptor.train import loop
-from preceptor.train.checkpoint import LAST, load_checkpoint, load_model, save_checkpoint
+from preceptor.train.checkpoint import Checkpoints, load_checkpoint, load_model, save_checkpoint
 from preceptor.train.data import StoredViews, normalise
 from preceptor.train.loop import learning_rate, train
 from preceptor.train.students import load_student
@@ -55,10 +56,10 @@ def test_a_run_learns_and_leaves_what_it_says(train_config, tmp_path, bed, align
     alone, mean, _ = load_student(out)
     assert all(torch.equal(v, student.state_dict()[k]) for k, v in alone.state_dict().items())
     assert mean.tolist() == pytest.approx([0.485, 0.456, 0.406])
-    state = load_checkpoint(out / LAST)
+    state = load_checkpoint(last(out))
     assert state["step"] == 24
     for name, value in load_file(out / "student.safetensors").items():
-        assert torch.equal(value, state["student"][f"model.{name}"])
+        assert torch.equal(value, state["module"][f"student.model.{name}"])
     cache = Cache.open(bed.cache)
     rows = [row for row in range(80) if row != 5]
     pixels = StoredViews(cache, bed.index, (32, 32)).__getitems__(rows)
@@ -82,7 +83,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
-    assert load_checkpoint(tmp_path / "parts" / LAST)["step"] == 3
+    assert load_checkpoint(last(tmp_path / "parts"))["step"] == 3
     parts = train(config)
     assert parts["steps"] == whole["steps"] == 8
     for name in ("student.safetensors", "alignment.safetensors"):
@@ -93,6 +94,12 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     # A finished run is not run again, unless asked to.
     assert train(config) == parts
     assert train(OmegaConf.merge(config, {"resume": False}))["seconds"] != parts["seconds"]
+
+
+def last(out: Path) -> Path:
+    found = Checkpoints(out, 1).last
+    assert found is not None
+    return found
 
 
 def stop_after(monkeypatch, steps: int) -> None:
@@ -137,9 +144,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_space(train_config, tmp_p
         return pixels, targets
 
     monkeypatch.setattr(loop, "to_device", poisoned)
-    with pytest.raises(TrainingError, match=r"step 5 \(spaces: vit/patch\).*last.pt \(step 4\)"):
+    with pytest.raises(
+        TrainingError, match=r"step 5 \(spaces: vit/patch\).*step-00000004.pt \(step 4\)"
+    ):
         train(train_config("recipe.checkpoint_every=2"))
-    assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 4
+    assert load_checkpoint(last(tmp_path / "run"))["step"] == 4
 
 
 def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):

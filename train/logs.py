@@ -1,0 +1,183 @@
+"""Where a run's scalars go, through Lightning's loggers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lightning_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from omegaconf import DictConfig
+
+from ..errors import ConfigError
+from .checkpoint import write_json
+
+LOGS = "logs"
+"""The folder of a run's local logs."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """What a logger needs to begin a run or to go on with it.
+
+    Attributes:
+        out: the run's folder.
+        project: project or experiment that the run belongs to.
+        config: of the run, as plain containers.
+        first: step that the run goes on from; 0 where it is new.
+        run: identity of the run with services that keep many; the same after it was interrupted.
+    """
+
+    out: Path
+    project: str
+    config: Mapping[str, Any]
+    first: int
+    run: str
+
+
+def _tensorboard(to: Destination) -> Logger:
+    # Whatever an interrupted run logged after its checkpoint is hidden, since it comes again.
+    return TensorBoardLogger(to.out, name=LOGS, version="", purge_step=to.first + 1)
+
+
+def _csv(to: Destination) -> Logger:
+    path = to.out / LOGS / "metrics.csv"
+    rows: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= to.first]
+        path.unlink()  # the logger begins a new file, with these rows first
+    logger = _CSV(to.out, name=LOGS, version="", flush_logs_every_n_steps=1)
+    for row in rows:
+        scalars = {name: float(text) for name, text in row.items() if text and name != "step"}
+        logger.log_metrics({**scalars}, int(row["step"]))
+    return logger
+
+
+class _CSV(CSVLogger):
+    """Lightning's, in the folder itself rather than in one for each version."""
+
+    @property
+    def log_dir(self) -> str:
+        return os.path.join(self._root_dir, self.name)
+
+
+def _wandb(to: Destination) -> Logger:
+    try:
+        from pytorch_lightning.loggers import WandbLogger
+
+        return WandbLogger(
+            name=to.out.name,
+            save_dir=to.out / LOGS,
+            id=to.run,
+            resume="allow",
+            project=to.project,
+            config=dict(to.config),
+        )
+    except ModuleNotFoundError as error:
+        raise _missing("wandb", error) from error
+
+
+def _mlflow(to: Destination) -> Logger:
+    kept = to.out / LOGS / "mlflow.json"
+    known = json.loads(kept.read_text(encoding="utf-8"))["run"] if kept.exists() else None
+    try:
+        from pytorch_lightning.loggers import MLFlowLogger
+
+        logger = MLFlowLogger(
+            experiment_name=to.project,
+            run_name=to.out.name,
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"),
+            run_id=known,
+        )
+    except ModuleNotFoundError as error:
+        raise _missing("mlflow", error) from error
+    if known is None:
+        logger.log_hyperparams(dict(to.config))
+        write_json(kept, {"run": logger.run_id})
+    return logger
+
+
+def _missing(name: str, error: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(
+        f"log.to names {name}, which is not installed ({error}): pip install 'preceptor[{name}]'"
+    )
+
+
+LOGGERS: dict[str, Callable[[Destination], Logger]] = {
+    "tensorboard": _tensorboard,
+    "csv": _csv,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}
+
+
+class Logs:
+    """All loggers that ``log.to`` names, on one process; nothing on the others. A context manager.
+
+    Args:
+        log: the ``log`` configuration group: ``to`` (keys of `LOGGERS`) and ``project``.
+        out: the run's folder.
+        config: of the whole run, as plain containers, for services that keep it.
+        first: step that the run goes on from; at 0 local logs of an earlier run are removed.
+        active: whether this process is the one that logs.
+
+    Raises:
+        ConfigError: the package of a logger is not installed.
+    """
+
+    def __init__(
+        self, log: DictConfig, out: Path, config: Mapping[str, Any], *, first: int, active: bool
+    ) -> None:
+        self._loggers: list[Logger] = []
+        if not active:
+            return
+        folder = out / LOGS
+        if not first:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "run.json"
+        if not known.exists():
+            write_json(known, {"run": secrets.token_hex(8)})
+        run = str(json.loads(known.read_text(encoding="utf-8"))["run"])
+        to = Destination(out, str(log.project), config, first, run)
+        self._loggers = [LOGGERS[name](to) for name in log.to]
+
+    def __enter__(self) -> Logs:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        status = "success" if kind is None else "failed" if kind is not SystemExit else "aborted"
+        for logger in self._loggers:
+            logger.finalize(status)
+            # Weights & Biases would give its open run to the next one of this process.
+            getattr(getattr(logger, "experiment", None), "finish", lambda: None)()
+
+    def log(self, scalars: Mapping[str, float], step: int) -> None:
+        """Log scalars by name at a step: the number of steps that are done."""
+        for logger in self._loggers:
+            logger.log_metrics(dict(scalars), step)
+
+    def flush(self) -> None:
+        """Write what is held back, so that a killed run has the logs of its checkpoint."""
+        for logger in self._loggers:
+            logger.save()
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises ConfigError where a name is no logger's."""
+    for name in names:
+        if name not in LOGGERS:
+            raise ConfigError(f"log.to={list(names)}: valid are {', '.join(LOGGERS)}")

@@ -1,0 +1,116 @@
+"""How weights move: timm's optimisers over a run's parameters, the learning rate, the average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from omegaconf import DictConfig, OmegaConf
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import param_groups_layer_decay as layer_groups
+from timm.optim import param_groups_weight_decay as decay_groups
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigError
+from .alignment import Alignment
+from .students import Student
+
+
+class Trained(Protocol):
+    """The module that is trained: a student and an alignment."""
+
+    student: Student
+    alignment: Alignment
+
+    def no_weight_decay(self) -> set[str]: ...
+
+
+def build_optimizer(module: nn.Module, recipe: DictConfig) -> Optimizer:
+    """The optimiser of a recipe, from timm.
+
+    Biases, norms and what the modules name themselves are not decayed. With ``layer_decay`` below 1
+    the learning rate of a backbone's layer i of n is lr * layer_decay ** (n - 1 - i), layers as
+    timm counts them (Bao et al. 2022, arXiv:2106.08254); the alignment has the full rate.
+
+    Args:
+        module: a `Trained` module.
+        recipe: keys ``optimizer``, ``optimizer_options``, ``lr``, ``weight_decay``,
+            ``layer_decay``.
+
+    Raises:
+        ConfigError: timm has no such optimiser, or it does not take an option.
+    """
+    options = dict(OmegaConf.to_container(recipe.optimizer_options, resolve=True))  # type: ignore[arg-type]
+    parameters: Any = module
+    if recipe.layer_decay < 1:
+        parameters = _layered(module, recipe)
+    try:
+        return create_optimizer_v2(
+            parameters,
+            opt=recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            **options,
+        )
+    except ValueError as error:
+        if recipe.optimizer.lower() in list_optimizers():
+            raise ConfigError(f"recipe.optimizer={recipe.optimizer}: {error}") from error
+        raise ConfigError(
+            f"recipe.optimizer={recipe.optimizer}: timm has no such optimiser; valid are adamw, "
+            "lamb, sgd and the others of timm.optim.list_optimizers()"
+        ) from error
+    except TypeError as error:
+        raise ConfigError(
+            f"recipe.optimizer_options={options}: {recipe.optimizer} does not take them: {error}"
+        ) from error
+
+
+def _layered(module: Any, recipe: DictConfig) -> list[dict[str, Any]]:
+    """Groups of the backbone by layer, then those of all the rest."""
+    backbone: nn.Module = module.student.model
+    prefix = "student.model."
+    undecayed = module.no_weight_decay()
+    groups = layer_groups(
+        backbone,
+        recipe.weight_decay,
+        no_weight_decay_list={name.removeprefix(prefix) for name in undecayed},
+        layer_decay=recipe.layer_decay,
+    )
+    rest: Any = _Rest(
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if not name.startswith(prefix)
+    )
+    return [*groups, *decay_groups(rest, recipe.weight_decay, no_weight_decay_list=undecayed)]
+
+
+class _Rest:
+    """Some named parameters, as timm's grouping wants them."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = list(named)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return self._named
+
+
+def learning_rate(step: int, steps: int, recipe: DictConfig) -> float:
+    """Linear warm-up over the first `recipe.warmup` share of the steps, then a half cosine to
+    `recipe.min_lr`. A function of the step alone, so there is nothing to resume."""
+    warm = round(recipe.warmup * steps)
+    if step < warm:
+        return float(recipe.lr * (step + 1) / warm)
+    part = (step - warm) / max(1, steps - warm)
+    return float(recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def average_of(module: nn.Module, recipe: DictConfig) -> ModelEmaV3 | None:
+    """timm's moving average of all weights and buffers, where ``recipe.ema`` is not 0.
+
+    After t updates the decay is min(ema, 1 - (1 + t) ** (-2 / 3)), so that short runs forget their
+    first weights too.
+    """
+    return ModelEmaV3(module, decay=recipe.ema, use_warmup=True) if recipe.ema else None

@@ -1,0 +1,102 @@
+"""The state of a run in a checkpoint: all that its rest depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from .meter import Meter
+
+METRICS = {"loss": -1, "knn": 1}
+"""What ``keep.best`` may name, and whether more of it is better."""
+
+
+@dataclass
+class RunState:
+    """What a run changes as it goes, beside its configuration and the store.
+
+    The learning rate and the order of rows are functions of the step, so the step stands for them.
+
+    Attributes:
+        identity: what determines the run, see `check_same_run`.
+        best: of the metric that ``keep.best`` names the best value, and the step it was seen at.
+    """
+
+    fabric: Fabric
+    module: nn.Module
+    optimizer: Any
+    average: ModelEmaV3 | None
+    meter: Meter
+    identity: Mapping[str, Any]
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def improves(self, metric: str | None, latest: Mapping[str, float], step: int) -> bool:
+        """Whether the metric is better than it ever was; then it is the best from now on."""
+        if metric is None or metric not in latest:
+            return False
+        sign, value = METRICS[metric], latest[metric]
+        if self.best.get("metric") == metric and sign * value <= sign * self.best["value"]:
+            return False
+        self.best = {"metric": metric, "value": value, "step": step}
+        return True
+
+    def collect(self, step: int, images: int) -> dict[str, Any]:
+        """Everything, as plain containers and tensors; a collective call.
+
+        Args:
+            step: optimiser steps that are done.
+            images: that all ranks have trained on.
+        """
+        fabric = self.fabric
+        window = self.meter.state()
+        local = {"cpu": torch.get_rng_state()}
+        if window["batches"]:
+            local["sums"] = window.pop("sums")
+        if fabric.device.type == "cuda":
+            local["cuda"] = torch.cuda.get_rng_state(fabric.device)
+        world = fabric.world_size
+        gathered = {
+            name: cast(Tensor, fabric.all_gather(own.to(fabric.device))).cpu().view(world, -1)
+            for name, own in local.items()
+        }
+        return {
+            "step": step,
+            "images": images,
+            "ranks": world,
+            "module": self.module.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": fabric.strategy.precision.state_dict(),
+            "window": {"names": window["names"], "batches": window["batches"]},
+            "local": gathered,
+            "best": dict(self.best),
+            "identity": dict(self.identity),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `collect` gave; says so where the number of ranks has changed."""
+        fabric = self.fabric
+        self.module.load_state_dict(state["module"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        fabric.strategy.precision.load_state_dict(state["precision"])
+        self.best = dict(state["best"])
+        if state["ranks"] != fabric.world_size:
+            fabric.print(
+                f"warning: the checkpoint was written by {state['ranks']} rank(s) and this run has "
+                f"{fabric.world_size}: the rest of the run is valid but not the same"
+            )
+            return
+        rank, local, window = fabric.global_rank, state["local"], state["window"]
+        torch.set_rng_state(local["cpu"][rank])
+        if fabric.device.type == "cuda" and "cuda" in local:
+            torch.cuda.set_rng_state(local["cuda"][rank], fabric.device)
+        if window["batches"]:
+            self.meter.restore(window["names"], window["batches"], local["sums"][rank])

@@ -1,0 +1,89 @@
+"""Stopping a run in good order: SIGTERM, or Ctrl-C once, and the command that goes on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While open, the first SIGTERM or SIGINT asks the run to stop after its step.
+
+    The second one acts as it did before. Where several processes train together, all of them stop
+    after the same step when any was asked. Outside the main thread signals cannot be handled, and
+    the request never comes.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._group: Any = None
+        if fabric.world_size > 1:
+            # On the CPU, so that asking each other never waits for a device.
+            self._group = distributed.new_group(backend="gloo")
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = signal.Signals(number)
+        self._release()
+
+    def _release(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def agreed(self) -> bool:
+        """Whether any process of the run was asked to stop; call it on all after every step."""
+        asked = self._asked is not None
+        if self._group is not None:
+            flag = torch.tensor(int(asked))
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)
+            asked = bool(flag)
+        return asked
+
+
+def continuing_command(world: int) -> str:
+    """The command line that goes on with this run, as the user would type it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return "train(config) with resume=true"
+    hydra = HydraConfig.get()
+    words = []
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            words += ["--config-dir", source.path]
+    words += [word for word in hydra.overrides.task if not word.startswith("resume=")]
+    return f"{_launcher(world)} train {shlex.join(words)}"
+
+
+def _launcher(world: int) -> str:
+    if world == 1:
+        return "preceptor"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "srun preceptor"
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = f" --nnodes={world // local}" if world > local else ""
+    return f"torchrun{nodes} --nproc-per-node={local} -m preceptor.cli"
