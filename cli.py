@@ -89,6 +89,15 @@ VERBS: dict[str, Verb] = {
         "test.shards='/data/in1k/val-{000000..000049}.tar' "
         "students=[outputs/train/resnet50-model_token-s1]",
     ),
+    "ablate": Verb(
+        "train and evaluate every combination of factors over one store, and compare them",
+        "train.ablate.run:ablate",
+        "preceptor ablate cache=/data/store "
+        "factors='{align: [regression, model_token], seed: [0, 1, 2]}' baseline=regression "
+        "train='{data.shards: /data/in1k/train.tar, student: resnet50}' "
+        "eval='{test.cache: /data/store-val, test.shards: /data/in1k/val.tar}' "
+        "hydra/launcher=joblib",
+    ),
     "export": Verb(
         "write a finished student for timm, the Hugging Face Hub, ONNX and torch.export",
         "train.export.run:export",

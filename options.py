@@ -39,12 +39,8 @@ def check_options(name: str, options: Sequence[str]) -> None:
         overrides = OverridesParser.create().parse_overrides(texts)
     except HydraException as error:
         raise ConfigError(f"an option cannot be read: {_first_line(error)}") from None
-    if directories:
-        paths = ",".join(f"file://{os.path.abspath(path)}" for path in directories)
-        search = [f"hydra.searchpath=[{paths}]"]
-    else:
-        search = []
-    with _Composer(name, search) as composer:
+    with _Composer(name, _search(directories)) as composer:
+        composer.check_launcher(overrides)
         own = [item for item in overrides if not item.key_or_group.startswith("hydra")]
         groups = [item for item in own if composer.is_group(item.key_or_group)]
         for item in groups:
@@ -71,6 +67,27 @@ def check_options(name: str, options: Sequence[str]) -> None:
         _check_whole(own, composer)
 
 
+def compose_options(name: str, options: Sequence[str]) -> DictConfig:
+    """The configuration that a command would be given, after `check_options`.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    check_options(name, options)
+    directories = _config_directories(options)
+    with _Composer(name, _search(directories)) as composer:
+        return composer.compose(
+            [text for text in options if not text.startswith("-") and text not in directories]
+        )
+
+
+def _search(directories: Sequence[str]) -> list[str]:
+    if not directories:
+        return []
+    paths = ",".join(f"file://{os.path.abspath(path)}" for path in directories)
+    return [f"hydra.searchpath=[{paths}]"]
+
+
 class _Composer:
     """Hydra's composition of one verb's configuration, without running anything."""
 
@@ -81,6 +98,9 @@ class _Composer:
         from hydra import initialize_config_module
         from hydra.core.global_hydra import GlobalHydra
 
+        # A command that composes others runs under Hydra itself.
+        self._outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
         self._context = initialize_config_module(CONFIGS, version_base="1.3")
         self._context.__enter__()
         hydra = GlobalHydra.instance().hydra
@@ -93,7 +113,11 @@ class _Composer:
         return self
 
     def __exit__(self, *error: object) -> None:
+        from hydra.core.global_hydra import GlobalHydra
+
         self._context.__exit__(*error)
+        if self._outer is not None:
+            GlobalHydra.instance().initialize(self._outer)
 
     def compose(self, overrides: Iterable[str]) -> DictConfig:
         from hydra import compose
@@ -103,6 +127,18 @@ class _Composer:
             return compose(self._name, [*self._search, *overrides])
         except HydraException as error:
             raise ConfigError(_first_line(error)) from None
+
+    def check_launcher(self, overrides: Sequence[Override]) -> None:
+        """Refuse a launcher of jobs that is not installed."""
+        for item in overrides:
+            if item.key_or_group == "hydra/launcher":
+                there, chosen = self.options("hydra/launcher"), str(item.value())
+                if chosen not in there:
+                    raise ConfigError(
+                        f"hydra/launcher={chosen}: no such launcher is installed; there are "
+                        f"{', '.join(there)}; pip install 'preceptor[launchers]' brings joblib and "
+                        "submitit_slurm, hydra-ray-launcher ray"
+                    )
 
     def is_group(self, key: str) -> bool:
         return bool(self.options(key))

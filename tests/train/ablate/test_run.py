@@ -1,0 +1,173 @@
+"""Whole ablations through the command line: launched, resumed, with failed and killed runs."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from preceptor.cache import Cache
+from preceptor.cli import main
+from preceptor.train import loop
+from preceptor.train.ablate import job
+from preceptor.train.checkpoint import LAST, load_checkpoint
+from preceptor.train.loop import train
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def ablate(bed, test_bed, tmp_path, monkeypatch):
+    """Runs the command for both beds and a very small student: (factors, more) -> exit status."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(factors: str, *more: str, steps: int = 2, recipe: str = "") -> int:
+        shared = (
+            f"data.shards: {bed.shards}, student: resnet_micro, student.size: 32, recipe: short, "
+            f"student.options.channels: [8, 8, 16, 16], recipe.steps: {steps}, engine: cpu, "
+            f"recipe.batch_size: 16, workers: 0{recipe}"
+        )
+        judged = (
+            f"test.cache: {test_bed.cache}, test.shards: {test_bed.shards}, knn.k: 5, "
+            "engine: cpu, workers: 0"
+        )
+        given = [f"cache={bed.cache}", f"factors={{{factors}}}", f"out={tmp_path / 'out'}"]
+        if not any(text.startswith("train=") for text in more):
+            given.append(f"train={{{shared}}}")
+        if not any(text.startswith("eval=") for text in more):
+            given.append(f"eval={{{judged}}}")
+        return main(["ablate", *given, *more])
+
+    return run
+
+
+def test_runs_in_parallel_one_fails_and_a_second_call_does_only_what_is_missing(
+    ablate, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    factors = "align: [regression], spaces: [vit, clip, vit/cls]"
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert ablate(factors, *launcher, "baseline=vit") == 1
+    told = capsys.readouterr()
+    assert "1 of 3 runs failed (regression-clip: align.spaces names 'clip'" in told.err
+    assert "there are vit/patch, vit/cls" in told.err
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["failures"]) == ["regression-clip"]
+    rows = [row for row in summary["rows"] if row["score"] == "pooled/knn"]
+    assert {row["variant"] for row in rows} == {"regression, vit", "regression, vit/cls"}
+
+    # What the table says is what the run said.
+    run = out / "runs/regression-vit"
+    evaluated = json.loads((run / "eval/summary.json").read_text())
+    (own,) = [row for row in rows if row["variant"] == "regression, vit"]
+    assert own["mean"] == next(r["knn"] for r in evaluated["rows"] if r["readout"] == "pooled")
+    assert own["student_parameters"] == sum(
+        tensor.numel() for name, tensor in load_file(run / "train/student.safetensors").items()
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    )  # fmt: skip
+    for name in ("table.csv", "table.md", "table.tex", "figure.png"):
+        assert (out / name).stat().st_size
+
+    # Again, with another seed in the place of the run that failed.
+    before = (run / "result.json").stat().st_mtime_ns
+    assert ablate("align: [regression], spaces: [vit, vit/cls]", "score=pooled/linear") == 0
+    assert "2 of 2 runs are finished already" in capsys.readouterr().out
+    assert (run / "result.json").stat().st_mtime_ns == before
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["failures"], summary["rows"][0]["score"]) == ({}, "pooled/linear")
+
+    # Under the same name, other options are refused.
+    assert ablate(factors, steps=3) == 1
+    assert "is a run of other options: recipe.steps (2 there, 3 here)" in capsys.readouterr().err
+
+
+def test_a_begun_run_goes_on_from_its_checkpoint(ablate, tmp_path, monkeypatch):
+    """And a run whose process was killed is named with the signal."""
+    killer = tmp_path / "killer"
+    killer.write_text("#!/bin/sh\nkill -9 $$\n")
+    killer.chmod(killer.stat().st_mode | stat.S_IXUSR)
+    recipe = ", recipe.checkpoint_every: 2"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(killer))
+        assert ablate("align: [regression]", steps=6, recipe=recipe) == 1
+    run = tmp_path / "out/runs/regression"
+    assert "was ended by SIGKILL" in (job.read_failure(run) or "")
+    failures = json.loads((tmp_path / "out/summary.json").read_text())["failures"]
+    assert list(failures) == ["regression"]
+
+    config = OmegaConf.load(run / "train.yaml")
+    whole = train(OmegaConf.merge(config, {"out": str(tmp_path / "whole")}))
+    calls, original = iter(range(100)), loop.to_device
+
+    def interrupted(*batch):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "to_device", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert load_checkpoint(run / "train" / LAST)["step"] == 4
+    assert ablate("align: [regression]", steps=6, recipe=recipe) == 0
+    assert "from step 4 of 6" in (run / job.LOG).read_text()
+    result = json.loads((run / job.RESULT).read_text())
+    assert result["train"]["steps"] == whole["steps"] == 6
+    ours, theirs = (
+        load_file(folder / "student.safetensors") for folder in (run / "train", tmp_path / "whole")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_encodings_are_stores_converted_once(ablate, bed, tmp_path, monkeypatch):
+    """The runs themselves are not the point here, so none is done."""
+    monkeypatch.setattr(job, "run_apart", lambda folder: None)
+    assert ablate("encoding: [int8, fp16]", "seed=0") == 1  # there is no option seed
+    assert ablate("encoding: [int8, fp16]") == 1  # no run left a result
+    runs, stores = tmp_path / "out/runs", tmp_path / "out/stores"
+    caches = {name: OmegaConf.load(runs / name / "train.yaml").cache for name in ("int8", "fp16")}
+    assert caches == {"int8": bed.cache, "fp16": str(stores / "fp16")}
+    assert [path.name for path in stores.iterdir()] == ["fp16"]
+    converted = Cache.open(stores / "fp16")
+    assert {converted[space].encoding for space in converted.spaces} == {"fp16"}
+
+
+def test_mistakes_are_told_before_anything_runs(
+    ablate, bed, write_shard, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(job, "run_apart", lambda folder: pytest.fail("a run was begun"))
+
+    def told(*parts: str, factors: str = "align: [regression]", more: tuple[str, ...] = ()) -> None:
+        assert ablate(factors, *more) == 1
+        message = capsys.readouterr().err.strip()
+        assert len(message.splitlines()) == 1
+        for part in parts:
+            assert part in message
+
+    told("baseline=ladder", "align: regression", more=("baseline=ladder",))
+    told("there is no option 'algn'", "did you mean align?", factors="algn: [regression]")
+    told("align=regresion", "did you mean regression?", factors="align: [regresion]")
+    told("factors.align: expected a list", factors="align: regression")
+    told("preceptor eval", "test.cache", more=("eval={test.shards: x}",))
+    told("hydra/launcher=jblib", "joblib", more=("hydra/launcher=jblib",))
+    told("level=2", more=("level=2.0",))
+    told("train=short: expected options", more=("train=short",))
+    assert main(["ablate", f"cache={bed.cache}"]) == 1
+    assert "factors names none" in capsys.readouterr().err
+
+    unlabelled = f"test.cache: {tmp_path / 'bare'}, test.shards: {tmp_path / 'bare.tar'}"
+    _unlabelled_store(tmp_path, write_shard)
+    told("no image has a label", more=(f"eval={{{unlabelled}}}",))
+
+
+def _unlabelled_store(folder: Path, write_shard) -> None:
+    from preceptor.cache.samples import SampleIndex
+    from preceptor.cache.views import ViewPolicy
+
+    from ..conftest import write_store
+
+    write_shard(folder / "bare.tar", 5, 3, label=False)
+    write_store(folder / "bare", SampleIndex.from_shards(str(folder / "bare.tar")), ViewPolicy())

@@ -1,0 +1,1 @@
+"""Ablations: the runs of a set of factors over one cache, and the table that compares them."""

@@ -1,0 +1,139 @@
+"""One run of an ablation, in a process of its own: train, evaluate, leave a result or a reason.
+
+python -m preceptor.train.ablate.job FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ...errors import DataError, PreceptorError, TrainingError
+from ..checkpoint import write_json
+
+TRAIN, EVAL = "train.yaml", "eval.yaml"
+"""What the run is: composed configurations of the two commands."""
+RESULT, FAILURE, LOG = "result.json", "failure.json", "log.txt"
+
+
+def enter(config: DictConfig) -> None:
+    """What a Hydra launcher calls, here or on another machine: one run of an ablation."""
+    launched(Path(config.out).absolute(), str(config.job))
+
+
+def launched(out: Path, name: str) -> None:
+    """Do one run of an ablation and say how it went; it never raises for a run that failed."""
+    started = time.time()
+    reason = run_apart(out / "runs" / name)
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    ended = [
+        name
+        for name in plan["todo"]
+        if any((out / "runs" / name / file).exists() for file in (RESULT, FAILURE))
+    ]
+    left = len(plan["todo"]) - len(ended)
+    rest = (time.time() - plan["started"]) / max(1, len(ended)) * left
+    how = f"failed: {reason}" if reason else f"done in {time.time() - started:.0f} s"
+    print(
+        f"[{len(ended)}/{len(plan['todo'])}] {name}: {how}"
+        + (f"; about {rest:.0f} s left" if left else ""),
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def run_apart(folder: Path) -> str | None:
+    """Do a run in a process of its own, so that nothing which it does can stop another.
+
+    Returns:
+        Why it failed, in one sentence; None if it has a result.
+    """
+    if (folder / RESULT).exists():
+        return None
+    (folder / FAILURE).unlink(missing_ok=True)
+    with (folder / LOG).open("a", encoding="utf-8") as log:
+        # -P: the folder that the user stands in is no place to import from.
+        command = [sys.executable, "-P", "-m", "preceptor.train.ablate.job", str(folder)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    if (folder / RESULT).exists():
+        return None
+    if not (folder / FAILURE).exists():
+        how = f"ended with status {done.returncode} before its result"
+        if done.returncode < 0:
+            how = f"was ended by {signal.Signals(-done.returncode).name}"
+        write_json(folder / FAILURE, {"error": f"{how}; see {folder / LOG}"})
+    return read_failure(folder)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What `work` wrote.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = folder / RESULT
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: remove it, and the run is done again") from error
+    return found
+
+
+def read_failure(folder: Path) -> str | None:
+    """Why the run of a folder failed; None where it did not."""
+    path = folder / FAILURE
+    return json.loads(path.read_text(encoding="utf-8"))["error"] if path.exists() else None
+
+
+def work(folder: Path) -> dict[str, Any]:
+    """Train and evaluate as the folder says, and write its result.
+
+    Raises:
+        PreceptorError: as training and evaluation do.
+    """
+    from ..evaluation.run import evaluate
+    from ..loop import train
+
+    configs = [OmegaConf.load(folder / name) for name in (TRAIN, EVAL)]
+    assert all(isinstance(config, DictConfig) for config in configs)
+    trained = train(configs[0])  # type: ignore[arg-type]
+    if not (folder / "train" / "summary.json").exists():
+        raise TrainingError("training was stopped before its end; the same command goes on")
+    evaluated = evaluate(configs[1])  # type: ignore[arg-type]
+    scores = {
+        f"{row['readout']}/{name}": row[name]
+        for row in evaluated["rows"]
+        for name in ("knn", "linear")
+    }
+    result = {"train": trained, "scores": scores, "resampled": {}}
+    write_json(folder / RESULT, result)
+    return result
+
+
+def main(folder: Path) -> int:
+    """Entry point of the process; returns the exit status."""
+    try:
+        work(folder)
+    except PreceptorError as error:
+        write_json(folder / FAILURE, {"error": str(error)})
+        print(error, file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        line = (str(error).strip().splitlines() or [""])[0]
+        what = f"{type(error).__name__}: {line}; see {folder / LOG}"
+        write_json(folder / FAILURE, {"error": what})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,232 @@
+"""preceptor ablate: runs of every combination of factors over one cache, and one table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ...cache import Cache
+from ...cache.convert import convert_store
+from ...errors import ConfigError, TrainingError
+from ...options import compose_options
+from ..checkpoint import write_json
+from ..evaluation.features import LabelledRows
+from .figure import draw
+from .job import EVAL, RESULT, TRAIN, enter, launched, read_failure, read_result
+from .plan import ENCODING, SEED, PlannedRun, baseline_of, option, plan_runs
+from .table import Outcome, compare, print_table, write_tables
+
+SUMMARY, PLAN = "summary.json", "plan.json"
+
+
+def ablate(config: DictConfig) -> dict[str, Any] | None:
+    """Do the runs that `config` (configs/ablate.yaml) describes, and compare them.
+
+    Returns:
+        What ``summary.json`` holds; None in a job of a launcher.
+
+    Raises:
+        ConfigError, DataError, StoreError: an input cannot be used; nothing has been run.
+        TrainingError: some runs failed; the table holds the others.
+    """
+    out = Path(config.out).absolute()
+    if config.job is not None:
+        launched(out, str(config.job))
+        return None
+    started = time.time()
+    runs = _validated(config)
+    variants = list({run.variant.name: run.variant for run in runs}.values())
+    baselines = baseline_of(variants, config.baseline)
+    _prepare(config, out, runs)
+    names = [run.name for run in runs]
+    todo = [name for name in names if not (out / "runs" / name / RESULT).exists()]
+    if len(todo) < len(names):
+        print(f"{out}: {len(names) - len(todo)} of {len(names)} runs are finished already")
+    write_json(out / PLAN, {"runs": names, "todo": todo, "started": started})
+    trouble = _launch(todo) if todo else None
+
+    failures = {name: reason for name in names if (reason := _why_not(out, name, trouble))}
+    outcomes = [_outcome(out, run) for run in runs if run.name not in failures]
+    result: dict[str, Any] = {
+        "runs": len(runs),
+        "failures": failures,
+        "seconds": time.time() - started,
+        "level": float(config.level),
+        "rows": [],
+    }
+    if outcomes:
+        rows = compare(outcomes, baselines, level=config.level, score=config.score)
+        result["rows"] = [row.as_json() for row in rows]
+        write_tables(out, rows)
+        draw(out / "figure.png", rows, outcomes)
+        print_table(rows)
+    write_json(out / SUMMARY, result)
+    print(f"{out / SUMMARY}: {len(outcomes)} of {len(runs)} runs, {result['seconds']:.0f} s")
+    if failures:
+        told = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise TrainingError(f"{len(failures)} of {len(runs)} runs failed ({told})")
+    return result
+
+
+def _validated(config: DictConfig) -> list[PlannedRun]:
+    if not config.factors:
+        raise ConfigError(
+            "factors names none: say what differs, such as "
+            "factors='{align: [regression, model_token], seed: [0, 1, 2]}'"
+        )
+    for key in ("train", "eval"):
+        if config[key] is not None and not OmegaConf.is_dict(config[key]):
+            raise ConfigError(f"{key}={config[key]}: expected options, such as {{workers: 0}}")
+    if not 0 < config.level < 1:
+        raise ConfigError(f"level={config.level}: a coverage between 0 and 1")
+    return plan_runs(_plain(config.factors))
+
+
+def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
+    """Write what every run is, after everything that can be checked was checked."""
+    directories = _directories()
+    base, judged = _plain(config.train or {}), _plain(config.eval or {})
+    composed: dict[str, DictConfig] = {}
+    stores = _stores(config, out, runs)
+    evaluation: DictConfig | None = None
+    for run in runs:
+        variant = run.variant
+        if variant.name not in composed:
+            options = {"cache": config.cache, **base, **variant.options}
+            encoding = options.pop(ENCODING, None)
+            if encoding is not None:
+                options["cache"] = str(stores[str(encoding)])
+            composed[variant.name] = _composed("train", options, directories)
+        if evaluation is None:
+            first = composed[variant.name]
+            options = {"train.cache": config.cache, "train.shards": _plain(first.data.shards)}
+            options |= {"with_teachers": False, "with_floor": False, **judged}
+            evaluation = _composed("eval", options, directories)
+            for side in (evaluation.train, evaluation.test):
+                LabelledRows.open(side.cache, _plain(side.shards))
+        folder = out / "runs" / run.name
+        ours = OmegaConf.merge(composed[variant.name], {"out": str(folder / "train")})
+        if run.seed is not None:
+            ours = OmegaConf.merge(ours, {SEED: run.seed})
+        theirs = OmegaConf.merge(
+            evaluation, {"out": str(folder / "eval"), "students": [str(folder / "train")]}
+        )
+        for name, what in ((TRAIN, ours), (EVAL, theirs)):
+            path = folder / name
+            _same(path, what)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(what, path, resolve=True)
+
+
+def _composed(verb: str, options: Mapping[str, Any], directories: Sequence[str]) -> DictConfig:
+    typed = [option(key, value) for key, value in options.items()]
+    flags = [part for directory in directories for part in ("--config-dir", directory)]
+    try:
+        return compose_options(verb, [*flags, *typed])
+    except ConfigError as error:
+        raise ConfigError(f"preceptor {verb} would not take these options: {error}") from None
+
+
+def _same(path: Path, ours: Any) -> None:
+    """Refuse to mix runs of other options under one name."""
+    if not path.exists():
+        return
+    stored, wanted = _flat(_plain(OmegaConf.load(path))), _flat(_plain(ours))
+    differing = [
+        f"{key} ({stored.get(key, 'absent')} there, {wanted.get(key, 'absent')} here)"
+        for key in sorted({*stored, *wanted})
+        if stored.get(key) != wanted.get(key) and key != "workers"
+    ]
+    if differing:
+        raise ConfigError(
+            f"{path.parent} is a run of other options: {', '.join(differing[:3])}"
+            f"{f' and {len(differing) - 3} more' if len(differing) > 3 else ''}; use the same, or "
+            "another out=..."
+        )
+
+
+def _stores(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> dict[str, Path]:
+    """A store for every encoding that a factor names, converted where it is not there."""
+    wanted = dict.fromkeys(
+        str(run.variant.options[ENCODING]) for run in runs if ENCODING in run.variant.options
+    )
+    found = {}
+    for encoding in wanted:
+        cache = Cache.open(config.cache)
+        if all(cache[space].encoding == encoding for space in cache.spaces):
+            found[encoding] = Path(config.cache)
+        else:
+            found[encoding] = out / "stores" / encoding
+            found[encoding].parent.mkdir(parents=True, exist_ok=True)
+            convert_store(config.cache, found[encoding], encoding, progress=True)
+    return found
+
+
+def _launch(names: Sequence[str]) -> str | None:
+    """Give every run to Hydra's launcher, as a sweep over ``job``.
+
+    Returns:
+        What broke the launcher itself; the runs that it left undone can be done by another call.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra, own = GlobalHydra.instance().hydra, HydraConfig.get()
+    if hydra is None or own.job.config_name is None:
+        raise RuntimeError("an ablation runs under Hydra")
+    sweep = f"job=choice({','.join(map(repr, names))})"
+    try:
+        hydra.multirun(
+            config_name=own.job.config_name,
+            task_function=enter,
+            overrides=[*own.overrides.hydra, *own.overrides.task, sweep],
+            with_log_configuration=False,
+        )
+    except Exception as error:  # a launcher's own failures are of any kind
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None
+
+
+def _why_not(out: Path, name: str, trouble: str | None) -> str | None:
+    folder = out / "runs" / name
+    if (folder / RESULT).exists():
+        return None
+    return read_failure(folder) or f"was not begun{f', {trouble}' if trouble else ''}"
+
+
+def _outcome(out: Path, run: PlannedRun) -> Outcome:
+    result = read_result(out / "runs" / run.name)
+    trained = result["train"]
+    return Outcome(
+        variant=run.variant,
+        seed=int(trained["seed"]),
+        seconds=float(trained["seconds"]),
+        parameters=dict(trained["parameters"]),
+        scores=result["scores"],
+        resampled=result["resampled"],
+    )
+
+
+def _directories() -> list[str]:
+    """Folders of configuration groups that the command was given."""
+    from hydra.core.hydra_config import HydraConfig
+
+    sources = HydraConfig.get().runtime.config_sources
+    return [source.path for source in sources if source.schema == "file"]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _plain(config: Any) -> Any:
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
