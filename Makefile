@@ -1,6 +1,7 @@
 # make demo : the whole job on the embedded images, in an environment of its own
 # make test : every test
 # make check: lint, types, import contracts
+# make testbed: the bed that benchmarks/method.py runs on: pool, tasks, specialists, stores
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -8,7 +9,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help demo test check gpu clean
+.PHONY: help demo test check gpu clean testbed
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -41,6 +42,13 @@ check: $(VENV)/.dev
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/preceptor
 	MYPYPATH=$(VENV)/types $(VENV)/bin/mypy -p preceptor
 	$(VENV)/bin/lint-imports --config setup.cfg
+
+$(VENV)/.testbed: setup.cfg pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[testbed]'
+	@touch $@
+
+testbed: $(VENV)/.testbed
+	$(PY) benchmarks/testbed/make.py --out outputs/testbed
 
 # Every GPU test and benchmark; needs torch, triton and pytest only (no installation, no network).
 gpu:

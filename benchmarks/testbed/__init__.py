@@ -1,0 +1,1 @@
+"""A test bed of six teachers that differ, a mixed pool and nine tasks, made by `make.py`."""
