@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig
 
 from .errors import ConfigError
@@ -17,8 +17,8 @@ def launch(engine: DictConfig, *, exact: str | None = None) -> Fabric:
     """Fabric for this process, joined with those that torchrun or Slurm started beside it.
 
     Args:
-        engine: the configuration group. Under torchrun its default of one device means one for each
-            process that torchrun started.
+        engine: the configuration group. Under torchrun and Slurm its default of one device means
+            one for each process that they started.
         exact: a precision that must be kept, whatever `engine` says.
 
     Raises:
@@ -26,9 +26,13 @@ def launch(engine: DictConfig, *, exact: str | None = None) -> Fabric:
             value that Fabric does not know, or several devices were asked of a single process.
     """
     devices, nodes = engine.devices, engine.num_nodes
-    if TorchElasticEnvironment.detect() and devices == 1:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    if devices == 1:
+        if TorchElasticEnvironment.detect():
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            nodes = int(os.environ["WORLD_SIZE"]) // devices
+        elif SLURMEnvironment.detect() and "SLURM_NTASKS_PER_NODE" in os.environ:
+            devices = int(os.environ["SLURM_NTASKS_PER_NODE"])
+            nodes = int(os.environ["SLURM_NNODES"])
     try:
         fabric = Fabric(
             accelerator=engine.accelerator,

@@ -165,6 +165,7 @@ def save_model(
             containers.
         cache: the store, of which the teachers' identities, the views and the calibration are kept.
     """
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / WEIGHTS, save(_contiguous(student.model)))
     write_whole(out / ALIGNMENT, save(_contiguous(alignment)))
     calibration: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,13 +49,13 @@ def _tensorboard(to: Destination) -> Logger:
 
 
 def _csv(to: Destination) -> Logger:
-    path = to.out / LOGS / "metrics.csv"
+    path = to.out / LOGS / "csv" / "metrics.csv"
     rows: list[dict[str, str]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= to.first]
         path.unlink()  # the logger begins a new file, with these rows first
-    logger = _CSV(to.out, name=LOGS, version="", flush_logs_every_n_steps=1)
+    logger = _CSV(to.out, name=f"{LOGS}/csv", version="", flush_logs_every_n_steps=1)
     for row in rows:
         scalars = {name: float(text) for name, text in row.items() if text and name != "step"}
         logger.log_metrics({**scalars}, int(row["step"]))
@@ -70,45 +71,33 @@ class _CSV(CSVLogger):
 
 
 def _wandb(to: Destination) -> Logger:
-    try:
-        from pytorch_lightning.loggers import WandbLogger
+    from pytorch_lightning.loggers import WandbLogger
 
-        return WandbLogger(
-            name=to.out.name,
-            save_dir=to.out / LOGS,
-            id=to.run,
-            resume="allow",
-            project=to.project,
-            config=dict(to.config),
-        )
-    except ModuleNotFoundError as error:
-        raise _missing("wandb", error) from error
+    return WandbLogger(
+        name=to.out.name,
+        save_dir=to.out / LOGS,
+        id=to.run,
+        resume="allow",
+        project=to.project,
+        config=dict(to.config),
+    )
 
 
 def _mlflow(to: Destination) -> Logger:
+    from pytorch_lightning.loggers import MLFlowLogger
+
     kept = to.out / LOGS / "mlflow.json"
     known = json.loads(kept.read_text(encoding="utf-8"))["run"] if kept.exists() else None
-    try:
-        from pytorch_lightning.loggers import MLFlowLogger
-
-        logger = MLFlowLogger(
-            experiment_name=to.project,
-            run_name=to.out.name,
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"),
-            run_id=known,
-        )
-    except ModuleNotFoundError as error:
-        raise _missing("mlflow", error) from error
+    logger = MLFlowLogger(
+        experiment_name=to.project,
+        run_name=to.out.name,
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"),
+        run_id=known,
+    )
     if known is None:
         logger.log_hyperparams(dict(to.config))
         write_json(kept, {"run": logger.run_id})
     return logger
-
-
-def _missing(name: str, error: ModuleNotFoundError) -> ConfigError:
-    return ConfigError(
-        f"log.to names {name}, which is not installed ({error}): pip install 'preceptor[{name}]'"
-    )
 
 
 LOGGERS: dict[str, Callable[[Destination], Logger]] = {
@@ -117,6 +106,8 @@ LOGGERS: dict[str, Callable[[Destination], Logger]] = {
     "wandb": _wandb,
     "mlflow": _mlflow,
 }
+EXTRAS = {"wandb": ("wandb", "pytorch_lightning"), "mlflow": ("mlflow", "pytorch_lightning")}
+"""Packages that a logger needs beside those that are always there."""
 
 
 class Logs:
@@ -128,9 +119,6 @@ class Logs:
         config: of the whole run, as plain containers, for services that keep it.
         first: step that the run goes on from; at 0 local logs of an earlier run are removed.
         active: whether this process is the one that logs.
-
-    Raises:
-        ConfigError: the package of a logger is not installed.
     """
 
     def __init__(
@@ -177,7 +165,13 @@ class Logs:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raises ConfigError where a name is no logger's."""
+    """Raises ConfigError where a name is no logger's, or a logger's package is not installed."""
     for name in names:
         if name not in LOGGERS:
             raise ConfigError(f"log.to={list(names)}: valid are {', '.join(LOGGERS)}")
+        missing = [package for package in EXTRAS.get(name, ()) if find_spec(package) is None]
+        if missing:
+            raise ConfigError(
+                f"log.to names {name}, which needs {' and '.join(missing)}: "
+                f"pip install 'preceptor[{name}]'"
+            )

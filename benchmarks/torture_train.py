@@ -1,0 +1,265 @@
+"""Kill a training run anywhere, again and again; it must end with the bits of an undisturbed one.
+
+Every attempt is a process of its own (one for each rank) that goes on where the last one was killed
+with SIGKILL, after a random number of calls of Python functions in its main thread: in the middle
+of a step, of a checkpoint, of the log. All losses that any attempt saw, and all weights in the end,
+are compared with those of a run that nobody disturbed.
+
+    python benchmarks/torture_train.py --kills 100
+    python benchmarks/torture_train.py --kills 20 --ranks 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+from hydra import compose, initialize_config_module
+from preceptor.train import loop
+
+CALLS_AHEAD = 4
+"""Steps whose calls an attempt is allowed at most, and on average half of it."""
+WEIGHTS = ("student.safetensors", "alignment.safetensors")
+
+
+class Doomed:
+    """While open, calls in this thread are counted, and the ``last`` one kills this process."""
+
+    def __init__(self, last: int | None) -> None:
+        self.count, self._last = 0, last
+
+    def __enter__(self) -> Doomed:
+        sys.setprofile(self._called)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(None)
+
+    def _called(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            self.count += 1
+            if self.count == self._last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def config(out: Path, store: str, shards: str, steps: int) -> Any:
+    """A ViT that drops paths, so that random numbers matter, with everything that has a state."""
+    with initialize_config_module("preceptor.configs", version_base="1.3"):
+        return compose(
+            "train",
+            [
+                f"cache={store}",
+                f"data.shards={shards}",
+                f"out={out}",
+                "student=vit_micro",
+                "student.options.depth=2",
+                "student.options.embed_dim=48",
+                "+student.options.drop_path_rate=0.2",
+                "recipe=short",
+                f"recipe.steps={steps}",
+                "recipe.batch_size=8",
+                "recipe.accumulate=2",
+                "recipe.ema=0.9",
+                "recipe.color_jitter.brightness=0.2",
+                "recipe.log_every=3",
+                "recipe.checkpoint_every=2",
+                "keep.last=2",
+                "keep.best=loss",
+                "log.to=[csv]",
+                "log.gradients_every=5",
+                "log.knn_every=4",
+                "engine=cpu",
+                "workers=0",
+            ],
+        )
+
+
+def attempt(run: Any, losses: Path, doom: int | None) -> None:
+    """Train in this process, noting every loss; with `doom`, die after so many calls."""
+    import torch
+
+    torch.set_num_threads(1)
+    see = loop.FiniteWatch.see
+    rank = os.environ.get("RANK", "0")
+    micro: dict[int, int] = {}
+
+    def noted(self: Any, step: int, output: Any) -> None:
+        micro[step] = micro.get(step, -1) + 1
+        line = f"{step} {rank} {micro[step]} {float(output.loss.detach()).hex()}\n"
+        file = os.open(losses, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(file, line.encode())
+        os.close(file)
+        see(self, step, output)
+
+    loop.FiniteWatch.see = noted  # type: ignore[method-assign]
+    with Doomed(doom) as calls:
+        loop.train(run)
+    (losses.parent / "calls").write_text(str(calls.count))
+
+
+def start(work: Callable[[], object], rank: int, world: int, port: int) -> int:
+    """Fork a child that does some work as one of several ranks; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        if world > 1:
+            os.environ |= {
+                "TORCHELASTIC_RUN_ID": "torture",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "GROUP_RANK": "0",
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+            }
+        work()
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def train(run: Any, losses: Path, world: int, doomed: int, doom: int | None) -> bool:
+    """One attempt of all ranks; `doomed` is the one that dies. Returns whether it ended well."""
+    port = free_port()
+    children = {}
+    for rank in range(world):
+        fate = doom if rank == doomed else None
+        work = lambda fate=fate: attempt(run, losses, fate)  # noqa: E731
+        children[start(work, rank, world, port)] = rank
+    failed = False
+    while children:
+        child, status = os.wait()
+        rank = children.pop(child)
+        if status:
+            if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+                raise SystemExit(f"rank {rank} failed by itself, with status {status}")
+            if not failed:  # as a launcher does when one of its processes has gone
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+            failed = True
+    return not failed
+
+
+def torture(folder: Path, store: str, shards: str, kills: int, ranks: int, seed: int) -> Any:
+    """Kill a run `kills` times, let it end, and compare; see the module."""
+    started = time.monotonic()
+    random = np.random.default_rng(seed)
+    steps = 4 + 3 * kills // 2
+    whole, parts = folder / "whole", folder / "parts"
+    for run in (whole, parts):
+        run.mkdir(parents=True)
+    if not train(config(whole, store, shards, steps), whole / "losses", ranks, 0, None):
+        raise SystemExit("the undisturbed run was killed by somebody else")
+    calls = int((whole / "calls").read_text()) // steps
+    truth = noted(whole / "losses")
+    killed = early = 0
+    where: list[int] = []
+    while killed < kills:
+        doomed = int(random.integers(ranks))
+        # The set-up of a run calls about as many functions as a few of its steps.
+        doom = int(random.integers(1, CALLS_AHEAD * calls))
+        if train(config(parts, store, shards, steps), parts / "losses", ranks, doomed, doom):
+            early += 1
+            shutil.rmtree(parts)  # it came through: begin again
+            parts.mkdir()
+            continue
+        killed += 1
+        seen = noted(parts / "losses")
+        where.append(max((step for step, *_ in seen), default=-1))
+    if not train(config(parts, store, shards, steps), parts / "losses", ranks, 0, None):
+        raise SystemExit("the last attempt was killed by somebody else")
+    found = noted(parts / "losses")
+    different = sum(values != truth[key] for key, values in found.items())
+    weights = [f"{place}{name}" for place in ("", "ema/", "best/") for name in WEIGHTS]
+    other = [name for name in weights if (whole / name).read_bytes() != (parts / name).read_bytes()]
+    return {
+        "seed": seed,
+        "steps": steps,
+        "ranks": ranks,
+        "step_of_each_kill": where,
+        "summary": {
+            "kills": killed,
+            "ranks": ranks,
+            "losses_compared": sum(map(len, found.values())),
+            "losses_different": different,
+            "files_of_weights_different": other,
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    }
+
+
+def noted(path: Path) -> dict[tuple[int, ...], set[str]]:
+    """The losses that attempts have seen, by (step, rank, micro-batch)."""
+    found: dict[tuple[int, ...], set[str]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        *key, loss = line.split()
+        found.setdefault(tuple(map(int, key)), set()).add(loss)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--store", help="default: a small one that is made")
+    parser.add_argument("--shards", help="its images")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
+        folder = Path(temporary)
+        if options.store is None:
+            # In a child: what is forked from here must not have computed anything before.
+            def bed() -> None:
+                from preceptor.tests.train.conftest import make_bed
+
+                make_bed(folder, "bed", 40, 0, invalid=5, name="random", count=2, flip=True)
+
+            child = start(bed, 0, 1, 0)
+            if os.waitpid(child, 0)[1]:
+                raise SystemExit("the store could not be made")
+            options.store, options.shards = str(folder / "bed"), str(folder / "bed.tar")
+        result = torture(
+            folder, options.store, options.shards, options.kills, options.ranks, options.seed
+        )
+    print(json.dumps({"summary": result["summary"]}))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if result["summary"]["losses_different"] or result["summary"]["files_of_weights_different"]:
+        raise SystemExit("an interrupted run is not the undisturbed one")
+
+
+if __name__ == "__main__":
+    main()

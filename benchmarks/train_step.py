@@ -1,0 +1,371 @@
+"""A training step from the store against the step without teachers, and against live teachers.
+
+`plain` trains the same student with cross-entropy on the same images: the limit. `cached ALIGNMENT`
+trains it from the store. `online` runs both real teachers of examples/teachers.py on the images of
+every step and aligns the student to what they say (`model_token`): multi-teacher distillation
+without a store. All share the image pipeline, the optimiser, clipping and the size of the batch.
+
+Each measurement starts the pipeline, lets it run in, and takes some steps in a row; rivals are
+measured in turns. A step is all between two batches; the wait is the time until the next is there.
+
+    python benchmarks/train_step.py --student resnet18 --size 112 --json results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+from harness import machine, median, save, show
+from hydra import compose, initialize_config_module
+from lightning_fabric import Fabric
+from preceptor.benchmarks.device_timing import peak_bytes
+from preceptor.cache import Cache
+from preceptor.cache.samples import SampleIndex
+from preceptor.examples.teachers import efficientnet_lite0, vit_s_focus
+from preceptor.extract.pipeline import extract
+from preceptor.train.alignment import ALIGNMENTS, build_alignment
+from preceptor.train.data import AHEAD, StoredViews, TrainData, decoded, normalise, prefetched
+from preceptor.train.loop import Distiller, to_device
+from preceptor.train.optimizer import build_optimizer
+from preceptor.train.students import IMAGENET_MEAN, IMAGENET_STD, Student, build_student
+from torch import Tensor, nn
+from torch.nn import functional
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "examples/data/fashion-mnist/train-000000.tar.gz"
+SIDE = 256
+STUDENTS = {"resnet18": "resnet18", "vit_small": "vit_small_patch16_224"}
+
+
+@dataclass
+class Bed:
+    """Images, their store, and what a run needs of them."""
+
+    cache: Cache
+    views: StoredViews
+    recipe: Any
+    batch: int
+    size: int
+    student: str
+    workers: int
+    fabric: Fabric
+
+
+def make_images(path: Path, count: int) -> None:
+    """The embedded images as JPEG of 256 x 256 pixels, so that decoding costs what it does."""
+    index = SampleIndex.from_shards(str(IMAGES))
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            buffer = io.BytesIO()
+            index.image(number).convert("RGB").resize((SIDE, SIDE)).save(buffer, "jpeg", quality=90)
+            for extension, raw in (
+                ("jpg", buffer.getvalue()),
+                ("cls", str(index.labels[number]).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number:05d}.{extension}")
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+
+
+def make_store(folder: Path, count: int, size: int) -> tuple[Path, Path]:
+    """Extract both teachers at `size` pixels; an existing store is used again."""
+    shard, store = folder / f"images-{count}.tar", folder / f"store-{count}-{size}"
+    if not shard.exists():
+        make_images(shard, count)
+    with initialize_config_module("preceptor.configs", version_base="1.3"):
+        config = compose(
+            "extract",
+            [
+                f"hydra.searchpath=[file://{ROOT}/examples/configs]",
+                "teachers=fashion_mnist",
+                f"teachers.efficientnet_lite0.size={size}",
+                f"teachers.vit_s_focus.size={size}",
+                f"data.shards={shard}",
+                f"cache={store}",
+                "calibration.images=128",
+                "shard_rows=128",
+            ],
+        )
+    extract(config)
+    return shard, store
+
+
+# -- the rivals: each gives batches and takes a step ----------------------------------------------
+
+Rival = tuple[Callable[[int], Iterator[Any]], Callable[[Any], Tensor]]
+"""(batches of so many steps, one step: loss)."""
+
+
+def images_only(bed: Bed, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels and labels through the pipeline of the trainer, without the store's tokens."""
+    random = np.random.default_rng(0)
+    rows = [random.choice(len(bed.cache), bed.batch, replace=False) for _ in range(steps)]
+    labels = np.asarray(bed.cache.labels)
+    orders = [[(int(row), 0) for row in part] for part in rows]
+    images = decoded(bed.views, orders, bed.workers)
+    joined = ((p, torch.from_numpy(labels[r])) for p, r in zip(images, rows, strict=True))
+    return prefetched(joined, AHEAD)
+
+
+def plain(bed: Bed) -> Rival:
+    student = new_student(bed)
+    model = _Classifier(student, classes=1000)
+    module, optimizer = bed.fabric.setup(model, build_optimizer(_WithStudent(model), bed.recipe))
+
+    def step(batch: tuple[Tensor, Tensor]) -> Tensor:
+        pixels = normalise(batch[0], bed.fabric.device)
+        logits = module(pixels)
+        loss = functional.cross_entropy(logits.float(), batch[1].to(logits.device))
+        return update(bed, module, optimizer, loss)
+
+    return lambda steps: images_only(bed, steps), step
+
+
+def cached(bed: Bed, align: str) -> Rival:
+    distiller = new_distiller(bed, align)
+    data = TrainData(
+        bed.cache,
+        bed.views,
+        distiller.alignment.required_spaces,
+        bed.batch,
+        workers=bed.workers,
+        pin=bed.fabric.device.type == "cuda",
+    )
+    module, optimizer = bed.fabric.setup(distiller, build_optimizer(distiller, bed.recipe))
+
+    def step(batch: Any) -> Tensor:
+        pixels, targets = to_device(batch, bed.fabric.device)
+        return update(bed, module, optimizer, module(pixels, targets).loss)
+
+    return lambda steps: data.batches(0, steps), step
+
+
+def online(bed: Bed, align: str) -> Rival:
+    distiller = new_distiller(bed, align)
+    device = bed.fabric.device
+    teachers = [build(bed.size).to(device) for build in (efficientnet_lite0, vit_s_focus)]
+    module, optimizer = bed.fabric.setup(distiller, build_optimizer(distiller, bed.recipe))
+    spaces = distiller.alignment.spaces
+    units = {name: (bed.cache[name].mean, bed.cache[name].std) for name in spaces}
+    units = {
+        name: tuple(torch.as_tensor(unit, device=device) for unit in pair)
+        for name, pair in units.items()
+    }
+    constants = {}
+    for teacher in teachers:
+        # One multiplication and addition takes the student's normalisation to the teacher's.
+        ours = [torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
+        how = teacher.preprocessing
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (how.mean, how.std))
+        constants[teacher.name] = ((ours[1] / std).to(device), ((ours[0] - mean) / std).to(device))
+
+    def step(batch: tuple[Tensor, Tensor]) -> Tensor:
+        pixels = normalise(batch[0], device)
+        targets = {}
+        with bed.fabric.autocast():
+            for teacher in teachers:
+                scale, shift = constants[teacher.name]
+                for name, tokens in teacher(pixels * scale + shift).items():
+                    mean, std = units[f"{teacher.name}/{name}"]
+                    targets[f"{teacher.name}/{name}"] = (tokens.float() - mean) / std
+        return update(bed, module, optimizer, module(pixels, targets).loss)
+
+    return lambda steps: images_only(bed, steps), step
+
+
+class _Classifier(nn.Module):
+    def __init__(self, student: Student, classes: int) -> None:
+        super().__init__()
+        self.student, self.head = student, nn.Linear(student.pooled_dim, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        # The descriptor alone, as a plain timm model computes it.
+        model = self.student.model
+        return self.head(model.forward_head(model.forward_features(pixels), pre_logits=True))
+
+
+class _WithStudent(nn.Module):
+    """A classifier as the optimiser's set-up wants it."""
+
+    def __init__(self, model: _Classifier) -> None:
+        super().__init__()
+        self.student, self.head = model.student, model.head
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"student.{name}" for name in self.student.no_weight_decay()}
+
+
+def new_student(bed: Bed) -> Student:
+    config = {"model": STUDENTS[bed.student], "size": bed.size}
+    return build_student(config, 0).to(memory_format=torch.channels_last)
+
+
+def new_distiller(bed: Bed, align: str) -> Distiller:
+    student = new_student(bed)
+    with initialize_config_module("preceptor.configs", version_base="1.3"):
+        options = compose("train", [f"align={align}"]).align
+    specs = {name: bed.cache[name].spec for name in bed.cache.spaces}
+    return Distiller(student, build_alignment(dict(options), student, specs)).train()
+
+
+def update(bed: Bed, module: nn.Module, optimizer: Any, loss: Tensor) -> Tensor:
+    bed.fabric.backward(loss)
+    bed.fabric.clip_gradients(module, optimizer, max_norm=1.0, error_if_nonfinite=False)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def measure(rival: Rival, bed: Bed, steps: int) -> tuple[float, float]:
+    """Median seconds of a step, and the share of all steps' time that was waited."""
+    batches, step = rival
+    running_in = AHEAD + 1
+    source = batches(running_in + steps)
+    times, waits = [], []
+    for number in range(running_in + steps):
+        start = time.perf_counter()
+        batch = next(source)
+        arrived = time.perf_counter()
+        loss = step(batch)
+        if bed.fabric.device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= running_in:
+            times.append(time.perf_counter() - start)
+            waits.append(arrived - start)
+    if not bool(loss.isfinite()):
+        raise RuntimeError("a rival does not train: its loss is not finite")
+    source.close()
+    return statistics.median(times), sum(waits) / sum(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--student", choices=tuple(STUDENTS), default="resnet18")
+    parser.add_argument("--size", type=int, default=112, help="pixels, of student and teachers")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--align", nargs="*", default=list(ALIGNMENTS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", help="default: 32-true on the CPU, bf16-mixed on CUDA")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=8, help="in a row")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    parser.add_argument("--folder", type=Path, help="keeps images and store for another run")
+    parser.add_argument("--store-only", action="store_true", help="make the store and end")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        run(options, options.folder or Path(temporary))
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shard, store = make_store(folder, options.images, options.size)
+    if options.store_only:
+        return
+    cache, size = Cache.open(store), (options.size, options.size)
+    with initialize_config_module("preceptor.configs", version_base="1.3"):
+        recipe = compose("train").recipe
+    precision = options.precision or ("bf16-mixed" if options.device == "cuda" else "32-true")
+    bed = Bed(
+        cache=cache,
+        views=StoredViews(cache, SampleIndex.from_shards(str(shard)), size),
+        recipe=recipe,
+        batch=options.batch,
+        size=options.size,
+        student=options.student,
+        workers=options.workers,
+        fabric=Fabric(accelerator=options.device, devices=1, precision=precision),
+    )
+    rivals = {"plain": plain(bed)}
+    rivals |= {f"cached {align}": cached(bed, align) for align in options.align}
+    rivals["online model_token"] = online(bed, "model_token")
+    for _ in cache.batches(list(cache.spaces), options.batch):
+        pass  # the store's pages are warm
+
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
+    for _ in range(options.rounds):
+        for name, rival in rivals.items():
+            samples[name].append(measure(rival, bed, options.steps))
+    results = {}
+    for name, found in samples.items():
+        times = [seconds for seconds, _ in found]
+        results[name] = {
+            "step_s": median(times),
+            "spread_s": [min(times), max(times)],
+            "wait_share": median([wait for _, wait in found]),
+        }
+        if options.memory:
+            batches, step = rivals[name]
+            source = batches(2)
+            batch = next(source)
+            results[name]["peak_mb"] = (
+                peak_bytes(lambda step=step, batch=batch: step(batch), options.device) / 2**20
+            )
+            source.close()
+    base, live = results["plain"]["step_s"], results["online model_token"]["step_s"]
+    for entry in results.values():
+        entry["over_plain"] = entry["step_s"] / base
+    columns = ("", "s a step", "least", "most", "x plain", "wait %", "peak MiB")
+    show(
+        f"{options.student} at {options.size} px, batches of {options.batch}, {options.device}",
+        columns,
+        [
+            (
+                name,
+                entry["step_s"],
+                *entry["spread_s"],
+                entry["over_plain"],
+                100 * entry["wait_share"],
+                entry.get("peak_mb"),
+            )
+            for name, entry in results.items()
+        ],
+    )
+    summary: dict[str, Any] = {
+        name: {
+            "over_plain": round(entry["over_plain"], 3),
+            "wait_share": round(entry["wait_share"], 4),
+        }
+        for name, entry in results.items()
+    }
+    token = results.get("cached model_token")
+    if token is not None:
+        # Of the time that live teachers add to the plain step, the part that the store takes away.
+        summary["teachers_cost_removed"] = round((live - token["step_s"]) / (live - base), 3)
+        summary["online_over_cached"] = round(live / token["step_s"], 2)
+    save(
+        options.json,
+        {
+            "machine": machine(("numpy", "torch", "timm", "zarr")),
+            "threads": torch.get_num_threads(),
+            "options": {key: str(value) for key, value in vars(options).items()},
+            "spaces": {name: list(cache[name].spec.grid or ()) for name in cache.spaces},
+            "summary": summary,
+            "results": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

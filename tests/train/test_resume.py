@@ -1,0 +1,222 @@
+"""Runs that are killed, told to stop, moved to other ranks, or out of space."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from preceptor.benchmarks import torture_train
+from preceptor.cli import main
+from preceptor.errors import StoreError
+from preceptor.train import loop
+from preceptor.train.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from preceptor.train.loop import train
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Calls something when the learning rate of a step is asked for: before the step begins."""
+    original = loop.learning_rate
+
+    def plan(calls):
+        def called(step, *rest):
+            calls.get(step, lambda: None)()
+            return original(step, *rest)
+
+        monkeypatch.setattr(loop, "learning_rate", called)
+
+    return plan
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 10), (2, 2)])
+def test_a_run_killed_anywhere_ends_with_the_same_bits(bed, tmp_path, ranks, kills):
+    # In a process of its own, since what it forks must not inherit running threads.
+    command = (
+        f"{sys.executable} -W ignore {torture_train.__file__} --kills {kills} --ranks {ranks} "
+        f"--seed 1 --store {bed.cache} --shards {bed.shards} --json {tmp_path / 'result.json'}"
+    )
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = OmegaConf.load(tmp_path / "result.json")
+    assert result.summary.kills == kills
+    # Two micro-batches a step and a rank, each seen at least once.
+    assert result.summary.losses_compared >= 2 * ranks * result.steps
+    assert result.summary.losses_different == 0
+    assert result.summary.files_of_weights_different == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_tells_how_to_go_on(bed, tmp_path, at_step, capsys, number):
+    def arguments(out: str) -> list[str]:
+        return [
+            "train", f"cache={bed.cache}", f"data.shards={bed.shards}",
+            f"out={tmp_path / out}", "student=resnet_micro", "student.size=32",
+            "student.options.channels=[8,8,16,16]", "recipe=short", "recipe.steps=6",
+            "recipe.batch_size=16", "recipe.checkpoint_every=0", "engine=cpu", "workers=0",
+        ]  # fmt: skip
+
+    assert main(arguments("whole")) == 0
+    before = signal.getsignal(number)
+    at_step({3: lambda: os.kill(os.getpid(), number)})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments("parts"), "resume=false"])
+    assert stopped.value.code == 0
+    assert signal.getsignal(number) == before
+    told = capsys.readouterr().out
+    assert "stopped after step 4 of 6, which is saved" in told
+    assert load_checkpoint(Checkpoints(tmp_path / "parts", 1).last)["step"] == 4
+
+    at_step({})
+    command = shlex.split(told.splitlines()[-1])
+    assert command[:2] == ["preceptor", "train"]
+    assert main(command[1:]) == 0
+    assert "going on from step 4 of 6" in capsys.readouterr().out
+    for name in ("student.safetensors", "alignment.safetensors"):
+        whole, parts = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
+        assert whole == parts
+
+
+def test_a_second_signal_acts_as_it_always_did(train_config, at_step):
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step({3: twice})
+    with pytest.raises(KeyboardInterrupt):
+        train(train_config())
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Files cannot grow beyond so many bytes: the kernel refuses, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_without_space_the_old_checkpoint_stays_and_the_run_says_so(
+    train_config, tmp_path, at_step, capsys
+):
+    limit = largest_file(20_000)
+    at_step({3: limit.__enter__, 5: lambda: limit.__exit__(None, None, None)})
+    summary = train(train_config("recipe.checkpoint_every=2", "log.to=[]", "keep.last=9"))
+    assert summary["steps"] == 8
+    steps = list(Checkpoints(tmp_path / "run", 9).steps())
+    assert steps == [2, 6, 8]  # 4 did not fit
+    told = capsys.readouterr().err
+    assert "step-00000004.pt failed: File too large; nothing was committed" in told
+    assert "step-00000002.pt (step 2); training goes on" in told
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_a_run_that_cannot_save_its_end_fails_with_the_good_checkpoint(
+    train_config, tmp_path, at_step
+):
+    limit = largest_file(20_000)
+    at_step({5: limit.__enter__})
+    told = r"step-00000008.pt failed.*last good checkpoint is .*step-00000004.pt \(step 4\)"
+    try:
+        with pytest.raises(StoreError, match=told):
+            train(train_config("recipe.checkpoint_every=4", "log.to=[]"))
+    finally:
+        limit.__exit__(None, None, None)
+    assert load_checkpoint(Checkpoints(tmp_path / "run", 1).last)["step"] == 4
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(train_config, tmp_path):
+    options = ("keep.last=2", "keep.best=loss", "recipe.checkpoint_every=2", "recipe.log_every=2")
+    summary = train(train_config(*options))
+    kept = Checkpoints(tmp_path / "run", 2)
+    assert list(kept.steps()) == [6, 8]
+    best = load_checkpoint(kept.best)
+    assert best["step"] == summary["best"]["step"]
+    assert best["best"] == summary["best"]
+    # Every window's loss is in the log; the best is the least of them.
+    assert summary["best"]["value"] <= summary["loss"]
+    assert (tmp_path / "run" / "best" / "model.json").exists()
+
+
+def test_another_number_of_ranks_goes_on_at_the_same_part_of_the_way(
+    train_config, tmp_path, at_step, capsys
+):
+    options = ("recipe.steps=null", "recipe.epochs=4", "recipe.checkpoint_every=4")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    at_step({5: interrupt})
+    with pytest.raises(KeyboardInterrupt):
+        train(train_config(*options))
+    last = Checkpoints(tmp_path / "run", 1).last
+    state = load_checkpoint(last)
+    # As two ranks would have left it: in four steps they see twice as many images.
+    save_checkpoint(last, {**state, "ranks": 2, "images": 2 * state["images"]})
+    at_step({})
+    capsys.readouterr()
+    train(train_config(*options))
+    told = capsys.readouterr().out
+    assert "was written by 2 rank(s) and this run has 1" in told
+    assert "going on from step 8 of 16" in told
+
+
+def test_a_copied_checkpoint_of_other_options_is_refused_with_the_difference(train_config):
+    train(train_config("recipe.steps=2"))
+    with pytest.raises(Exception, match=r"recipe.ema \(0.0 there, 0.5 here\)"):
+        train(train_config("recipe.steps=2", "recipe.ema=0.5"))
+
+
+def test_slurm_starts_the_ranks(tmp_path):
+    """Two processes with the variables that srun sets find each other and the engine's default."""
+    script = (
+        "from omegaconf import OmegaConf; import preceptor, torch, pathlib, sys\n"
+        "from preceptor.engine import launch\n"
+        "root = pathlib.Path(preceptor.__file__).parent\n"
+        "fabric = launch(OmegaConf.load(root / 'configs' / 'engine' / 'cpu.yaml'))\n"
+        "total = fabric.all_reduce(torch.tensor(fabric.global_rank + 1.0), reduce_op='sum')\n"
+        "print(fabric.world_size, float(total))\n"
+    )
+    port = str(torture_train.free_port())
+    ranks = []
+    for rank in "01":
+        slurm = {
+            "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2",
+            "SLURM_PROCID": rank, "SLURM_LOCALID": "0", "SLURM_NODEID": rank,
+            "SLURM_JOB_ID": "4", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1",
+            "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                env={**os.environ, **slurm},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(tmp_path),
+            )
+        )
+    for rank in ranks:
+        out, errors = rank.communicate()
+        assert rank.returncode == 0, errors
+        assert out.split()[-2:] == ["2", "3.0"]
