@@ -17,7 +17,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from glob import glob
 from pathlib import Path
@@ -152,12 +152,14 @@ class SampleIndex:
     _shard: NDArray[np.int32]
     _offset: NDArray[np.int64]
     _size: NDArray[np.int64]
+    _members: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @classmethod
     def from_shards(
         cls,
         shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         progress: Callable[[int, int], None] | None = None,
+        members: Sequence[str] = (),
     ) -> SampleIndex:
         """List the samples of local tar shards, in the order of the shards.
 
@@ -167,13 +169,14 @@ class SampleIndex:
                 bzip2): it is then held in memory, and all of them together may take
                 ``MAX_UNPACKED`` bytes unpacked.
             progress: called with (shards listed, shards in all) after each shard.
+            members: further kinds that `member` is to read, such as ``json`` or ``mask.png``.
 
         Raises:
             DataError: a shard is missing, not a tar file, or cut short; a sample has no image, two
                 images, or a label that is no class number; a key occurs twice; no sample at all.
         """
         paths = expand_shards(shards)
-        lists = _Lists()
+        lists = _Lists(members)
         for number, path in enumerate(paths):
             lists.add_shard(path)
             if progress is not None:
@@ -190,6 +193,10 @@ class SampleIndex:
             ),
             _offset=np.asarray(lists.offsets, np.int64),
             _size=np.asarray(lists.sizes, np.int64),
+            _members={
+                kind: np.asarray(found, np.int64).reshape(-1, 2)
+                for kind, found in lists.members.items()
+            },
         )
 
     def __len__(self) -> int:
@@ -249,6 +256,7 @@ class SampleIndex:
             _shard=self._shard[rows],
             _offset=self._offset[rows],
             _size=self._size[rows],
+            _members={kind: places[rows] for kind, places in self._members.items()},
         )
 
     def where(self, i: int) -> str:
@@ -261,8 +269,29 @@ class SampleIndex:
         Raises:
             DataError: the shard is gone, has changed since it was listed, or ends too early.
         """
-        size = int(self._size[i])
-        data = self._shards[self._shard[i]].read(int(self._offset[i]), size)
+        return self._read(i, int(self._offset[i]), int(self._size[i]))
+
+    def member(self, i: int, kind: str, max_bytes: int) -> bytes | None:
+        """Another member of sample ``i``, byte for byte; None where it has none of that kind.
+
+        Args:
+            kind: one of the ``members`` that the index was listed with.
+
+        Raises:
+            DataError: it is longer than ``max_bytes``, or as for `read`.
+        """
+        offset, size = (int(value) for value in self._members[kind][i])
+        if size < 0:
+            return None
+        if size > max_bytes:
+            raise DataError(
+                f"member .{kind} of sample {self.where(i)} has {size:,} bytes, more than "
+                f"{max_bytes:,}"
+            )
+        return self._read(i, offset, size)
+
+    def _read(self, i: int, offset: int, size: int) -> bytes:
+        data = self._shards[self._shard[i]].read(offset, size)
         if len(data) != size:
             raise DataError(f"sample {self.where(i)} ends early: {len(data)} of {size} bytes")
         return data
@@ -332,7 +361,8 @@ def expand_shards(
 class _Lists:
     """What the walk over the shards has gathered so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, members: Sequence[str] = ()) -> None:
+        self.members: dict[str, list[tuple[int, int]]] = {kind: [] for kind in members}
         self.shards: list[_Shard] = []
         self.keys: list[str] = []
         self.labels: list[int] = []
@@ -381,6 +411,9 @@ class _Lists:
         self.labels.append(_label(shard.path, file, key, members.get("cls")))
         self.offsets.append(image.offset_data)
         self.sizes.append(image.size)
+        for kind, places in self.members.items():
+            found = members.get(kind)
+            places.append((found.offset_data, found.size) if found is not None else (0, -1))
         shard.samples += 1
 
 

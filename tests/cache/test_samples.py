@@ -86,19 +86,32 @@ def test_random_shards_read_as_webdataset_reads_them(
         with pytest.raises(DataError, match="no sample"):
             SampleIndex.from_shards(paths)
         return
-    index = SampleIndex.from_shards(paths)
+    index = SampleIndex.from_shards(paths, members=("json", "seg.png"))
     expected = from_webdataset(paths)
     assert index.keys == [sample["__key__"] for sample in expected]
     assert index.labels.tolist() == [int(sample.get("cls", b"-1")) for sample in expected]
     for i, sample in enumerate(expected):
         image = next(sample[k] for k in ("jpg", "jpeg", "png", "webp") if k in sample)
         assert index.read(i) == image
+        for kind in ("json", "seg.png"):
+            assert index.member(i, kind, max_bytes=99) == sample.get(kind)
     permuted = index.permuted(3)
     assert sorted(permuted.keys) == sorted(index.keys)
     for i, key in enumerate(permuted.keys):
         old = index.keys.index(key)
         assert permuted.read(i) == index.read(old)
         assert permuted.labels[i] == index.labels[old]
+        assert permuted.member(i, "json", 99) == index.member(old, "json", 99)
+
+
+def test_a_member_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    members = [*simple(0, 1), ("dir/0000.json", b"[" + b" " * 98 + b"]")]
+    index = SampleIndex.from_shards(write_tar(tmp_path / "x.tar", members), members=("json",))
+    assert index.member(0, "json", max_bytes=100) == members[-1][1]
+    with pytest.raises(
+        DataError, match=r"\.json of sample 'dir/0000' in .*100 bytes, more than 99"
+    ):
+        index.member(0, "json", max_bytes=99)
 
 
 def test_braces_expand_and_images_decode(tmp_path: Path) -> None:

@@ -115,6 +115,12 @@ def make_bed(folder: Path, stem: str, images: int, seed: int, invalid: int = -1,
     return Bed(str(shard), str(folder / stem), index, policy)
 
 
+@pytest.fixture(scope="session")
+def make_store():
+    """Writes the store of a small random ViT: (path, index, policy)."""
+    return write_store
+
+
 @pytest.fixture
 def write_shard():
     """Writes a tar of labelled images: (path, count, seed)."""

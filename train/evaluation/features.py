@@ -1,26 +1,41 @@
-"""Frozen features of labelled images: of students by running them, of teachers from the store."""
+"""Frozen features of a store's images: of students by running them, of teachers from the store."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from ...cache import Cache
 from ...cache.samples import SampleIndex
-from ...errors import DataError
+from ...errors import ConfigError, DataError
 from ...progress import ProgressLine
 from ..alignment import Alignment
 from ..alignment.base import descriptor_spaces
-from ..data import StoredViews, decoded, normalise, prefetched
-from ..students import Student
+from ..data import StoredViews, decoded, join, normalise, prefetched
+from ..students import Student, StudentOutput
+from .base import Array
+from .corruptions import Corruption
+from .feature_cache import FeatureCache
+from .labels import Task
 
+MAP = "map"
+"""The readout of protocols that read tokens on a grid: the student's own tokens."""
 _ROWS = 1024
+
+Readouts = Mapping[str, Callable[[StudentOutput], Tensor]]
+"""How each readout is taken of a student's output."""
+Wanted = tuple[str, Corruption | None]
+"""A readout, of the images as they are (None) or corrupted."""
 
 
 @dataclass(frozen=True)
@@ -28,31 +43,86 @@ class LabelledRows:
     """The first view of every labelled image of a store, with the images themselves.
 
     Attributes:
-        rows: int64 [n], valid rows of the store.
-        labels: int64 [n].
+        rows: int64 [n], valid rows of the store; labelled for at least one task.
+        labels: int64 [n], the store's classes (``.cls``), -1 where unknown.
+        truths: labels by task, in the form of `Task.read`.
     """
 
     cache: Cache
     index: SampleIndex
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
+    truths: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, cache: str, shards: str | Sequence[str]) -> LabelledRows:
+    def open(
+        cls,
+        cache: str,
+        shards: str | Sequence[str],
+        tasks: Sequence[Task] = (Task("class", "classification", "cls"),),
+        *,
+        max_pixels: int | None = None,
+    ) -> LabelledRows:
         """Open a store and its images.
 
+        Args:
+            tasks: whose labels to read; without any, every image is taken.
+            max_pixels: a larger label map is refused.
+
         Raises:
-            StoreError, DataError: either cannot be used, or no image has a label.
+            StoreError, DataError: either cannot be used, or no image has a label for some task.
         """
         store = Cache.open(cache)
-        index = SampleIndex.from_shards(shards)
-        labels = np.asarray(store.labels, dtype=np.int64)
+        members = dict.fromkeys(task.member for task in tasks if task.member)
+        index = SampleIndex.from_shards(shards, members=list(members))
         views = int(store.manifest.plan.views["count"])
         first = np.arange(len(store)) % views == 0
-        rows = np.flatnonzero(first & np.asarray(store.valid, dtype=bool) & (labels >= 0))
+        rows = np.flatnonzero(first & np.asarray(store.valid, dtype=bool))
         if not len(rows):
-            raise DataError(f"{cache}: no image has a label (.cls), so nothing can be scored")
-        return cls(store, index, rows, labels[rows])
+            raise DataError(f"{cache}: no image has tokens, so nothing can be scored")
+        samples = join(store, index)[0][rows] if members else rows
+        limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+        truths = {task.name: task.read(store, index, rows, samples, **limit) for task in tasks}
+        kept = np.zeros(len(rows), dtype=bool)
+        for task in tasks:
+            values = truths[task.name]
+            labelled = ~np.isnan(values) if values.dtype.kind == "f" else values >= 0
+            if not labelled.any():
+                raise DataError(
+                    f"{cache}: no image has a label (.{task.member or 'cls'}) of task {task.name}, "
+                    "so nothing can be scored"
+                )
+            kept |= labelled.reshape(len(rows), -1).any(1)
+        if not tasks:
+            kept[:] = True
+        labels = np.asarray(store.labels, dtype=np.int64)[rows]
+        return cls(
+            store,
+            index,
+            rows[kept],
+            labels[kept],
+            {name: values[kept] for name, values in truths.items()},
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What determines the pixels and the order of the rows: samples, views, row numbers.
+
+        Images are known by their shard's name, key and length in bytes, as in the manifest.
+        """
+        return {
+            "rows": self.cache.manifest.configuration("rows"),
+            "samples": self.index.sha256,
+            "chosen": hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest(),
+        }
+
+    def teacher_identity(self, teacher: str) -> dict[str, Any]:
+        """What determines a teacher's tokens of the rows."""
+        return {
+            "teacher": self.cache.manifest.configuration(teacher),
+            "records": list(self.cache.completions[teacher].records),
+            "chosen": self.identity["chosen"],
+        }
 
 
 def student_features(
@@ -74,22 +144,149 @@ def student_features(
         DataError: the images are not those of the store.
         ConfigError: the alignment has no such readout.
     """
+    alignment.to(fabric.device).eval()
+    found = run_student(
+        fabric,
+        student,
+        aligned_readouts(alignment, readouts),
+        images,
+        [(readout, None) for readout in readouts],
+        batch_size=batch_size,
+        workers=workers,
+        interpolation=interpolation,
+        max_pixels=max_pixels,
+        title=title,
+    )
+    return {readout: torch.from_numpy(found[readout, None]) for readout in readouts}
+
+
+def aligned_readouts(alignment: Alignment, names: Sequence[str]) -> Readouts:
+    """Readouts of a trained student: those of its alignment, and `MAP`.
+
+    Raises:
+        ConfigError: the alignment has no such readout.
+    """
+
+    def reader(name: str) -> Callable[[StudentOutput], Tensor]:
+        return lambda output: alignment.readout(output, name)
+
+    for name in names:
+        if name != MAP and name not in alignment.readouts:
+            raise ConfigError(
+                f"readout {name!r}: {type(alignment).__name__} has {', '.join(alignment.readouts)}"
+            )
+    return {name: _tokens if name == MAP else reader(name) for name in names}
+
+
+def _tokens(output: StudentOutput) -> Tensor:
+    return output.tokens
+
+
+def _spatial(output: StudentOutput) -> Tensor:
+    return quarters(output.tokens, output.grid)
+
+
+PLAIN: Readouts = {
+    "pooled": lambda output: output.pooled,
+    "spatial": _spatial,
+    MAP: _tokens,
+}
+"""Readouts that a backbone has without an alignment."""
+
+
+def quarters(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens [B, N, C] pooled to 2 x 2 and laid side by side: [B, 4 C], row-major."""
+    pooled = functional.adaptive_avg_pool2d(tokens.transpose(1, 2).unflatten(2, grid), 2)
+    return pooled.flatten(2).transpose(1, 2).flatten(1)
+
+
+def run_student(
+    fabric: Fabric,
+    student: Student,
+    readouts: Readouts,
+    images: LabelledRows,
+    wanted: Sequence[Wanted],
+    *,
+    batch_size: int,
+    workers: int,
+    interpolation: str,
+    max_pixels: int | None,
+    title: str,
+) -> dict[Wanted, Array]:
+    """Features of a frozen student in one pass over the images, float32 [n, K] or [n, N, C].
+
+    Images are decoded once; every corruption is applied to the stored view at the student's size.
+
+    Raises:
+        DataError: the images are not those of the store.
+    """
     views = StoredViews(
         images.cache, images.index, student.size, interpolation=interpolation, max_pixels=max_pixels
     )
     parts = np.split(images.rows, range(batch_size, len(images.rows), batch_size))
     orders = [[(int(row), 0) for row in part] for part in parts]
     student.to(fabric.device).eval()
-    alignment.to(fabric.device).eval()
-    found: dict[str, list[Tensor]] = {readout: [] for readout in readouts}
+    corruptions = list(dict.fromkeys(corruption for _, corruption in wanted))
+    found: dict[Wanted, list[Array]] = {key: [] for key in wanted}
     with torch.inference_mode(), ProgressLine(title, len(images.rows), "images") as line:
-        for pixels in prefetched(decoded(views, orders, workers), 2):
-            with fabric.autocast():
-                output = student(normalise(pixels, fabric.device))
-                for readout in readouts:
-                    found[readout].append(alignment.readout(output, readout).float().cpu())
+        batches = zip(parts, prefetched(decoded(views, orders, workers), 2), strict=True)
+        for rows, pixels in batches:
+            for corruption in corruptions:
+                seen = pixels if corruption is None else _corrupted(corruption, pixels, rows)
+                with fabric.autocast():
+                    output = student(normalise(seen, fabric.device))
+                    for name, of in found.items():
+                        if name[1] == corruption:
+                            of.append(readouts[name[0]](output).float().cpu().numpy())
             line.advance(len(pixels))
-    return {readout: torch.cat(parts) for readout, parts in found.items()}
+    return {key: np.concatenate(parts) for key, parts in found.items()}
+
+
+def _corrupted(corruption: Corruption, pixels: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    images = zip(pixels.numpy(), rows, strict=True)
+    return torch.from_numpy(np.stack([corruption(image, int(row)) for image, row in images]))
+
+
+def cached_run(
+    kept: FeatureCache,
+    fabric: Fabric,
+    student: Student,
+    readouts: Readouts,
+    images: LabelledRows,
+    wanted: Sequence[Wanted],
+    weights: Mapping[str, Any],
+    **options: Any,
+) -> dict[Wanted, Array]:
+    """`run_student` for what the feature cache lacks.
+
+    Args:
+        weights: JSON that determines the student and its readouts.
+    """
+
+    def identity(key: Wanted) -> dict[str, Any]:
+        readout, corruption = key
+        changed = corruption and [corruption.name, corruption.severity, corruption.seed]
+        return {
+            **images.identity,
+            "weights": dict(weights),
+            "readout": readout,
+            "corruption": changed,
+            "size": list(student.size),
+            "interpolation": options["interpolation"],
+            "device": fabric.device.type,
+            "precision": str(fabric.strategy.precision.precision),
+            "torch": str(torch.__version__),
+        }
+
+    found = {key: kept.get(identity(key), len(images.rows)) for key in wanted}
+    missing = [key for key, features in found.items() if features is None]
+    if missing:
+        for key, features in run_student(
+            fabric, student, readouts, images, missing, **options
+        ).items():
+            kept.put(identity(key), features)
+            found[key] = features
+    return {key: features for key, features in found.items() if features is not None}
 
 
 def teacher_features(images: LabelledRows) -> Iterator[tuple[str, Tensor]]:
@@ -98,10 +295,44 @@ def teacher_features(images: LabelledRows) -> Iterator[tuple[str, Tensor]]:
     In the teacher's own units. A teacher without a global space gives the mean of its last grid's
     tokens, the same that alignments learn.
     """
-    cache = images.cache
-    specs = {name: cache[name].spec for name in cache.spaces}
-    for label, name in descriptor_spaces(specs).items():
-        space = cache[name]
-        parts = np.split(images.rows, range(_ROWS, len(images.rows), _ROWS))
-        decoded_parts = [space.decode(space.read(part)).mean(1).float() for part in parts]
-        yield label, torch.cat(decoded_parts).cpu()
+    for label, name in descriptors(images.cache).items():
+        yield label, torch.from_numpy(space_features(images, name, "mean"))
+
+
+def descriptors(cache: Cache) -> dict[str, str]:
+    """Label of each teacher's descriptor -> the space whose token mean it is."""
+    return descriptor_spaces({name: cache[name].spec for name in cache.spaces})
+
+
+def space_features(
+    images: LabelledRows, space: str, readout: str, kept: FeatureCache | None = None
+) -> Array:
+    """Tokens of a space in the teacher's own units, as the store holds them.
+
+    Args:
+        readout: ``mean`` of the tokens [n, D], ``spatial`` (see `quarters`) [n, 4 D], or ``map``,
+            the tokens themselves [n, N, D].
+        kept: where the result is kept.
+    """
+    source = images.cache[space]
+    identity = {**images.teacher_identity(source.spec.teacher), "space": space, "readout": readout}
+    if readout == MAP:
+        kept = None  # the store itself is where they are kept, and takes less room
+    if kept is not None and (found := kept.get(identity, len(images.rows))) is not None:
+        return found
+    grid = source.spec.grid
+
+    def reduced(tokens: Tensor) -> Tensor:
+        if readout == "mean":
+            return tokens.mean(1)
+        if readout == "spatial":
+            assert grid is not None
+            return quarters(tokens, grid)
+        return tokens
+
+    parts = np.split(images.rows, range(_ROWS, len(images.rows), _ROWS))
+    read = (reduced(source.decode(source.read(part))).float().cpu().numpy() for part in parts)
+    features = np.concatenate(list(read))
+    if kept is not None:
+        kept.put(identity, features)
+    return features

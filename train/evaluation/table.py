@@ -1,60 +1,170 @@
-"""Scores as rows of a table."""
+"""Scores as rows of tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from .base import DEFAULTS, Score
+from .intervals import over_seeds
+
+_COLUMNS = 4  # of scores in one table, so that 120 columns hold it
+
 
 @dataclass(frozen=True)
-class Score:
+class Row:
     """What one frozen feature is worth on the test images.
 
     Attributes:
         kind: "student", "teacher" or "untrained".
         name: run folder of a student, space of a teacher.
         readout: which of its features.
-        dim: width of the feature.
-        knn, linear: accuracies from 0 to 1.
-        strength: L2 strength that the linear probe chose.
-        validation: the linear probe's accuracy where it chose it.
+        dim: width of the feature, after a reduction where one was asked for.
+        on_grid: whether it is of tokens on a grid.
+        scores: one for every figure of every protocol that reads such features.
+        family: equal for students that differ in their seed alone; empty where not known.
     """
 
     kind: str
     name: str
     readout: str
     dim: int
-    knn: float
-    linear: float
-    strength: float
-    validation: float
+    on_grid: bool
+    scores: Sequence[Score]
+    family: str = ""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Value by the score's key."""
+        return {score.key: score.value for score in self.scores}
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The values by key, and under ``scores`` all there is to each."""
+        named = {"kind": self.kind, "name": self.name, "readout": self.readout, "dim": self.dim}
+        return {**named, **self.values, "scores": [score.as_json() for score in self.scores]}
 
 
-def print_table(scores: Sequence[Score], title: str, console: Console | None = None) -> None:
-    """Print the scores in per cent, best k-NN first within each kind."""
-    table = Table(title=title)
+def seed_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Means over students that differ in their seed alone, with Student's t intervals of 95 %."""
+    families: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.family:
+            families.setdefault((row.family, row.readout), []).append(row)
+    found = []
+    for (_, readout), members in families.items():
+        if len(members) < 2:
+            continue
+        means = {}
+        for key in members[0].values:
+            interval = over_seeds([row.values[key] for row in members])
+            means[key] = {"mean": interval.value, "low": interval.low, "high": interval.high}
+        names = [row.name for row in members]
+        found.append({"names": names, "readout": readout, "dim": members[0].dim, "means": means})
+    return found
+
+
+def print_tables(rows: Sequence[Row], title: str, console: Console | None = None) -> None:
+    """Print the scores in per cent with half their interval's width, four beside each other.
+
+    Kinds keep their order, and within a kind the best of the first column comes first. ``-`` stands
+    where a protocol has no figure for a feature.
+    """
+    console = console or Console()
+    # What reads tokens on a grid has rows of its own.
+    for on_grid in (False, True):
+        own = [row for row in rows if row.on_grid == on_grid]
+        columns = {score.key: heading(score) for row in own for score in row.scores}
+        for part in _parts(list(columns)):
+            print_table(own, {key: columns[key] for key in part}, title, console)
+            title = ""
+
+
+def _parts(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Protocols kept together where they fit."""
+    part: list[str] = []
+    protocols: dict[str, list[str]] = {}
+    for key in keys:
+        protocols.setdefault(key.split("/")[0], []).append(key)
+    for own in protocols.values():
+        if part and len(part) + len(own) > _COLUMNS:
+            yield part
+            part = []
+        part += own
+        while len(part) > _COLUMNS:
+            yield part[:_COLUMNS]
+            part = part[_COLUMNS:]
+    if part:
+        yield part
+
+
+def print_table(
+    rows: Sequence[Row], columns: Mapping[str, str], title: str, console: Console
+) -> None:
+    """Print some of the scores: columns are headings by key."""
+    table = Table(title=title or None)
     for column in ("", "name", "readout"):
         table.add_column(column, overflow="fold")  # names are never cut
-    for column in ("width", "k-NN %", "linear %"):
+    for column in ("width", *columns.values()):
         table.add_column(column, justify="right")
-    kinds = list(dict.fromkeys(score.kind for score in scores))
-    for kind in kinds:
-        of_kind = sorted((s for s in scores if s.kind == kind), key=lambda s: -s.knn)
-        for score in of_kind:
+    first = next(iter(columns))
+    for kind in dict.fromkeys(row.kind for row in rows):
+        of_kind = sorted(
+            (row for row in rows if row.kind == kind),
+            key=lambda row: -row.values.get(first, -math.inf),
+        )
+        for row in of_kind:
+            scores = {score.key: score for score in row.scores}
             table.add_row(
-                score.kind,
-                score.name,
-                score.readout,
-                str(score.dim),
-                f"{100 * score.knn:.1f}",
-                f"{100 * score.linear:.1f}",
-                end_section=score is of_kind[-1],
+                row.kind,
+                row.name,
+                row.readout,
+                str(row.dim),
+                *(percent(scores.get(key)) for key in columns),
+                end_section=row is of_kind[-1],
             )
-    (console or Console()).print(table)
+    console.print(table)
+
+
+def print_seeds(means: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Print what `seed_means` found."""
+    console = console or Console()
+    for entry in means:
+        parts = [
+            f"{key} {100 * one['mean']:.1f} ±{50 * (one['high'] - one['low']):.1f}"
+            for key, one in entry["means"].items()
+        ]
+        count = len(entry["names"])
+        console.print(
+            f"{count} seeds, {entry['names'][0]} and so on, {entry['readout']}: {', '.join(parts)}"
+        )
+
+
+NAMES = {"knn": "k-NN", "linear": "linear", "retrieval": "mAP", "regression": "R²", "dense": "mIoU"}
+"""Of columns, where the protocol's own name is not the clearest."""
+
+
+def heading(score: Score) -> str:
+    """Of a column: what is shown, in per cent."""
+    if score.variant:
+        variant = score.variant
+        name = f"CKA {variant}" if score.protocol == "cka" else variant.replace("_", " ")
+        if score.protocol == "robustness" and variant == "mean":
+            name = "corrupted"
+    else:
+        name = NAMES.get(score.protocol, score.protocol)
+    return f"{name} %" + ("" if score.task in DEFAULTS else f" {score.task}")
+
+
+def percent(score: Score | None) -> str:
+    """``86.7 ±2.1``, or ``-`` where there is no score."""
+    if score is None:
+        return "-"
+    text = f"{100 * score.value:.1f}"
+    if score.low is None or score.high is None:
+        return text
+    return f"{text} ±{50 * (score.high - score.low):.1f}"

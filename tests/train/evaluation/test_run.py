@@ -68,7 +68,7 @@ def test_mistakes_are_told(train_config, eval_config, tmp_path):
     run = train(train_config("align=regression", "recipe.steps=1"))["out"]
     with pytest.raises(DataError, match="holds no trained student"):
         evaluate(eval_config(f"students=[{tmp_path}]", "with_teachers=false"))
-    with pytest.raises(ConfigError, match="it has pooled, predictions"):
+    with pytest.raises(ConfigError, match="no student has tokens; there are pooled"):
         evaluate(eval_config(f"students=[{run}]", "readouts=[tokens]"))
     with pytest.raises(ConfigError, match="nothing to score"):
         evaluate(eval_config("with_teachers=false"))

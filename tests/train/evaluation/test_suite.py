@@ -1,0 +1,318 @@
+"""The whole command on scenes with every kind of label: tables, kept features, mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from preceptor.cache import Cache, SampleIndex, TeacherRecord, ViewPolicy
+from preceptor.errors import ConfigError
+from preceptor.train.checkpoint import load_model
+from preceptor.train.data import normalise
+from preceptor.train.evaluation import Features, Score, Targets, build_suite, over_seeds
+from preceptor.train.evaluation.corruptions import Corruption
+from preceptor.train.evaluation.feature_cache import FeatureCache
+from preceptor.train.evaluation.features import LabelledRows, quarters
+from preceptor.train.evaluation.labels import Task
+from preceptor.train.evaluation.run import evaluate
+from preceptor.train.evaluation.table import Row, print_tables
+from preceptor.train.loop import train
+from preceptor.train.students import build_student
+from rich.console import Console
+from sklearn.linear_model import RidgeClassifier
+from sklearn.preprocessing import StandardScaler
+
+TASKS = (
+    "+tasks.position={kind: regression, label: ['json:x', 'json:y']}",
+    "+tasks.square={kind: dense, label: mask.png, size: 16}",
+)
+ALL = (
+    "protocols=all", "fewshot.shots=[1,5]", "knn.k=5", "intervals.resamples=50", *TASKS,
+    "robustness.corruptions=[contrast,jpeg]", "robustness.severities=[1,5]",
+    "linear.strengths=[0.1]", "robustness.strengths=[0.1]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(scenes, tmp_path_factory):
+    """Two students of one recipe that differ in their seed."""
+    from hydra import compose, initialize_config_module
+
+    folder, found = tmp_path_factory.mktemp("runs"), []
+    for seed in (0, 1):
+        with initialize_config_module("preceptor.configs", version_base="1.3"):
+            config = compose(
+                "train",
+                [
+                    f"cache={scenes[0].cache}", f"data.shards={scenes[0].shards}", "engine=cpu",
+                    f"out={folder}/cnn-s{seed}", f"seed={seed}", "student=resnet_micro",
+                    "student.options.channels=[8,8,16,16]", "student.size=32", "workers=0",
+                    "align=regression", "recipe=short", "recipe.steps=6", "recipe.batch_size=16",
+                ],
+            )  # fmt: skip
+        train(config)
+        found.append(f"{folder}/cnn-s{seed}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(runs, scenes, tmp_path_factory):
+    """Every protocol once: (result, overrides, folder of the output)."""
+    from hydra import compose, initialize_config_module
+
+    out = tmp_path_factory.mktemp("whole")
+    overrides = [
+        f"train.cache={scenes[0].cache}", f"train.shards={scenes[0].shards}",
+        f"test.cache={scenes[1].cache}", f"test.shards={scenes[1].shards}",
+        f"students=[{','.join(runs)}]", f"out={out}", "engine=cpu", "workers=0", *ALL,
+    ]  # fmt: skip
+
+    def again(*more: str):
+        with initialize_config_module("preceptor.configs", version_base="1.3"):
+            return evaluate(compose("eval", [*overrides, *more]))
+
+    return again(), again, out
+
+
+def row(result, **wanted):
+    (found,) = (r for r in result["rows"] if all(r[key] == v for key, v in wanted.items()))
+    return found
+
+
+def test_every_protocol_has_its_rows(whole, runs):
+    result, _, out = whole
+    assert json.loads((out / "summary.json").read_text()) == result
+    vectors = {
+        "knn", "linear", "fewshot/1-shot", "fewshot/5-shot", "retrieval", "regression@position",
+        "cka/vit/patch", "cka/vit/cls",
+    }  # fmt: skip
+    robust = {"robustness/mean", "robustness/contrast", "robustness/jpeg"}
+    named = {"kind", "name", "readout", "dim", "scores"}
+    student = row(result, name="cnn-s0", readout="pooled")
+    assert set(student) - named == vectors | robust
+    assert set(row(result, kind="untrained", readout="pooled", name="resnet_micro-s1")) >= robust
+    # A teacher's cached features cannot see corruption: no figure, rather than an invented one.
+    assert set(row(result, name="vit/cls")) - named == vectors
+    assert set(row(result, kind="teacher", readout="map")) - named == {"dense@square"}
+    assert row(result, kind="teacher", readout="map")["name"] == "vit/patch"
+    assert set(row(result, name="cnn-s1", readout="map")) - named == {"dense@square"}
+    assert row(result, name="vit/cls")["cka/vit/cls"] == pytest.approx(1)
+    for one in student["scores"]:
+        assert one["low"] <= one["high"]
+        assert one["images"] == {"regression": 28}.get(one["protocol"], 36)
+    assert [one["name"] for one in result["rows"] if one["kind"] == "untrained"].count(
+        "resnet_micro-s0"
+    ) >= 2
+
+
+def test_means_over_seeds_are_students_intervals(whole):
+    result, _, _ = whole
+    entry = next(e for e in result["seeds"] if e["readout"] == "pooled")
+    assert entry["names"] == ["cnn-s0", "cnn-s1"]
+    values = [row(result, name=f"cnn-s{s}", readout="pooled")["knn"] for s in (0, 1)]
+    expected = over_seeds(values)
+    assert entry["means"]["knn"] == {
+        "mean": expected.value, "low": expected.low, "high": expected.high
+    }  # fmt: skip
+
+
+def test_features_are_computed_once(whole):
+    result, again, _ = whole
+    first = result["features"]
+    assert first["from_cache"] == 1  # a descriptor that is also a space for CKA
+    second = again()
+    assert second["features"] == {"computed": 0, "from_cache": first["computed"] + 1}
+    assert second["rows"] == result["rows"]
+
+
+def test_damaged_and_foreign_features_are_told_and_computed_again(whole, capsys):
+    result, again, out = whole
+    files = sorted((out / "features").iterdir())
+    raw = bytearray(files[0].read_bytes())
+    raw[-5] ^= 1
+    files[0].write_bytes(raw)
+    files[1].write_bytes(b"not a safetensors file")
+    shutil.copy(files[3], files[2])
+    assert again()["rows"] == result["rows"]
+    told = capsys.readouterr().err
+    assert f"{files[0]} is not used and computed again: it is damaged" in told
+    assert f"{files[1]} is not used and computed again" in told
+    assert f"{files[2]} is not used and computed again: it holds the features of something" in told
+    assert again()["features"]["computed"] == 0
+
+
+def test_other_weights_are_other_features(whole, runs, tmp_path):
+    _, again, _ = whole
+    copy = tmp_path / "cnn-s0"
+    shutil.copytree(runs[0], copy)
+    shutil.copy(f"{runs[1]}/student.safetensors", copy / "student.safetensors")
+    found = again(f"students=[{copy}]", "with_floor=false", "protocols=[knn]", "readouts=[pooled]")
+    assert found["features"]["computed"] == 2
+
+
+def test_nothing_is_kept_where_nothing_is_to_be_kept(whole, tmp_path):
+    _, again, _ = whole
+    found = again("features=null", "protocols=[knn]", f"out={tmp_path}")
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert found["features"]["from_cache"] == 0
+
+
+def test_a_row_is_what_the_parts_give_by_hand(whole, scenes, runs):
+    result, _, _ = whole
+    sides = [LabelledRows.open(side.cache, side.shards) for side in scenes]
+    student, _, _ = load_model(Path(runs[0]))
+
+    def pooled(images, corruption=None):
+        found = []
+        for at in images.rows:
+            box = [float(edge) for edge in images.cache.boxes[at]]
+            pixels = images.index.image(int(at)).resize((32, 32), 3, box=box)
+            pixels = np.asarray(pixels)
+            if corruption is not None:
+                pixels = corruption(pixels, int(at))
+            with torch.no_grad():
+                seen = normalise(torch.from_numpy(pixels.copy())[None], torch.device("cpu"))
+                found.append(student(seen).pooled[0].numpy())
+        return np.stack(found)
+
+    scaler = StandardScaler().fit(pooled(sides[0]))
+    judge = RidgeClassifier(alpha=0.1 * 60).fit(scaler.transform(pooled(sides[0])), sides[0].labels)
+    found = row(result, name="cnn-s0", readout="pooled")
+
+    def accuracy(corruption=None):
+        return judge.score(scaler.transform(pooled(sides[1], corruption)), sides[1].labels)
+
+    assert found["linear"] == pytest.approx(accuracy())
+    jpeg = np.mean([accuracy(Corruption("jpeg", severity)) for severity in (1, 5)])
+    assert found["robustness/jpeg"] == pytest.approx(jpeg)
+
+
+def test_the_floor_is_the_architecture_without_the_alignment(whole, scenes, runs):
+    result, _, _ = whole
+    images = [LabelledRows.open(side.cache, side.shards) for side in scenes]
+    _, _, model = load_model(Path(runs[1]))
+    untrained = build_student(model["student"], 1).eval()
+    sides = []
+    for side in images:
+        pixels = torch.stack(
+            [
+                torch.from_numpy(
+                    np.asarray(
+                        side.index.image(int(at)).resize(
+                            (32, 32), 3, box=[float(edge) for edge in side.cache.boxes[at]]
+                        )
+                    ).copy()
+                )
+                for at in side.rows
+            ]
+        )
+        with torch.no_grad():
+            sides.append(untrained(normalise(pixels, torch.device("cpu"))).pooled.numpy())
+    scaler = StandardScaler().fit(sides[0])
+    judge = RidgeClassifier(alpha=0.1 * 60).fit(scaler.transform(sides[0]), images[0].labels)
+    expected = judge.score(scaler.transform(sides[1]), images[1].labels)
+    found = row(result, name="resnet_micro-s1", readout="pooled")
+    assert found["linear"] == pytest.approx(expected)
+
+
+def test_teachers_on_the_grid_and_in_quarters_come_from_the_store(scenes):
+    tokens = torch.arange(2 * 12 * 3.0).view(2, 12, 3)
+    found = quarters(tokens, (4, 3))
+    by_hand = tokens.view(2, 4, 3, 3)[:, :2, :2].mean((1, 2))  # windows overlap in odd columns
+    torch.testing.assert_close(found[:, :3], by_hand)
+    torch.testing.assert_close(found[:, 9:], tokens.view(2, 4, 3, 3)[:, 2:, 1:].mean((1, 2)))
+
+
+def test_equal_width_is_the_same_reduction_for_everyone(whole):
+    _, again, _ = whole
+    found = again("width=6", "protocols=[knn,regression]")
+    assert {r["dim"] for r in found["rows"]} == {6}
+
+
+def test_the_suite_is_usable_from_python(scenes):
+    task = Task("position", "regression", ["json:x", "json:y"])
+    learn, judge = (LabelledRows.open(side.cache, side.shards, [task]) for side in scenes)
+    tokens = [side.cache["vit/patch"].read(side.rows).standardised() for side in (learn, judge)]
+    features = Features(*(quarters(part, (4, 4)).numpy() for part in tokens))
+    truth = Targets("position", learn.truths["position"], judge.truths["position"])
+    suite = build_suite(["regression"])
+    suite.check([truth])
+    (score,) = suite.score(features, [truth])
+    assert score.images == 28
+    mean = Features(*(part.mean(1).numpy() for part in tokens))
+    (pooled,) = suite.score(mean, [truth])
+    better = suite.bootstrap.difference(score.statistic, pooled.statistic, score.images)
+    assert better.value == pytest.approx(score.value - pooled.value)
+    assert better.low < better.value < better.high
+
+
+def test_tables_fit_120_columns_and_cut_no_name(whole):
+    result, _, _ = whole
+    rows = [
+        Row(
+            r["kind"], r["name"], r["readout"], r["dim"], r["readout"] == "map",
+            [
+                Score(**{k: v for k, v in s.items() if k != "key"}, statistic=lambda w: w.mean(1))
+                for s in r["scores"]
+            ],
+        )
+        for r in result["rows"]
+    ]  # fmt: skip
+    text = io.StringIO()
+    print_tables(rows, "title", Console(file=text, width=120, force_terminal=False))
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "…" not in text.getvalue()
+    for heading in ("k-NN %", "5-shot %", "mAP %", "R² % position", "CKA vit/cls %", "corrupted %"):
+        assert heading in text.getvalue()
+    teacher = [line for line in lines if "vit/cls" in line and "teacher" in line]
+    assert any(line.count(" - ") == 3 for line in teacher)
+
+
+def test_mistakes_are_told_before_anything_is_computed(whole, scenes, tmp_path, capsys):
+    _, again, _ = whole
+    cases = {
+        ("protocols=[knn,cnn]",): "protocols names 'cnn'",
+        ("protocols=knn",): r"write all, or a list, protocols=\[knn\]",
+        ("protocols=[regression]", "~tasks.position"): "regression needs a regression task",
+        ("fewshot.shots=[1,50]",): "ask for fewer shots",
+        ("readouts=[pooled,poled]",): "no student has poled",
+        ("robustness.corruptions=[fog]",): "'fog': valid are gaussian_noise",
+        ("width=0", "protocols=[knn]"): "width=0",
+        ("batch_size=0",): "batch_size=0",
+    }
+    for overrides, message in cases.items():
+        capsys.readouterr()
+        with pytest.raises(ConfigError, match=message):
+            again(f"out={tmp_path}", *overrides)
+        assert "images/s" not in capsys.readouterr().err or "width" in message
+
+
+def test_stores_of_other_teachers_are_refused(scenes, whole, tmp_path, make_store, monkeypatch):
+    _, again, _ = whole
+    index, real = SampleIndex.from_shards(scenes[1].shards), TeacherRecord.__init__
+
+    def other(self, name, spaces, identity):
+        real(self, name, spaces, {**identity, "weights_sha256": "cafe"})
+
+    monkeypatch.setattr(TeacherRecord, "__init__", other)
+    make_store(tmp_path / "other", index, ViewPolicy(name="center"))
+    monkeypatch.undo()
+    assert Cache.open(tmp_path / "other").plan.teachers[0].identity["weights_sha256"] == "cafe"
+    with pytest.raises(ConfigError, match=r"the teacher vit of .* is not that of .*weights_sha256"):
+        again(f"test.cache={tmp_path}/other", "protocols=[knn]")
+
+
+def test_a_feature_file_says_whose_it_is(tmp_path):
+    kept = FeatureCache(tmp_path)
+    features = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    kept.put({"a": 1}, features)
+    assert np.array_equal(FeatureCache(tmp_path).get({"a": 1}, 5), features)
+    assert FeatureCache(tmp_path).get({"a": 2}, 5) is None
+    assert FeatureCache(tmp_path).get({"a": 1}, 6) is None  # other rows than were asked for
+    assert FeatureCache(tmp_path / "b", writes=False).get({"a": 1}, 5) is None

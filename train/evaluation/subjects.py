@@ -1,0 +1,255 @@
+"""What is scored side by side: features of students, of teachers and of the untrained floor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+
+from ...cache import Cache
+from ...cache.durable import file_sha256
+from ...cache.manifest import digest
+from ...errors import ConfigError
+from ..alignment import Alignment
+from ..checkpoint import ALIGNMENT, load_model
+from ..students import MODEL, WEIGHTS, Student, build_student
+from .base import Array, Features, Suite
+from .corruptions import Corruption
+from .feature_cache import FeatureCache
+from .features import (
+    MAP,
+    PLAIN,
+    LabelledRows,
+    Readouts,
+    aligned_readouts,
+    cached_run,
+    descriptors,
+    space_features,
+)
+from .robustness import Robustness
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One feature to be scored."""
+
+    kind: str
+    name: str
+    readout: str
+    features: Features
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of preceptor train."""
+
+    folder: Path
+    student: Student
+    alignment: Alignment
+    model: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Load what preceptor train wrote.
+
+        Raises:
+            DataError: the folder holds no finished run, or its files do not fit each other.
+        """
+        return cls(folder, *load_model(folder))
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """What determines its features."""
+        return {name: file_sha256(self.folder / name) for name in (WEIGHTS, ALIGNMENT, MODEL)}
+
+    @property
+    def family(self) -> str:
+        """Equal for runs that differ in their seed alone; empty where that cannot be told."""
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            return ""
+        config = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(config, dict):
+            return ""
+        free = ("seed", "out", "workers", "resume", "log", "keep")
+        told = {key: value for key, value in config.items() if key not in free}
+        return digest(json.loads(json.dumps(told)))
+
+
+def choose_readouts(config: DictConfig, runs: Sequence[Run]) -> dict[Path, list[str]]:
+    """Which readouts of each run are scored.
+
+    Raises:
+        ConfigError: no run has a readout that was asked for, or one has none of them.
+    """
+    if config.readouts == "all":
+        return {run.folder: list(run.alignment.readouts) for run in runs}
+    offered = list(dict.fromkeys(name for run in runs for name in run.alignment.readouts))
+    for name in config.readouts:
+        if runs and name not in offered:
+            raise ConfigError(
+                f"readouts={list(config.readouts)}: no student has {name}; there are "
+                f"{', '.join(offered)}"
+            )
+    chosen = {}
+    for run in runs:
+        own = [name for name in config.readouts if name in run.alignment.readouts]
+        if not own:
+            raise ConfigError(
+                f"readouts={list(config.readouts)}: {run.folder} has none of them; it has "
+                f"{', '.join(run.alignment.readouts)}"
+            )
+        chosen[run.folder] = own
+    return chosen
+
+
+def subjects(
+    config: DictConfig,
+    suite: Suite,
+    fabric: Fabric,
+    runs: Sequence[Run],
+    readouts: Mapping[Path, Sequence[str]],
+    train: LabelledRows,
+    test: LabelledRows,
+    kept: FeatureCache,
+) -> Iterator[Subject]:
+    """Everything that `config` wants scored, one after the other: teachers, students, floors.
+
+    Args:
+        readouts: of each run, what `choose_readouts` gave.
+        kept: where features are kept for the next time.
+    """
+    if config.with_teachers:
+        yield from _teachers(config, suite, readouts, train, test, kept)
+    robustness = suite.protocols.get("robustness")
+    corruptions = robustness.wanted if isinstance(robustness, Robustness) else []
+    floors: set[str] = set()
+    for run in runs:
+        name, label, model = run.folder.name, run.model["student"]["name"], run.model
+        options = {
+            "batch_size": config.batch_size,
+            "workers": config.workers,
+            "max_pixels": config.max_pixels,
+            "interpolation": model["interpolation"],
+        }
+        own = [*(readouts[run.folder] if suite.reads_vectors else ())]
+        run.alignment.to(fabric.device).eval()
+        read = aligned_readouts(run.alignment, [*own, *([MAP] if suite.reads_grids else [])])
+        for readout, features in _run_sides(
+            kept, fabric, run.student, read, corruptions, run.weights, train, test, name, options
+        ):
+            yield Subject("student", name, readout, features, run.family)
+
+        floor = f"{label}-s{model['seed']}"
+        described = digest({"student": model["student"], "seed": model["seed"]})
+        if config.with_floor and described not in floors:
+            floors.add(described)
+            untrained = build_student(model["student"], model["seed"])
+            plain = {
+                readout: PLAIN[readout]
+                for readout in read
+                if readout in PLAIN and (readout in own or readout == MAP)
+            }
+            if suite.reads_vectors:
+                plain = {"pooled": PLAIN["pooled"], **plain}
+            weights = {"untrained": described}
+            for readout, features in _run_sides(
+                kept, fabric, untrained, plain, corruptions, weights, train, test,
+                f"{floor} untrained", options,
+            ):  # fmt: skip
+                yield Subject("untrained", floor, readout, features)
+
+
+def _run_sides(
+    kept: FeatureCache,
+    fabric: Fabric,
+    student: Student,
+    readouts: Readouts,
+    corruptions: Sequence[Corruption],
+    weights: Mapping[str, Any],
+    train: LabelledRows,
+    test: LabelledRows,
+    title: str,
+    options: Mapping[str, Any],
+) -> Iterator[tuple[str, Features]]:
+    """Features of every readout on both sides; the test side corrupted too, but for maps."""
+    clean = [(readout, None) for readout in readouts]
+    corrupted = [(name, c) for name in readouts if name != MAP for c in corruptions]
+    learn, judge = (
+        cached_run(
+            kept, fabric, student, readouts, images, wanted, weights,
+            **options, title=f"{title}, {side}",
+        )
+        for side, images, wanted in (("train", train, clean), ("test", test, [*clean, *corrupted]))
+    )  # fmt: skip
+    for readout in readouts:
+        yield (
+            readout,
+            Features(
+                learn[readout, None],
+                judge[readout, None],
+                student.grid if readout == MAP else None,
+                {(c.name, c.severity): judge[name, c] for name, c in corrupted if name == readout},
+            ),
+        )
+
+
+def _teachers(
+    config: DictConfig,
+    suite: Suite,
+    readouts: Mapping[Path, Sequence[str]],
+    train: LabelledRows,
+    test: LabelledRows,
+    kept: FeatureCache,
+) -> Iterator[Subject]:
+    def both(space: str, readout: str) -> tuple[Array, Array]:
+        learn, judge = (space_features(side, space, readout, kept) for side in (train, test))
+        return learn, judge
+
+    grids = {name: train.cache[name].grid for name in train.cache.spaces}
+    if suite.reads_vectors:
+        for label, space in descriptors(train.cache).items():
+            yield Subject("teacher", label, "store", Features(*both(space, "mean")))
+        offered = any("spatial" in names for names in readouts.values())
+        if offered:
+            for space, grid in grids.items():
+                if grid is not None:
+                    yield Subject("teacher", space, "spatial", Features(*both(space, "spatial")))
+    if suite.reads_grids:
+        for space, grid in grids.items():
+            if grid is not None:
+                yield Subject("teacher", space, MAP, Features(*both(space, "map"), grid))
+
+
+def check_same_teachers(train: Cache, test: Cache) -> None:
+    """Refuse stores whose teachers are not the same.
+
+    Raises:
+        ConfigError: names the teacher or the space, and both sides.
+    """
+    for name, space in train.spaces.items():
+        if name not in test.spaces:
+            raise ConfigError(
+                f"{test.location} lacks the teacher space {name} of {train.location}: extract the "
+                "same teachers for both, or say with_teachers=false"
+            )
+        shapes = [f"{s.spec.tokens} tokens of {s.spec.dim}" for s in (space, test[name])]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"the teacher space {name} has {shapes[0]} in {train.location} and {shapes[1]} in "
+                f"{test.location}: extract the same teachers for both"
+            )
+    for teacher in train.teachers:
+        theirs, ours = (dict(cache.plan.teacher(teacher).identity) for cache in (train, test))
+        for part in sorted((theirs.keys() | ours.keys()) - {"versions", "precision"}):
+            if theirs.get(part) != ours.get(part):
+                raise ConfigError(
+                    f"the teacher {teacher} of {train.location} is not that of {test.location}: "
+                    f"its {part} is {theirs.get(part)} there and {ours.get(part)} here"
+                )
