@@ -32,10 +32,21 @@ MAP = "map"
 """The readout of protocols that read tokens on a grid: the student's own tokens."""
 _ROWS = 1024
 
-Readouts = Mapping[str, Callable[[StudentOutput], Tensor]]
-"""How each readout is taken of a student's output."""
 Wanted = tuple[str, Corruption | None]
 """A readout, of the images as they are (None) or corrupted."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How features are read of a student.
+
+    Attributes:
+        run: normalised pixels [B, 3, H, W] to the student's output.
+        readouts: how each is taken of that output.
+    """
+
+    run: Callable[[Tensor], StudentOutput]
+    readouts: Mapping[str, Callable[[StudentOutput], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,7 @@ def student_features(
     found = run_student(
         fabric,
         student,
-        aligned_readouts(alignment, readouts),
+        aligned_reader(student, alignment, readouts),
         images,
         [(readout, None) for readout in readouts],
         batch_size=batch_size,
@@ -160,7 +171,7 @@ def student_features(
     return {readout: torch.from_numpy(found[readout, None]) for readout in readouts}
 
 
-def aligned_readouts(alignment: Alignment, names: Sequence[str]) -> Readouts:
+def aligned_reader(student: Student, alignment: Alignment, names: Sequence[str]) -> Reader:
     """Readouts of a trained student: those of its alignment, and `MAP`.
 
     Raises:
@@ -175,7 +186,7 @@ def aligned_readouts(alignment: Alignment, names: Sequence[str]) -> Readouts:
             raise ConfigError(
                 f"readout {name!r}: {type(alignment).__name__} has {', '.join(alignment.readouts)}"
             )
-    return {name: _tokens if name == MAP else reader(name) for name in names}
+    return Reader(student, {name: _tokens if name == MAP else reader(name) for name in names})
 
 
 def _tokens(output: StudentOutput) -> Tensor:
@@ -186,12 +197,16 @@ def _spatial(output: StudentOutput) -> Tensor:
     return quarters(output.tokens, output.grid)
 
 
-PLAIN: Readouts = {
+def plain_reader(student: Student, names: Sequence[str]) -> Reader:
+    """Those of the readouts that a backbone has without an alignment."""
+    return Reader(student, {name: read for name, read in PLAIN.items() if name in names})
+
+
+PLAIN: Mapping[str, Callable[[StudentOutput], Tensor]] = {
     "pooled": lambda output: output.pooled,
     "spatial": _spatial,
     MAP: _tokens,
 }
-"""Readouts that a backbone has without an alignment."""
 
 
 def quarters(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -203,7 +218,7 @@ def quarters(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 def run_student(
     fabric: Fabric,
     student: Student,
-    readouts: Readouts,
+    reader: Reader,
     images: LabelledRows,
     wanted: Sequence[Wanted],
     *,
@@ -234,10 +249,10 @@ def run_student(
             for corruption in corruptions:
                 seen = pixels if corruption is None else _corrupted(corruption, pixels, rows)
                 with fabric.autocast():
-                    output = student(normalise(seen, fabric.device))
+                    output = reader.run(normalise(seen, fabric.device))
                     for name, of in found.items():
                         if name[1] == corruption:
-                            of.append(readouts[name[0]](output).float().cpu().numpy())
+                            of.append(reader.readouts[name[0]](output).float().cpu().numpy())
             line.advance(len(pixels))
     return {key: np.concatenate(parts) for key, parts in found.items()}
 
@@ -251,7 +266,7 @@ def cached_run(
     kept: FeatureCache,
     fabric: Fabric,
     student: Student,
-    readouts: Readouts,
+    reader: Reader,
     images: LabelledRows,
     wanted: Sequence[Wanted],
     weights: Mapping[str, Any],
@@ -282,7 +297,7 @@ def cached_run(
     missing = [key for key, features in found.items() if features is None]
     if missing:
         for key, features in run_student(
-            fabric, student, readouts, images, missing, **options
+            fabric, student, reader, images, missing, **options
         ).items():
             kept.put(identity(key), features)
             found[key] = features

@@ -23,12 +23,12 @@ from .corruptions import Corruption
 from .feature_cache import FeatureCache
 from .features import (
     MAP,
-    PLAIN,
     LabelledRows,
-    Readouts,
-    aligned_readouts,
+    Reader,
+    aligned_reader,
     cached_run,
     descriptors,
+    plain_reader,
     space_features,
 )
 from .robustness import Robustness
@@ -140,9 +140,10 @@ def subjects(
         }
         own = [*(readouts[run.folder] if suite.reads_vectors else ())]
         run.alignment.to(fabric.device).eval()
-        read = aligned_readouts(run.alignment, [*own, *([MAP] if suite.reads_grids else [])])
+        names = [*own, *([MAP] if suite.reads_grids else [])]
+        reader = aligned_reader(run.student, run.alignment, names)
         for readout, features in _run_sides(
-            kept, fabric, run.student, read, corruptions, run.weights, train, test, name, options
+            kept, fabric, run.student, reader, corruptions, run.weights, train, test, name, options
         ):
             yield Subject("student", name, readout, features, run.family)
 
@@ -151,16 +152,10 @@ def subjects(
         if config.with_floor and described not in floors:
             floors.add(described)
             untrained = build_student(model["student"], model["seed"])
-            plain = {
-                readout: PLAIN[readout]
-                for readout in read
-                if readout in PLAIN and (readout in own or readout == MAP)
-            }
-            if suite.reads_vectors:
-                plain = {"pooled": PLAIN["pooled"], **plain}
+            reader = plain_reader(untrained, ["pooled", *names] if suite.reads_vectors else names)
             weights = {"untrained": described}
             for readout, features in _run_sides(
-                kept, fabric, untrained, plain, corruptions, weights, train, test,
+                kept, fabric, untrained, reader, corruptions, weights, train, test,
                 f"{floor} untrained", options,
             ):  # fmt: skip
                 yield Subject("untrained", floor, readout, features)
@@ -170,7 +165,7 @@ def _run_sides(
     kept: FeatureCache,
     fabric: Fabric,
     student: Student,
-    readouts: Readouts,
+    reader: Reader,
     corruptions: Sequence[Corruption],
     weights: Mapping[str, Any],
     train: LabelledRows,
@@ -179,16 +174,16 @@ def _run_sides(
     options: Mapping[str, Any],
 ) -> Iterator[tuple[str, Features]]:
     """Features of every readout on both sides; the test side corrupted too, but for maps."""
-    clean = [(readout, None) for readout in readouts]
-    corrupted = [(name, c) for name in readouts if name != MAP for c in corruptions]
+    clean = [(readout, None) for readout in reader.readouts]
+    corrupted = [(name, c) for name in reader.readouts if name != MAP for c in corruptions]
     learn, judge = (
         cached_run(
-            kept, fabric, student, readouts, images, wanted, weights,
+            kept, fabric, student, reader, images, wanted, weights,
             **options, title=f"{title}, {side}",
         )
         for side, images, wanted in (("train", train, clean), ("test", test, [*clean, *corrupted]))
     )  # fmt: skip
-    for readout in readouts:
+    for readout in reader.readouts:
         yield (
             readout,
             Features(
