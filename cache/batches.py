@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from ..errors import StoreError
 from .buffers import BufferPool
-from .gather import Destination, Gatherer, by_group, tasks
+from .gather import Destination, Gatherer, GroupRows, by_group, tasks
 from .layout import Layout
 from .manifest import PIXELS, SpaceSpec
 from .order import EpochOrder
@@ -27,11 +28,14 @@ class Batch:
         tokens: encoded tokens by space id, in the same order. Their memory is used again when
             nothing refers to it any more, so it may be kept as long as wanted.
         pixels: uint8 ``[b, height, width, 3]`` of the views, where they were asked for.
+        damaged: by place in the batch what is wrong with its row, where the reader was to keep
+            going; tokens and pixels there are arbitrary.
     """
 
     rows: torch.Tensor
     tokens: dict[str, Tokens]
     pixels: torch.Tensor | None = None
+    damaged: Mapping[int, str] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device; rows too."""
@@ -39,7 +43,8 @@ class Batch:
         pixels = self.pixels
         if pixels is not None:
             pixels = pixels.to(device, non_blocking=non_blocking)
-        return Batch(self.rows.to(device, non_blocking=non_blocking), tokens, pixels)
+        rows = self.rows.to(device, non_blocking=non_blocking)
+        return Batch(rows, tokens, pixels, self.damaged)
 
 
 @dataclass
@@ -47,7 +52,8 @@ class _Window:
     rows: np.ndarray
     spaces: dict[SpaceSpec, Destination]
     pixels: Destination | None
-    reads: list[Future[None]]
+    reads: list[tuple[Future[None], GroupRows]]
+    damaged: dict[int, str] = field(default_factory=dict)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -66,11 +72,13 @@ class BatchIterator(Iterator[Batch]):
         start_step: int,
         threads: int,
         pixels: bool,
+        keep_going: bool,
         pool: BufferPool,
     ) -> None:
         self._layout, self._gatherer = layout, gatherer
         self._spaces = spaces
         self._pixels = pixels
+        self._keep_going = keep_going
         self._order = order
         self._step = start_step
         self._a_window = order.window_rows // order.batch_size
@@ -114,7 +122,7 @@ class BatchIterator(Iterator[Batch]):
         wanted = [*spaces.values(), *([] if pixels is None else [pixels])]
         groups = list(by_group(rows, plan.shard_rows, plan.group_rows))
         reads = [
-            self._threads.submit(self._gatherer.fill, one, group)
+            (self._threads.submit(self._gatherer.fill, one, group), group)
             for one, group in tasks(wanted, groups)
         ]
         self._ahead.append(_Window(rows, spaces, pixels, reads))
@@ -138,13 +146,25 @@ class BatchIterator(Iterator[Batch]):
         }
         pixels = None if window.pixels is None else window.pixels.pop(number)[PIXELS]
         self._step += 1
-        return Batch(torch.from_numpy(rows.copy()), tokens, pixels)
+        first = number * size
+        damaged = {
+            place - first: why
+            for place, why in window.damaged.items()
+            if first <= place < first + len(rows)
+        }
+        return Batch(torch.from_numpy(rows.copy()), tokens, pixels, damaged)
 
     def _advance(self) -> None:
         window = self._ahead.popleft()
         try:
-            for read in window.reads:
-                read.result()
+            for read, group in window.reads:
+                try:
+                    read.result()
+                except StoreError as error:
+                    if not self._keep_going:
+                        raise
+                    for place in group.places.tolist():
+                        window.damaged.setdefault(place, str(error))
         except BaseException:
             self.close()
             raise

@@ -161,6 +161,7 @@ class Cache:
         start_step: int = 0,
         rows: Sequence[int] | np.ndarray | None = None,
         pixels: bool = False,
+        keep_going: bool = False,
         shuffle: bool = True,
         drop_last: bool = True,
         window_rows: int = 1024,
@@ -178,6 +179,7 @@ class Cache:
             start_step: begin here, without reading what comes before.
             rows: read only these (each once); None: all.
             pixels: read the stored pixels too.
+            keep_going: name damaged rows in ``Batch.damaged`` instead of raising.
             shuffle: False: ascending rows.
             drop_last: leave out a last batch that is not full.
             window_rows: rows that are shuffled together and held in memory (twice).
@@ -228,6 +230,7 @@ class Cache:
             start_step=start_step,
             threads=threads,
             pixels=pixels,
+            keep_going=keep_going,
             pool=self.pinned_buffers if pinned else self.buffers,
         )
 

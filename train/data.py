@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as transforms
 
-from ..cache import Cache, Tokens
-from ..cache.samples import SampleIndex
-from ..cache.views import View
+from ..cache import Batch, Cache, Tokens
 from ..errors import DataError, PreceptorError
+from .photometric import ColorJitter
 from .students import IMAGENET_MEAN, IMAGENET_STD
+from .views import Problems, StoredViews, StorePixels, Views, choose_views, join
+
+__all__ = [
+    "ColorJitter",
+    "EpochViews",
+    "StorePixels",
+    "StoredViews",
+    "TrainBatch",
+    "TrainData",
+    "Views",
+    "choose_views",
+    "decoded",
+    "join",
+    "normalise",
+    "prefetched",
+]
 
 T = TypeVar("T")
 
@@ -35,135 +51,96 @@ class TrainBatch:
         rows: int64 [b], row numbers of the store.
         pixels: uint8 [b, H, W, 3], the stored views at the student's size.
         tokens: encoded tokens [b, N, D] per space.
+        regions: float32 [b, 4], the part of each stored view that the pixels show (left, top,
+            right, bottom as shares of it); None where they show all of it.
+        grids: (rows, columns) per space of tokens on a grid.
+        skipped: what was wrong with each damaged row whose place another row took.
     """
 
     rows: Tensor
     pixels: Tensor
     tokens: dict[str, Tokens]
+    regions: Tensor | None = None
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class ColorJitter:
-    """Random brightness, contrast and saturation, each by a factor from [1 - x, 1 + x].
+class EpochViews:
+    """Which stored view of every image an epoch uses: one an image, all of them in turn.
 
-    Teachers did not see the change: small values ask the student to be invariant to it.
-    """
-
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-
-    def __call__(self, pixels: NDArray[np.uint8], entropy: Sequence[int]) -> NDArray[np.uint8]:
-        """uint8 [H, W, 3] to the same; equal entropy gives equal pixels."""
-        random = np.random.default_rng(list(entropy))
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        for strength, adjust in (
-            (self.brightness, transforms.adjust_brightness),
-            (self.contrast, transforms.adjust_contrast),
-            (self.saturation, transforms.adjust_saturation),
-        ):
-            if strength:
-                image = adjust(image, float(random.uniform(max(0.0, 1 - strength), 1 + strength)))
-        return np.asarray(image.permute(1, 2, 0).contiguous().numpy())
-
-    def __bool__(self) -> bool:
-        return bool(self.brightness or self.contrast or self.saturation)
-
-
-class StoredViews(Dataset[Tensor]):
-    """The pixels of rows: each row's image, cut and mirrored as the store says, at any size.
+    In cycle c, which is as many epochs as there are views, epoch p uses view (o + p) mod V of an
+    image, where the offset o is drawn for each image from (seed, c). Views without tokens are
+    passed over.
 
     Args:
-        cache: the store.
-        index: the images; joined by key, so their order is free.
-        size: (height, width) of the result in pixels.
-        interpolation: how the view is resampled, a name of `cache.views.INTERPOLATIONS`.
-        max_pixels: a larger image is refused.
-        jitter: applied after the view, from (seed, epoch, row) alone.
-        seed: of the jitter.
+        valid: bool [rows]; row r is view r mod `views` of image r // `views`.
+        views: stored views an image, V.
+        seed: of the offsets.
 
     Attributes:
-        unused: how many images have no row in the store.
-
-    Raises:
-        DataError: rows of the store have no image; says how many and names some.
+        images: how many images have a view with tokens.
     """
 
-    def __init__(
-        self,
-        cache: Cache,
-        index: SampleIndex,
-        size: tuple[int, int],
-        *,
-        interpolation: str = "bicubic",
-        max_pixels: int | None = None,
-        jitter: ColorJitter | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.index, self.size, self.interpolation = index, size, interpolation
-        self.jitter, self.seed = jitter, seed
-        self._limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-        self._samples, self.unused = join(cache, index)
-        self._boxes, self._flips, self._sizes = cache.boxes, cache.flips, cache.sizes
+    def __init__(self, valid: NDArray[np.bool_], views: int, seed: int) -> None:
+        self._views, self._seed = views, seed
+        table = np.asarray(valid, bool).reshape(-1, views)
+        self._counts = table.sum(1)
+        self._kept = np.flatnonzero(self._counts)
+        # The valid views of an image first, in their order.
+        self._order = np.argsort(~table, axis=1, kind="stable") if views > 1 else None
+        self.images = len(self._kept)
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, item: int) -> Tensor:
-        return self.__getitems__([item])[0]
-
-    def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> Tensor:
-        """uint8 [b, H, W, 3] of rows, or of (row, epoch) where the epoch varies the jitter.
-
-        Raises:
-            DataError: an image cannot be read, or is not of the size that the store recorded.
-        """
-        pixels = np.empty((len(items), *self.size, 3), dtype=np.uint8)
-        for place, item in enumerate(items):
-            row, epoch = item if isinstance(item, tuple) else (item, 0)
-            pixels[place] = self._pixels(row, epoch)
-        return torch.from_numpy(pixels)
-
-    def _pixels(self, row: int, epoch: int) -> NDArray[np.uint8]:
-        sample = int(self._samples[row])
-        image = self.index.image(sample, **self._limit)
-        height, width = (int(edge) for edge in self._sizes[row])
-        if image.size != (width, height):
-            raise DataError(
-                f"image {self.index.keys[sample]!r} is {image.width} x {image.height} pixels and "
-                f"the store was made from one of {width} x {height}: data.shards are other images"
-            )
-        left, top, right, bottom = (float(edge) for edge in self._boxes[row])
-        view = View((left, top, right, bottom), bool(self._flips[row]))
-        pixels = view.pixels(image, self.size, self.interpolation)
-        return self.jitter(pixels, (self.seed, epoch, row)) if self.jitter else pixels
+    def rows(self, epoch: int) -> NDArray[np.int64]:
+        """One row of every image, ascending, int64 [images]."""
+        if self._order is None:
+            return self._kept
+        cycle, turn = divmod(epoch, self._views)
+        bits = np.random.Philox(np.random.SeedSequence([self._seed, cycle, 2])).random_raw(
+            len(self._counts)
+        )
+        counts = self._counts[self._kept].astype(np.uint64)
+        places = (bits[self._kept] + np.uint64(turn)) % counts
+        views = self._order[self._kept, places.astype(np.int64)]
+        return self._kept * self._views + views
 
 
 class TrainData:
     """An endless, repeatable sequence of joined batches.
 
-    Step k of a run is the same batch whatever was run before it: rows come from the store's
-    shuffled groups by (seed, epoch), so a run can go on at any step. Every rank gets the same
-    number of batches an epoch.
+    An epoch is a pass over the images, whatever the number of stored views: each epoch takes one
+    view of every image (see `EpochViews`). Step k of a run is the same batch whatever was run
+    before it: rows come from the store's shuffled groups by (seed, epoch), so a run can go on at
+    any step. Every rank gets the same number of batches an epoch.
+
+    A group of the store is read whole and checked whole, so with V views an image an epoch reads
+    up to V bytes for each that it uses; stores with small groups (`group_rows`) read less.
 
     Args:
         cache: the store.
-        views: its images.
+        views: the pixels of its rows.
         spaces: whose tokens to read.
         batch_size: rows a batch and a rank.
         seed: of the order.
-        workers: processes that decode images; 0 decodes in the thread that prepares batches.
+        workers: processes that decode images (threads, where the store holds the pixels); 0
+            decodes in the thread that prepares batches.
         rank, world: this process among those that share the rows.
         pin: pinned memory, for copies to a CUDA device beside its work.
+        on_damaged: "stop" raises what is wrong with a damaged shard or image when it is met;
+            "skip" gives the place of a damaged row to a sound one of the same batch, so that
+            steps stay equal on all ranks, and tells of it in `TrainBatch.skipped`.
+
+    Attributes:
+        steps_per_epoch: batches an epoch.
+        left_over: images an epoch that fill no batch; other ones in every epoch.
 
     Raises:
-        DataError: the store has fewer valid rows than one batch for every rank.
+        DataError: the store has fewer images than one batch for every rank.
     """
 
     def __init__(
         self,
         cache: Cache,
-        views: StoredViews,
+        views: Views,
         spaces: Sequence[str],
         batch_size: int,
         *,
@@ -172,42 +149,119 @@ class TrainData:
         rank: int = 0,
         world: int = 1,
         pin: bool = False,
+        on_damaged: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.cache, self.views, self.spaces = cache, views, list(spaces)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world, self.pin = rank, world, pin
-        count = int(cache.valid.sum())
-        self.steps_per_epoch = count // (batch_size * world)
+        self.skip = on_damaged == "skip"
+        count = int(cache.plan.views.get("count", 1))
+        self.epoch_views = EpochViews(cache.valid, count, seed)
+        images = self.epoch_views.images
+        self.steps_per_epoch = images // (batch_size * world)
+        self.left_over = images - self.steps_per_epoch * batch_size * world
         if not self.steps_per_epoch:
             raise DataError(
-                f"the store has {count} valid rows, fewer than one batch of {batch_size} for each "
-                f"of {world} rank(s): lower recipe.batch_size"
+                f"the store has {images} images with tokens, fewer than one batch of {batch_size} "
+                f"for each of {world} rank(s): lower recipe.batch_size"
             )
+        self._grids = {name: grid for name in self.spaces if (grid := cache[name].grid)}
+
+    def describe(self) -> str:
+        """The length of an epoch in a sentence, with what it leaves out."""
+        each = f" of {self.world} ranks" if self.world > 1 else ""
+        count = int(self.cache.plan.views.get("count", 1))
+        views = f", one of {count} stored views each" if count > 1 else ""
+        without = int(self.cache.plan.rows // count) - self.epoch_views.images
+        told = f"an epoch: {self.epoch_views.images:,} images{views}"
+        if without:
+            told += f" ({without:,} have no tokens)"
+        told += f" in {self.steps_per_epoch:,} batches of {self.batch_size}{each}"
+        if self.left_over:
+            told += f"; {self.left_over:,} fill no batch, other ones every epoch"
+        return told
 
     def batches(self, start: int, stop: int) -> Iterator[TrainBatch]:
-        """Batches of steps `start` to `stop` - 1, prepared ahead by a thread and the workers."""
-        waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """Batches of steps `start` to `stop` - 1, prepared ahead by a thread and the workers.
+
+        Raises:
+            StoreError, DataError: a damaged shard or image, named, where they stop the run; or a
+                batch without one sound row.
+        """
+        if isinstance(self.views, StorePixels):
+            return prefetched(self._with_stored_pixels(self.views, start, stop), AHEAD)
+        waiting: queue.SimpleQueue[tuple[int, Batch]] = queue.SimpleQueue()
 
         def orders() -> Iterator[list[tuple[int, int]]]:
             # The loader asks for orders ahead of the images it returns, and returns them in order.
             for epoch, batch in self._token_batches(start, stop):
-                waiting.put(batch)
+                waiting.put((epoch, batch))
                 yield [(int(row), epoch) for row in batch.rows]
 
-        images = decoded(self.views, orders(), self.workers)
+        images = _loaded(self.views, orders(), self.workers)
 
         def joined() -> Iterator[TrainBatch]:
-            for pixels in images:
-                batch = waiting.get()
-                yield TrainBatch(
-                    rows=torch.as_tensor(batch.rows),
-                    pixels=pixels.pin_memory() if self.pin else pixels,
-                    tokens=dict(batch.tokens),
-                )
+            for pixels, problems in images:
+                epoch, batch = waiting.get()
+                if problems and not self.skip:
+                    raise problems[min(problems)]
+                # Mended before it is pinned: pinned memory may be on its way to the device.
+                yield self._whole(batch, pixels, epoch, problems)
 
         return prefetched(joined(), AHEAD)
 
-    def _token_batches(self, start: int, stop: int) -> Iterator[tuple[int, Any]]:
+    def _with_stored_pixels(
+        self, views: StorePixels, start: int, stop: int
+    ) -> Iterator[TrainBatch]:
+        with ThreadPoolExecutor(max(1, self.workers), thread_name_prefix="jitter") as threads:
+            for epoch, batch in self._token_batches(start, stop):
+                pixels = batch.pixels
+                assert pixels is not None  # asked for in _token_batches
+                if views.jitter:
+                    rows = batch.rows.tolist()
+
+                    def vary(
+                        place: int,
+                        pixels: Tensor = pixels,
+                        rows: list[int] = rows,
+                        epoch: int = epoch,
+                    ) -> None:
+                        views.vary(pixels, place, rows[place], epoch)
+
+                    list(threads.map(vary, range(len(rows))))
+                yield self._whole(batch, pixels, epoch, {})
+
+    def _whole(self, batch: Batch, pixels: Tensor, epoch: int, problems: Problems) -> TrainBatch:
+        """The batch, with sound rows in the places of damaged ones."""
+        wrong = {**{place: str(error) for place, error in problems.items()}, **batch.damaged}
+        rows = batch.rows
+        if wrong:
+            sound = [place for place in range(len(rows)) if place not in wrong]
+            if not sound:
+                raise DataError(
+                    f"every row of a batch is damaged, so that none can take another's place: "
+                    f"{wrong[min(wrong)]}"
+                )
+            places = sorted(wrong)
+            donors = [sound[number % len(sound)] for number in range(len(places))]
+            parts = [part for tokens in batch.tokens.values() for part in tokens.parts.values()]
+            for part in (rows, pixels, *parts):
+                part[places] = part[donors]
+        regions = self.views.regions(rows.tolist(), epoch)
+        if self.pin:
+            # What the reader read is pinned already.
+            pixels = pixels if pixels.is_pinned() else pixels.pin_memory()
+            regions = None if regions is None else regions.pin_memory()
+        return TrainBatch(
+            rows=rows,
+            pixels=pixels,
+            tokens=dict(batch.tokens),
+            regions=regions,
+            grids=self._grids,
+            skipped=tuple(wrong[place] for place in sorted(wrong)),
+        )
+
+    def _token_batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         step = start
         while step < stop:
             epoch, first = divmod(step, self.steps_per_epoch)
@@ -219,6 +273,10 @@ class TrainData:
                 rank=self.rank,
                 world=self.world,
                 start_step=first,
+                rows=self.epoch_views.rows(epoch),
+                pixels=isinstance(self.views, StorePixels),
+                keep_going=self.skip,
+                pinned=self.pin,
             )
             for _, batch in zip(
                 range(min(stop - step, self.steps_per_epoch - first)), batches, strict=False
@@ -227,35 +285,22 @@ class TrainData:
                 step += 1
 
 
-def join(cache: Cache, index: SampleIndex) -> tuple[NDArray[np.int64], int]:
-    """For every row of the store the position of its image, and how many images have no row.
-
-    Raises:
-        DataError: rows have no image; says how many and names some.
-    """
-    positions = {key: position for position, key in enumerate(index.keys)}
-    samples = np.fromiter((positions.get(key, -1) for key in cache.keys), np.int64, len(cache))
-    missing = sorted({cache.keys[int(row)] for row in np.flatnonzero(samples < 0)})
-    if missing:
-        examples = ", ".join(repr(key) for key in missing[:3])
-        stored = len(set(cache.keys))
-        raise DataError(
-            f"{len(missing):,} of the {stored:,} images that the store was made from are not in "
-            f"data.shards ({len(index):,} images), such as {examples}: name the shards that were "
-            "extracted"
-        )
-    return samples, len(index) - len(np.unique(samples))
-
-
 def normalise(pixels: Tensor, device: torch.device) -> Tensor:
     """uint8 [b, H, W, 3] to float32 [b, 3, H, W] on `device`, by ImageNet's mean and deviation.
 
     The result is channels-last in memory, which convolutions prefer.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=device) * 255.0
-    std = torch.tensor(IMAGENET_STD, device=device) * 255.0
+    mean, std = _moments(device)
     scaled = (pixels.to(device, non_blocking=True).float() - mean) / std
     return scaled.permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def _moments(device: torch.device) -> tuple[Tensor, Tensor]:
+    # Made once: a constant from the host makes a step wait for the device.
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(side) * 255.0 for side in (IMAGENET_MEAN, IMAGENET_STD))
+        return mean.to(device), std.to(device)
 
 
 def prefetched(source: Iterator[T], ahead: int) -> Iterator[T]:
@@ -302,13 +347,27 @@ def prefetched(source: Iterator[T], ahead: int) -> Iterator[T]:
 
 
 def decoded(
-    views: StoredViews, orders: Iterable[Sequence[tuple[int, int]]], workers: int
+    views: Views, orders: Iterable[Sequence[tuple[int, int]]], workers: int
 ) -> Iterator[Tensor]:
     """The pixels of lists of (row, epoch), in order, decoded by worker processes (0: in this one).
 
     Raises:
         DataError: of the image that cannot be read, as if it had been read here.
     """
+    images = _loaded(views, orders, workers)
+
+    def checked() -> Iterator[Tensor]:
+        for pixels, problems in images:
+            if problems:
+                raise problems[min(problems)]
+            yield pixels
+
+    return checked()
+
+
+def _loaded(
+    views: Views, orders: Iterable[Sequence[tuple[int, int]]], workers: int
+) -> Iterator[tuple[Tensor, Problems]]:
     options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
     loader = DataLoader(
         _Told(views),
@@ -321,11 +380,11 @@ def decoded(
     )
     images = iter(loader)  # the workers start here, in the caller's thread
 
-    def checked() -> Iterator[Tensor]:
-        for pixels in images:
-            if isinstance(pixels, PreceptorError):
-                raise pixels
-            yield pixels
+    def checked() -> Iterator[tuple[Tensor, Problems]]:
+        for found in images:
+            if isinstance(found, PreceptorError):
+                raise found
+            yield found
 
     return checked()
 
@@ -333,12 +392,14 @@ def decoded(
 class _Told(Dataset[Any]):
     """Errors as values: a loader would bury their sentence in a worker's traceback."""
 
-    def __init__(self, views: StoredViews) -> None:
+    def __init__(self, views: Views) -> None:
         self.views = views
 
-    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Tensor | PreceptorError:
+    def __getitems__(
+        self, items: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Problems] | PreceptorError:
         try:
-            return self.views.__getitems__(items)
+            return self.views.take(items)
         except PreceptorError as error:
             return error
 

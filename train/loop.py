@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Generator, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ..cache import Cache
+from ..cache.manifest import ROWS
 from ..cache.samples import SampleIndex
 from ..engine import launch, precision
 from ..errors import ConfigError
@@ -29,7 +31,8 @@ from .checkpoint import (
     save_model,
     write_json,
 )
-from .data import ColorJitter, StoredViews, TrainBatch, TrainData, normalise
+from .crops import crop_tokens, random_crop
+from .data import ColorJitter, TrainBatch, TrainData, Views, choose_views, normalise
 from .diagnosis import Diagnosis
 from .logs import Logs, check_loggers
 from .meter import FiniteWatch, Meter
@@ -98,17 +101,23 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     # What is read: the store, its images, and which of its spaces the alignment asks for.
     cache = Cache.open(config.cache)
-    index = SampleIndex.from_shards(_plain(config.data)["shards"])
     student = build_student(_plain(config.student), config.seed)
-    available = {name: cache[name].spec for name in cache.spaces}
+    crop = random_crop(_plain(recipe)["crop"] if "crop" in recipe else None, config.seed)
+    available = {
+        name: space.spec
+        for name, space in cache.spaces.items()
+        if space.grid is not None or crop is None or crop.descriptors
+    }
     alignment = build_alignment(_plain(config.align), student, available)
-    views = StoredViews(
+    shards = _plain(config.data)["shards"]
+    views, pixels_from = choose_views(
         cache,
-        index,
+        None if shards is None else partial(SampleIndex.from_shards, shards),
         student.size,
         interpolation=recipe.interpolation,
         max_pixels=config.data.max_pixels,
         jitter=ColorJitter(**_plain(recipe.color_jitter)),
+        crop=crop,
         seed=config.seed,
     )
     data = TrainData(
@@ -121,6 +130,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         rank=fabric.global_rank,
         world=world,
         pin=fabric.device.type == "cuda",
+        on_damaged=config.on_damaged,
     )
     images_a_step = recipe.batch_size * recipe.accumulate * world
     steps = recipe.steps or max(1, recipe.epochs * data.steps_per_epoch // recipe.accumulate)
@@ -135,7 +145,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     module, optimizer = fabric.setup(distiller, build_optimizer(distiller, recipe))
     average = average_of(distiller, recipe)
     torch.manual_seed(config.seed + fabric.global_rank)  # drop-path must differ between ranks
-    meter, watch = Meter(fabric), FiniteWatch(fabric.device)
+    meter, watch = Meter(fabric, config.on_damaged == "skip"), FiniteWatch(fabric.device)
     identity = _identity(config, cache)
     run = RunState(fabric, distiller, optimizer, average, meter, identity)
 
@@ -160,8 +170,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             checkpoints.clear()
         checkpoints.tidy()
         OmegaConf.save(config, out / "config.yaml", resolve=True)
-        if views.unused:
-            print(f"{views.unused:,} images of data.shards have no row in the store: left out")
+        print(f"{pixels_from}\n{data.describe()}", flush=True)
     diagnosis = Diagnosis(fabric, alignment, after=round(recipe.warmup * steps))
     line = ProgressLine(f"train {out.name}", (steps - first) * images_a_step, "images")
     batches = cast(
@@ -195,7 +204,7 @@ def train(config: DictConfig) -> dict[str, Any]:
                         distiller.watched, distiller.seen = False, None
                     fabric.backward(output.loss / recipe.accumulate)
                 watch.see(step, output)
-                meter.count(output, len(batch.rows))
+                meter.count(output, batch)
             if recipe.clip:
                 fabric.clip_gradients(
                     module, optimizer, max_norm=recipe.clip, error_if_nonfinite=False
@@ -251,6 +260,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         "seconds": meter.seconds,
         "images_per_second": meter.images * world / meter.seconds,
         "wait_share": meter.wait_share,
+        "images_an_epoch": data.epoch_views.images,
+        "images_an_epoch_left_over": data.left_over,
+        "rows_skipped": int(latest.get("rows_skipped", 0)),
         "loss": latest["loss"],
         "losses": {
             name.removeprefix("loss/"): value
@@ -298,12 +310,16 @@ def _note(latest: Mapping[str, float]) -> str:
 def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str, Target]]:
     """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space.
 
-    Tokens travel as codes; int8 ones stay codes until the loss reads them.
+    Tokens travel as codes; int8 ones stay codes until the loss reads them, unless only a region of
+    their grid is wanted.
     """
     targets: dict[str, Target] = {}
     for name, tokens in batch.tokens.items():
         moved = tokens.to(device, non_blocking=True)
-        if moved.encoding == "int8" and moved.scales is not None:
+        if batch.regions is not None and name in batch.grids:
+            regions = batch.regions.to(device, non_blocking=True)
+            targets[name] = crop_tokens(moved.standardised(), batch.grids[name], regions)
+        elif moved.encoding == "int8" and moved.scales is not None:
             targets[name] = Codes(moved.codes, moved.scales)
         else:
             targets[name] = moved.standardised()
@@ -321,7 +337,11 @@ def _identity(config: DictConfig, cache: Cache) -> dict[str, Any]:
         "align": _plain(config.align),
         "recipe": recipe,
         "precision": str(precision(config.engine)),
-        "store": {unit: cache.manifest.configuration(unit) for unit in cache.manifest.plan.units},
+        "store": {
+            unit: cache.manifest.configuration(unit)
+            for unit in cache.plan.units
+            if unit == ROWS or cache.plan.spaces_of(unit)  # stored pixels change no weight
+        },
     }
 
 
@@ -331,7 +351,9 @@ def _validate(config: DictConfig) -> None:
             if OmegaConf.is_missing(group, key):
                 raise ConfigError(f"{prefix}{key} is required: say {prefix}{key}=...")
     recipe, log, keep = config.recipe, config.log, config.keep
-    if lacking := sorted(_recipe_keys() - set(recipe)):
+    if config.on_damaged not in ("stop", "skip"):
+        raise ConfigError(f"on_damaged={config.on_damaged}: valid are stop, skip")
+    if lacking := sorted(_recipe_keys() - {"crop"} - set(recipe)):
         raise ConfigError(
             f"the recipe lacks {', '.join(lacking)}: a recipe has all the keys of "
             "configs/recipe/short.yaml"
@@ -362,9 +384,7 @@ def _recipe_keys() -> set[str]:
     return set(map(str, OmegaConf.create(text)))
 
 
-def _monitor(
-    config: DictConfig, fabric: Fabric, cache: Cache, views: StoredViews
-) -> KnnMonitor | None:
+def _monitor(config: DictConfig, fabric: Fabric, cache: Cache, views: Views) -> KnnMonitor | None:
     """The k-NN that the configuration asks for; none where the store has no labels."""
     log = config.log
     if not log.knn_every:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -49,10 +50,16 @@ class Meter:
 
     Attributes:
         images: that this rank has trained on since the meter began.
+        skipped: damaged rows of this rank whose place another took, since the run began.
+
+    Args:
+        skips: count such rows over all ranks.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
-        self._fabric = fabric
+    def __init__(self, fabric: Fabric, skips: bool = False) -> None:
+        self._fabric, self._skips = fabric, skips
+        self._told: set[str] = set()
+        self.skipped = 0
         self._start = self._read_at = time.perf_counter()
         self._waited = self._waited_before = 0.0
         self._sums: dict[str, Tensor] = {}
@@ -67,14 +74,20 @@ class Meter:
         self._timed += 1
         return batch
 
-    def count(self, output: AlignmentOutput, images: int) -> None:
+    def count(self, output: AlignmentOutput, batch: TrainBatch) -> None:
+        """Take note of a step; what is wrong with its damaged rows is told once a sentence."""
         for name, value in (
             ("loss", output.loss.detach()),
             *((f"loss/{space}", value) for space, value in output.losses.items()),
         ):
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._batches += 1
-        self.images += images
+        self.images += len(batch.rows)
+        self.skipped += len(batch.skipped)
+        for sentence in dict.fromkeys(batch.skipped):
+            if sentence not in self._told:
+                self._told.add(sentence)
+                print(f"warning: skipped: {sentence}", file=sys.stderr, flush=True)
 
     def read(self) -> dict[str, float]:
         """Means over all ranks since the last reading: losses, speed, and seconds a step.
@@ -94,9 +107,15 @@ class Meter:
             "seconds/wait": waited / self._timed,
             "seconds/compute": (passed - waited) / self._timed,
         }
+        if self._skips:
+            scalars["rows_skipped"] = self._skipped_everywhere()
         self._sums, self._batches, self._timed = {}, 0, 0
         self._read_at, self._waited_before, self._images_before = now, self._waited, self.images
         return scalars
+
+    def _skipped_everywhere(self) -> float:
+        own = torch.tensor(float(self.skipped), device=self._fabric.device)
+        return float(cast(Tensor, self._fabric.all_reduce(own, reduce_op="sum")))
 
     def state(self) -> dict[str, Any]:
         """The sums of the window that is open, for a checkpoint; of this rank."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache import Cache
 from ..errors import ConfigError
-from .data import StoredViews, decoded, normalise, prefetched
+from .data import Views, decoded, normalise, prefetched
 from .evaluation.knn import knn_predict
 from .students import Student
 
@@ -41,7 +41,7 @@ class KnnMonitor:
         self,
         fabric: Fabric,
         cache: Cache,
-        views: StoredViews,
+        views: Views,
         *,
         images: int,
         neighbours: int,
@@ -52,7 +52,7 @@ class KnnMonitor:
         self._fabric, self._neighbours, self._batch = fabric, neighbours, batch_size
         self._workers = workers
         self._views = copy.copy(views)
-        self._views.jitter = None
+        self._views.jitter = self._views.crop = None
         labels = np.asarray(cache.labels, dtype=np.int64)
         count = int(cache.manifest.plan.views["count"])
         first = np.arange(len(cache)) % count == 0

@@ -55,7 +55,10 @@ class RunState:
         """
         fabric = self.fabric
         window = self.meter.state()
-        local = {"cpu": torch.get_rng_state()}
+        local = {
+            "cpu": torch.get_rng_state(),
+            "skipped": torch.tensor([self.meter.skipped]),
+        }
         if window["batches"]:
             local["sums"] = window.pop("sums")
         if fabric.device.type == "cuda":
@@ -88,13 +91,15 @@ class RunState:
         self.optimizer.load_state_dict(state["optimizer"])
         fabric.strategy.precision.load_state_dict(state["precision"])
         self.best = dict(state["best"])
+        rank, local, window = fabric.global_rank, state["local"], state["window"]
         if state["ranks"] != fabric.world_size:
             fabric.print(
                 f"warning: the checkpoint was written by {state['ranks']} rank(s) and this run has "
                 f"{fabric.world_size}: the rest of the run is valid but not the same"
             )
+            self.meter.skipped = 0 if rank else int(local["skipped"].sum())
             return
-        rank, local, window = fabric.global_rank, state["local"], state["window"]
+        self.meter.skipped = int(local["skipped"][rank])
         torch.set_rng_state(local["cpu"][rank])
         if fabric.device.type == "cuda" and "cuda" in local:
             torch.cuda.set_rng_state(local["cuda"][rank], fabric.device)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from preceptor.cache import (
     Accumulator,
+    PixelSpec,
     RowBatch,
     SpaceSpec,
     StorePlan,
@@ -61,7 +62,13 @@ def _write_shard(path: Path, count: int, seed: int, *, label: bool = True) -> No
                 tar.addfile(member, io.BytesIO(data))
 
 
-def write_store(path: Path, index: SampleIndex, policy: ViewPolicy, invalid: int = -1) -> None:
+def write_store(
+    path: Path,
+    index: SampleIndex,
+    policy: ViewPolicy,
+    invalid: int = -1,
+    stored: PixelSpec | None = None,
+) -> None:
     torch.manual_seed(7)
     teacher = timm.create_model(
         "vit_tiny_patch16_224", img_size=SIDE, patch_size=8, embed_dim=24, depth=1, num_heads=2
@@ -83,6 +90,7 @@ def write_store(path: Path, index: SampleIndex, policy: ViewPolicy, invalid: int
         shard_rows=32,
         group_rows=4,
         teachers=(TeacherRecord("vit", SPACES, {"source": "random"}),),
+        pixels=stored,
     )
     writer = StoreWriter.open_or_create(path, plan)
     for space in writer.uncalibrated:
@@ -102,16 +110,34 @@ def write_store(path: Path, index: SampleIndex, policy: ViewPolicy, invalid: int
             valid=valid[at],
         )
         kept = torch.from_numpy(valid[at])
+        shown = None
+        if stored is not None:
+            shown = np.stack(
+                [
+                    view.pixels(image, stored.size, stored.interpolation)
+                    for view, image, keep in zip(views[at], images[at], valid[at], strict=True)
+                    if keep
+                ]
+            )
         with writer.shard(shard, units) as out_shard:
-            out_shard.append(facts, {name: part[at][kept] for name, part in tokens.items()})
+            given = {name: part[at][kept] for name, part in tokens.items()}
+            out_shard.append(facts, given, shown)
     writer.finish()
 
 
-def make_bed(folder: Path, stem: str, images: int, seed: int, invalid: int = -1, **views) -> Bed:
+def make_bed(
+    folder: Path,
+    stem: str,
+    images: int,
+    seed: int,
+    invalid: int = -1,
+    stored: PixelSpec | None = None,
+    **views,
+) -> Bed:
     shard = folder / f"{stem}.tar"
     _write_shard(shard, images, seed)
     index, policy = SampleIndex.from_shards(str(shard)), ViewPolicy(**views)
-    write_store(folder / stem, index, policy, invalid)
+    write_store(folder / stem, index, policy, invalid, stored)
     return Bed(str(shard), str(folder / stem), index, policy)
 
 
@@ -132,6 +158,20 @@ def bed(tmp_path_factory) -> Bed:
     """40 images, two random mirrored views of each; row 5 has no tokens."""
     folder = tmp_path_factory.mktemp("bed")
     return make_bed(folder, "train", 40, 0, invalid=5, name="random", count=2, flip=True)
+
+
+@pytest.fixture(scope="session")
+def pixel_bed(tmp_path_factory) -> Bed:
+    """The same images and views, with their pixels of 32 x 32 in the store."""
+    folder, stored = tmp_path_factory.mktemp("pixel-bed"), PixelSpec((SIDE, SIDE))
+    return make_bed(folder, "train", 40, 0, 5, stored, name="random", count=2, flip=True)
+
+
+@pytest.fixture(scope="session")
+def full_bed(tmp_path_factory) -> Bed:
+    """The same images whole, plain and mirrored."""
+    folder = tmp_path_factory.mktemp("full-bed")
+    return make_bed(folder, "train", 40, 0, name="full", count=2, flip=True)
 
 
 @pytest.fixture(scope="session")

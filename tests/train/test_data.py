@@ -14,6 +14,7 @@ from preceptor.train.data import (
     ColorJitter,
     StoredViews,
     TrainData,
+    choose_views,
     join,
     normalise,
     prefetched,
@@ -35,7 +36,7 @@ def data(bed, cache, **options) -> TrainData:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_join_the_stored_view_with_its_tokens(bed, cache, workers):
     seen = []
-    for batch in data(bed, cache, seed=3, workers=workers).batches(0, 9):
+    for batch in data(bed, cache, seed=3, workers=workers).batches(0, 10):
         assert batch.pixels.shape == (8, 24, 16, 3)
         for place, row in enumerate(batch.rows.tolist()):
             seen.append(row)
@@ -46,25 +47,31 @@ def test_batches_join_the_stored_view_with_its_tokens(bed, cache, workers):
             for space in BOTH:
                 codes = cache[space].read([row]).codes[0]
                 assert torch.equal(batch.tokens[space].codes[place], codes)
-    assert 5 not in seen  # no tokens
-    assert len(set(seen)) == 72  # an epoch of 79 rows gives nine whole batches
+    for epoch in (seen[:40], seen[40:]):
+        assert sorted(row // 2 for row in epoch) == list(range(40))  # a pass over the images
+    assert set(seen) == set(range(80)) - {5}  # two epochs use both views; row 5 has no tokens
 
 
 def test_any_step_is_reached_directly_and_epochs_differ(bed, cache):
     rows = [b.rows.tolist() for b in data(bed, cache, seed=3).batches(0, 20)]
-    assert data(bed, cache).steps_per_epoch == 9
+    assert data(bed, cache).steps_per_epoch == 5
     later = [b.rows.tolist() for b in data(bed, cache, seed=3).batches(13, 20)]
     assert later == rows[13:]
-    assert rows[:9] != rows[9:18]
+    assert rows[:5] != rows[5:10]
     assert rows != [b.rows.tolist() for b in data(bed, cache, seed=4).batches(0, 20)]
 
 
 def test_ranks_share_the_rows_in_equal_steps(bed, cache):
     parts = [data(bed, cache, seed=3, rank=rank, world=2) for rank in range(2)]
-    assert [part.steps_per_epoch for part in parts] == [4, 4]
-    rows = [[r for b in part.batches(0, 4) for r in b.rows.tolist()] for part in parts]
-    assert len(rows[0]) == len(rows[1]) == 32
-    assert not set(rows[0]) & set(rows[1])
+    assert [part.steps_per_epoch for part in parts] == [2, 2]
+    images = [[r // 2 for b in part.batches(0, 2) for r in b.rows.tolist()] for part in parts]
+    assert len(images[0]) == len(images[1]) == 16
+    assert len(set(images[0] + images[1])) == 32
+    assert [part.left_over for part in parts] == [8, 8]
+    assert parts[0].describe() == (
+        "an epoch: 40 images, one of 2 stored views each in 2 batches of 8 of 2 ranks; "
+        "8 fill no batch, other ones every epoch"
+    )
 
 
 def test_other_order_of_images_gives_the_same_pixels(bed, cache):
@@ -83,8 +90,11 @@ def test_missing_images_are_counted_and_named(bed, cache, tmp_path, write_shard)
 def test_images_without_rows_are_counted(bed, cache, tmp_path, write_shard):
     write_shard(tmp_path / "train.tar", 43, 0)
     more = SampleIndex.from_shards(str(tmp_path / "train.tar"))
-    samples, unused = join(cache, more)
-    assert unused == 3
+    samples, left_out = join(cache, more)
+    assert left_out == ["train-040", "train-041", "train-042"]
+    views, told = choose_views(cache, lambda: more, (16, 16))
+    assert views.unused == 3
+    assert "3 images there have no row in the store and are left out, such as 'train-040'" in told
     assert samples.tolist() == [row // 2 for row in range(80)]
 
 
@@ -97,10 +107,18 @@ def test_other_images_of_the_same_name_are_refused(bed, cache, tmp_path, write_s
         list(TrainData(cache, views, BOTH, 8, workers=workers).batches(0, 2))
 
 
+def test_other_labels_are_refused_and_named(bed, cache, tmp_path, write_shard):
+    write_shard(tmp_path / "train.tar", 40, 0)
+    index = SampleIndex.from_shards(str(tmp_path / "train.tar"))
+    index.labels[[7, 3]] = [9, -1]  # an image without a label agrees with any
+    with pytest.raises(DataError, match=r"1 images .*'train-007' \(1 in the store, 9 there\)"):
+        join(cache, index)
+
+
 def test_a_batch_larger_than_the_store_is_refused(bed, cache):
     views = StoredViews(cache, bed.index, (16, 16))
-    with pytest.raises(DataError, match="79 valid rows"):
-        TrainData(cache, views, BOTH, 80)
+    with pytest.raises(DataError, match="40 images with tokens"):
+        TrainData(cache, views, BOTH, 41)
 
 
 def test_jitter_depends_on_seed_epoch_and_row_alone(bed, cache):
