@@ -99,7 +99,7 @@ class Diagnosis:
         features, output = seen
         scaler = getattr(self._fabric.strategy.precision, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        local = teacher_gradients(output.by_teacher, (features.tokens, features.pooled), scale)
+        local = teacher_gradients(output.by_teacher, features.ends(), scale)
         local |= spreads(self._alignment, features)
         values = torch.tensor(list(local.values()), device=self._fabric.device)
         means = cast(Tensor, self._fabric.all_reduce(values, reduce_op="mean")).tolist()

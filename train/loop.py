@@ -63,7 +63,7 @@ class Distiller(nn.Module):
 
     def forward(self, pixels: Tensor, targets: Mapping[str, Target]) -> AlignmentOutput:
         """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space."""
-        features = self.student(pixels)
+        features = self.alignment.run_student(self.student, pixels)
         output: AlignmentOutput = self.alignment(features, targets)
         if self.watched:
             self.seen = (features, output)
@@ -108,7 +108,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         for name, space in cache.spaces.items()
         if space.grid is not None or crop is None or crop.descriptors
     }
-    alignment = build_alignment(_plain(config.align), student, available)
+    alignment = build_alignment(_plain(config.align), student, available, cache.__getitem__)
     shards = _plain(config.data)["shards"]
     views, pixels_from = choose_views(
         cache,
@@ -224,8 +224,8 @@ def train(config: DictConfig) -> dict[str, Any]:
                 logs.log({**latest, "lr": lr}, done)
             measured = knn is not None and (ends or _due(done, log.knn_every))
             if knn is not None and measured:
-                judged = student if average is None else average.module.student
-                latest["knn"] = knn.accuracy(judged)
+                judged = distiller if average is None else average.module
+                latest["knn"] = knn.accuracy(judged.student, judged.alignment)
                 logs.log({"knn": latest["knn"]}, done)
             if rank_zero:
                 line.advance(images_a_step, _note(latest))
@@ -271,7 +271,15 @@ def train(config: DictConfig) -> dict[str, Any]:
         },
         "knn": latest.get("knn"),
         "best": run.best or None,
-        "parameters": {"student": _parameters(student), "alignment": _parameters(alignment)},
+        "parameters": {
+            "student": _parameters(student),
+            "alignment": _parameters(alignment),
+            # What evaluation runs, by readout: the student and what a readout needs beside it.
+            "inference": {
+                kind: _parameters(student) + alignment.readout_parameters(kind)
+                for kind in alignment.readouts
+            },
+        },
         "device": str(fabric.device),
         "precision": str(precision(config.engine)),
         "ranks": world,

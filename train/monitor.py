@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..cache import Cache
 from ..errors import ConfigError
+from .alignment import Alignment
 from .data import Views, decoded, normalise, prefetched
 from .evaluation.knn import knn_predict
 from .students import Student
@@ -67,14 +68,16 @@ class KnnMonitor:
             )
         self._rows, self._labels = rows, torch.from_numpy(labels[rows])
 
-    def accuracy(self, student: Student) -> float:
+    def accuracy(self, student: Student, alignment: Alignment) -> float:
         """Share of the held-out images that are classified as labelled; a collective call."""
-        was_training = student.training
+        was_training = student.training, alignment.training
         student.eval()
+        alignment.eval()
         try:
-            features = self._features(student)
+            features = self._features(student, alignment)
         finally:
-            student.train(was_training)
+            student.train(was_training[0])
+            alignment.train(was_training[1])
         asked = self._asked
         predicted = knn_predict(
             features[asked:], self._labels[asked:], features[:asked], k=self._neighbours
@@ -82,7 +85,7 @@ class KnnMonitor:
         return float((predicted == self._labels[:asked]).double().mean())
 
     @torch.no_grad()
-    def _features(self, student: Student) -> Tensor:
+    def _features(self, student: Student, alignment: Alignment) -> Tensor:
         """Descriptors float32 [n, P] on the CPU; every rank computes its share."""
         fabric = self._fabric
         own = self._rows[fabric.global_rank :: fabric.world_size]
@@ -91,7 +94,8 @@ class KnnMonitor:
         found = []
         for pixels in prefetched(decoded(self._views, orders, self._workers), 2):
             with fabric.autocast():
-                found.append(student(normalise(pixels, fabric.device)).pooled.float())
+                output = alignment.run_student(student, normalise(pixels, fabric.device))
+                found.append(output.pooled.float())
         gathered = fabric.all_gather(torch.cat(found))
         assert isinstance(gathered, Tensor)
         # [world, n / world, P], rank r holding rows r, r + world, ...: back into the rows' order.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
+from .stages import Backstage, Interaction, Stage, StageTokens, mask_pixels
 
 WEIGHTS = "student.safetensors"
 """The timm model's weights in a run's folder."""
@@ -35,11 +36,33 @@ class StudentOutput:
             norm where it has one, without class or register tokens.
         grid: (rows, columns) of the tokens; rows * columns = N.
         pooled: [B, P] float; what the backbone's own classifier would read.
+        stages: the depths that were asked for, by number.
+        carried: what an interaction carried out of the last stage that it visited.
+        masked: the output for the masked images, where an alignment looks at them too.
+        mask: [B, N] bool, the cells that are hidden there.
     """
 
     tokens: Tensor
     grid: tuple[int, int]
     pooled: Tensor
+    stages: Mapping[int, StageTokens] = field(default_factory=dict)
+    carried: Tensor | None = None
+    masked: StudentOutput | None = None
+    mask: Tensor | None = None
+
+    def ends(self) -> list[Tensor]:
+        """All tensors through which an alignment's loss reaches the student. The gradient at one of
+        them leaves out what reaches the student through another."""
+        return list(self._ends())
+
+    def _ends(self) -> Iterator[Tensor]:
+        yield from (self.tokens, self.pooled)
+        for stage in self.stages.values():
+            yield from stage
+        if self.carried is not None:
+            yield self.carried
+        if self.masked is not None:
+            yield from self.masked._ends()
 
 
 class Student(nn.Module):
@@ -57,6 +80,8 @@ class Student(nn.Module):
         size: (height, width) of the input.
         grid: (rows, columns) of the tokens at that size.
         token_dim, pooled_dim: widths C and P of the output.
+        stages: the depths that `forward` can read and let be written.
+        patch_dim: width of a token that replaces a masked patch; None where pixels are masked.
 
     Raises:
         ConfigError: timm has no such model, or the model does not take an option or the size.
@@ -76,6 +101,9 @@ class Student(nn.Module):
         with torch.no_grad():
             training, _ = self.model.training, self.model.eval()
             try:
+                # Not zeros: maps of a constant could be told apart by nothing.
+                pixels = torch.linspace(-1, 1, 3 * self.size[0] * self.size[1])
+                self._backstage = Backstage(self.model, pixels.view(1, 3, *self.size))
                 output = self(torch.zeros(1, 3, *self.size))
             except (RuntimeError, AssertionError, ValueError) as error:
                 raise ConfigError(
@@ -87,12 +115,46 @@ class Student(nn.Module):
         self.token_dim = output.tokens.shape[-1]
         self.pooled_dim = output.pooled.shape[-1]
 
-    def forward(self, pixels: Tensor) -> StudentOutput:
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self._backstage.stages
+
+    @property
+    def patch_dim(self) -> int | None:
+        return self._backstage.patch_dim
+
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        stages: tuple[int, ...] = (),
+        interaction: Interaction | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> StudentOutput:
         """Tokens and descriptor of normalised images.
 
         Args:
             pixels: [B, 3, H, W] float, normalised by ImageNet's mean and deviation.
+            stages: numbers of the stages whose tokens the output is to hold.
+            interaction: reads and writes the stages that it names.
+            mask: [B, rows * columns] bool over the output's grid, True where the image is hidden:
+                by `mask_token` in place of the patch's embedding, by the mean colour without one.
+            mask_token: [patch_dim] float; for a student that has a `patch_dim`.
         """
+        if mask is not None and mask_token is None:
+            pixels = mask_pixels(pixels, mask, self.grid)
+        backstage = self._backstage
+        if not stages and interaction is None and mask_token is None:
+            return self._run(pixels)
+        backstage.begin(pixels, stages, interaction, mask, mask_token)
+        try:
+            output = self._run(pixels)
+        finally:
+            read, carried = backstage.end()
+        return replace(output, stages=read, carried=carried)
+
+    def _run(self, pixels: Tensor) -> StudentOutput:
         # One pass gives both: the last stage's map with the final norm, and what the head reads.
         final, maps = self.model.forward_intermediates(
             pixels, indices=1, norm=True, output_fmt="NCHW"

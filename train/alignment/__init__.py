@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import ConfigError
-from ..students import Student
-from .base import Alignment, AlignmentOutput, Codes, SpaceTarget, Target, select_spaces
+from .attention_pool import AttentionPool
+from .base import Alignment, AlignmentOutput, StudentShape
+from .ladder import Ladder
+from .masked import Masked
 from .model_token import ModelToken
 from .regression import Regression
+from .relational import Relational
+from .spaces import SpaceTarget, select_spaces
+from .targets import Codes, StoredSpace, Target
 
 ALIGNMENTS: dict[str, type[Alignment]] = {
     "model_token": ModelToken,
     "regression": Regression,
+    "ladder": Ladder,
+    "masked": Masked,
+    "relational": Relational,
+    "attention_pool": AttentionPool,
 }
 
 __all__ = [
@@ -31,7 +40,10 @@ __all__ = [
 
 
 def build_alignment(
-    config: Mapping[str, Any], student: Student, available: Mapping[str, SpaceTarget]
+    config: Mapping[str, Any],
+    student: StudentShape,
+    available: Mapping[str, SpaceTarget],
+    stored: Callable[[str], StoredSpace] | None = None,
 ) -> Alignment:
     """The alignment of an ``align`` configuration group, for one student and one store.
 
@@ -39,8 +51,10 @@ def build_alignment(
         config: ``method`` (a key of `ALIGNMENTS`; ``name`` where absent), ``spaces`` (names of
             spaces or teachers; all that are available where absent or null), and the options of
             that alignment.
-        student: gives widths and grid.
+        student: gives widths, grid and depths.
         available: the spaces of the store.
+        stored: gives the open space of a name, to which the units of the targets are fitted;
+            without it they are left to be loaded with the weights.
 
     Raises:
         ConfigError: no such alignment, option or space; the message lists what there is.
@@ -60,13 +74,8 @@ def build_alignment(
             raise ConfigError(
                 f"align.{option}: {method} has no such option; it has {', '.join(known)}"
             )
-    return kind(
-        student.token_dim,
-        student.grid,
-        select_spaces(available, [spaces] if isinstance(spaces, str) else spaces),
-        pooled_dim=student.pooled_dim,
-        **options,
-    )
+    chosen = select_spaces(available, [spaces] if isinstance(spaces, str) else spaces)
+    return kind(student, chosen, stored=stored, **options)
 
 
 def alignment_options(kind: type[Alignment]) -> dict[str, Any]:
@@ -74,6 +83,6 @@ def alignment_options(kind: type[Alignment]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for owner in (kind, Alignment):
         for name, parameter in inspect.signature(owner.__init__).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY and name != "pooled_dim":
+            if parameter.kind is parameter.KEYWORD_ONLY and name != "stored":
                 found.setdefault(name, parameter.default)
     return found

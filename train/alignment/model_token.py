@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import ConfigError
-from ..attention import CrossAttention
+from ..attention import ProjectedTokens
+from ..stages import choose_stages
 from ..students import StudentOutput
-from .base import (
-    Alignment,
-    Grid,
-    Predictions,
-    SpaceTarget,
-    dense_projector,
-    descriptor_mlp,
-    module_key,
-)
-
-INTER = ("none", "self")
+from .base import Alignment, Predictions, Runs, StudentShape, Term, token_loss
+from .heads import dense_projector, descriptor_mlp
+from .spaces import SpaceTarget, module_key
+from .targets import Codes, Target
+from .token_layers import Inter, Seen, TokenLayer, check_tokens
+from .write_back import WriteBack
 
 
 class ModelToken(Alignment):
@@ -30,22 +26,35 @@ class ModelToken(Alignment):
 
     Every space s (a dense space, or a teacher that has none) owns M model tokens m_s of width d,
     learnable and equal for all images at the start. With the student's tokens S [B, N, C] and
-    descriptor p [B, P], and L layers of
+    descriptor p [B, P], and L layers (`TokenLayer`) of
 
         intra-space   X_s = P_s LN S + pos_s                              [B, N, d], once
                       m_s <- m_s + CrossAttention_s(LN m_s, X_s)          own weights a space
                       m_s <- m_s + MLP_s(LN m_s)
-        inter-space   m   <- m + gamma_1 * SelfAttention(LN m)            all S * M tokens together
+        inter-space   m   <- m + gamma_1 * Exchange(LN m)                 all S * M tokens together
                       m   <- m + gamma_2 * MLP(LN m)                      gamma [d], from 0.1
 
-    the predictions are
+    where Exchange is self-attention among the tokens (`inter` "self") or their cross-attention to
+    the X_s of all spaces under one softmax ("cross"), the predictions are
 
         d^_t = W2_t GELU(W1_t LN p) + W_t vec(LN m_t)                     W_t from zero
         x^_s = W_s LN S
 
     where m_t are the model tokens of all spaces of teacher t. At the start this is exactly
-    `Regression` with the same projectors: the tokens earn their part. The intra-space attention
-    runs on `kernels.cross_attention`, which never builds keys and values of the student's tokens.
+    `Regression` with the same projectors: the tokens earn their part. Without `residual` the first
+    part is left out and W_t is initialised as usual. The intra-space attention of all spaces is one
+    call of `kernels.cross_attention`, which never builds keys and values of the student's tokens.
+
+    `write_back`: the tokens live inside the backbone as well. They start there, read its stages and
+    are read back by them (`WriteBack`); the L layers, which may then be none, go on from there.
+
+    `teacher_stream`: in training the same layers also read the cached tokens T_s of each teacher,
+    X'_s = P'_s T_s (int8 codes stay codes: P' is absorbed by the kernel), from the same learnt
+    tokens, which gives m'. With U_t a readout of its own, each teacher has two terms more, weighted
+    by `teacher_stream`:
+
+        l(U_t vec(LN m'_t), d_t)              trains P', U and the layers; label SPACE:stream
+        l(LN m_t, stop(LN m'_t))              draws the student's tokens;  label TEACHER:tokens
 
     The reading of the model token is this project's own, after the abstract of "Unified
     Multi-Teacher Distillation Across Hybrid Neural Architectures": intra-space and inter-space
@@ -54,28 +63,31 @@ class ModelToken(Alignment):
     arXiv:2103.17239).
 
     Args:
-        layers: L, at least 1.
+        layers: L after the backbone; at least 1, or 0 with `write_back`.
         tokens: M, model tokens a space.
         width: d; a multiple of `heads`.
-        heads: attention heads, in both modules.
-        mlp_ratio: hidden width of the modules' MLPs over d.
-        inter: "self" for the exchange above, "none" to leave it out.
-        gamma: where the gates of the inter-space module start.
+        heads: attention heads, in all modules.
+        mlp_ratio: hidden width of the modules' MLPs over d; 0 leaves them out.
+        inter: "self", "cross" or "none".
+        gamma: where the gates of the inter-space module start; None for no gates.
+        residual: whether the descriptors are predicted from the pooled feature too.
+        write_back: how many stages of the backbone, or their numbers; see `stages.choose_stages`.
+        pool: most rows and columns of a stage's map that the tokens read.
+        teacher_stream: weight of the teacher-side stream; 0 for none.
         hidden: width of the descriptor projectors' hidden layer.
         **options: those of `Alignment`.
     """
 
+    undecayed = ("model_tokens",)
     readouts: ClassVar[Mapping[str, str]] = {
-        "pooled": "the backbone's own descriptor",
-        "predictions": "the predicted descriptors of all teachers, side by side",
+        **Alignment.readouts,
         "tokens": "the normalised model tokens of all spaces, side by side",
         "both": "pooled and tokens, each scaled to unit length, side by side",
     }
 
     def __init__(
         self,
-        student_dim: int,
-        student_grid: Grid,
+        student: StudentShape,
         spaces: Mapping[str, SpaceTarget],
         *,
         layers: int = 2,
@@ -83,69 +95,144 @@ class ModelToken(Alignment):
         width: int = 128,
         heads: int = 4,
         mlp_ratio: float = 2.0,
-        inter: Literal["none", "self"] = "self",
-        gamma: float = 0.1,
+        inter: Inter = "self",
+        gamma: float | None = 0.1,
+        residual: bool = True,
+        write_back: int | Sequence[int] = 0,
+        pool: int = 8,
+        teacher_stream: float = 0.0,
         hidden: int = 512,
         **options: Any,
     ) -> None:
-        super().__init__(student_dim, student_grid, spaces, **options)
-        if inter not in INTER:
-            raise ConfigError(f"align.inter={inter}: valid are {', '.join(INTER)}")
-        if layers < 1 or tokens < 1 or heads < 1 or width % heads:
-            raise ConfigError(
-                f"align: layers={layers} and tokens={tokens} must be at least 1 and width={width} "
-                f"a multiple of heads={heads}"
-            )
-        self.streams = _streams(spaces)
-        teachers = [spaces[name].teacher for name in self.streams]
-        count = student_grid[0] * student_grid[1]
-        self.model_tokens = nn.Parameter(torch.empty(len(self.streams), tokens, width))
-        self.positions = nn.Parameter(torch.empty(len(self.streams), count, width))
-        nn.init.trunc_normal_(self.model_tokens, std=0.02)
-        nn.init.trunc_normal_(self.positions, std=0.02)
-        self.inputs = nn.ModuleList(dense_projector(student_dim, width) for _ in self.streams)
-        self.layers = nn.ModuleList(
-            _Layer(len(self.streams), width, heads, mlp_ratio, inter, gamma) for _ in range(layers)
+        super().__init__(student, spaces, **options)
+        visited = choose_stages(student.stages, write_back, "write_back")
+        check_tokens(
+            layers, tokens, width, heads, inter, mlp_ratio, least_layers=0 if visited else 1
         )
+        if pool < 1 or not teacher_stream >= 0:
+            raise ConfigError(
+                f"align: pool={pool} must be at least 1 and teacher_stream={teacher_stream} a "
+                "weight of at least 0"
+            )
+        if teacher_stream and not layers:
+            raise ConfigError(
+                "align.teacher_stream reads the cached tokens with the layers after the backbone: "
+                "it needs align.layers of at least 1"
+            )
+        self.residual, self.teacher_stream = residual, teacher_stream
+        self.streams = _streams(spaces)
+        count = student.grid[0] * student.grid[1]
+        modules = (len(self.streams), width, heads, mlp_ratio, inter, gamma)
+        self.model_tokens = nn.Parameter(torch.empty(len(self.streams), tokens, width))
+        nn.init.trunc_normal_(self.model_tokens, std=0.02)
+        self.write_back = (
+            WriteBack(
+                width,
+                student.stages,
+                visited,
+                heads=heads,
+                mlp_ratio=mlp_ratio,
+                inter=inter,
+                gamma=gamma,
+                pool=pool,
+            )
+            if visited
+            else None
+        )
+        self.reader = _Reader(student.token_dim, count, layers, *modules) if layers else None
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict()
         self.token_heads = nn.ModuleDict()
+        self.stream_heads = nn.ModuleDict()
         self._streams_of: dict[str, list[int]] = {}
         for label, space in self.descriptors.items():
             key, dim = module_key(label), spaces[space].dim
-            own = [i for i, teacher in enumerate(teachers) if teacher == spaces[space].teacher]
-            self._streams_of[label] = own
-            self.heads[key] = descriptor_mlp(self.pooled_dim, hidden, dim)
-            read = nn.Linear(len(own) * tokens * width, dim, bias=False)
-            nn.init.zeros_(read.weight)
+            own = self._streams_of[label] = self._owned(spaces[space].teacher)
+            if residual:
+                self.heads[key] = descriptor_mlp(self.pooled_dim, hidden, dim)
+            size = len(own) * tokens * width
+            read = nn.Linear(size, dim, bias=not residual)
+            if residual:
+                nn.init.zeros_(read.weight)
             self.token_heads[key] = read
+            if teacher_stream:
+                self.stream_heads[key] = nn.Linear(size, dim)
+        self.stream_inputs = nn.ModuleList(
+            nn.Linear(spaces[name].dim, width) for name in (self.streams if teacher_stream else ())
+        )
         self.projectors = nn.ModuleDict(
             {
-                module_key(name): dense_projector(student_dim, spaces[name].dim)
+                module_key(name): dense_projector(student.token_dim, spaces[name].dim)
                 for name in (self.dense if self.dense_weight else ())
             }
         )
 
+    @property
+    def required_spaces(self) -> list[str]:
+        if self.teacher_stream:
+            return list(dict.fromkeys([*super().required_spaces, *self.streams]))
+        return super().required_spaces
+
+    def run_student(self, student: Runs, pixels: Tensor) -> StudentOutput:
+        if self.write_back is None:
+            return student(pixels)
+        return student(pixels, interaction=self)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Numbers of the backbone's stages that the tokens visit."""
+        return () if self.write_back is None else self.write_back.stages
+
+    def begin(self, batch: int) -> Tensor:
+        """The learnt tokens of all spaces [batch, S * M, d]; see `stages.Interaction`."""
+        return self.model_tokens.flatten(0, 1).expand(batch, -1, -1)
+
+    def visit(self, stage: int, carried: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Read and write one stage; see `stages.Interaction`."""
+        assert self.write_back is not None
+        return self.write_back.visit(stage, carried, tokens)
+
     def attend(self, output: StudentOutput) -> Tensor:
         """The model tokens after all layers, normalised: [B, S, M, d], S as in `streams`."""
-        student = output.tokens
-        seen = [
-            project(student) + position
-            for project, position in zip(self.inputs, self.positions, strict=True)
-        ]
-        tokens = self.model_tokens.unsqueeze(0).expand(student.shape[0], -1, -1, -1)
-        for layer in self.layers:
-            tokens = layer(tokens, seen)
+        if output.carried is None:
+            tokens = self.model_tokens.expand(output.tokens.shape[0], -1, -1, -1)
+        else:
+            tokens = output.carried.unflatten(1, self.model_tokens.shape[:2])
+        if self.reader is not None:
+            tokens = self.reader(tokens, self.reader.seen(output.tokens))
         return self.norm(tokens)
 
     def predict(self, output: StudentOutput, *, dense: bool) -> Predictions:
+        return self._predict(output, self.attend(output), dense)
+
+    def terms(self, output: StudentOutput, targets: Mapping[str, Target]) -> Iterator[Term]:
         tokens = self.attend(output)
+        predicted = self._predict(output, tokens, dense=bool(self.dense_weight))
+        yield from self.compared(predicted, targets)
+        if not (self.teacher_stream and self.training):
+            return
+        assert self.reader is not None
+        batch = output.tokens.shape[0]
+        start = self.model_tokens.expand(batch, -1, -1, -1)
+        stream = self.norm(self.reader(start, self._stream_sees(targets)))
+        for label, space in self.descriptors.items():
+            teacher, own = self.spaces[space].teacher, self._streams_of[label]
+            said = self.stream_heads[module_key(label)](stream[:, own].flatten(1))
+            target = self.descriptor_target(label, targets)
+            loss = self.descriptor_loss(label, said.unsqueeze(1), target)
+            yield Term(f"{label}:stream", teacher, self.teacher_stream, loss)
+        for teacher in dict.fromkeys(space.teacher for space in self.spaces.values()):
+            own = self._owned(teacher)
+            goal = stream[:, own].flatten(1, 2).detach()
+            loss = token_loss(tokens[:, own].flatten(1, 2), goal)
+            yield Term(f"{teacher}:tokens", teacher, self.teacher_stream, loss)
+
+    def _predict(self, output: StudentOutput, tokens: Tensor, dense: bool) -> Predictions:
         descriptors = {}
         for label in self.descriptors:
             key, own = module_key(label), tokens[:, self._streams_of[label]]
-            descriptors[label] = self.heads[key](output.pooled) + self.token_heads[key](
-                own.flatten(1)
-            )
+            said = self.token_heads[key](own.flatten(1))
+            descriptors[label] = self.heads[key](output.pooled) + said if self.residual else said
         return Predictions(
             descriptors=descriptors,
             dense={
@@ -154,11 +241,22 @@ class ModelToken(Alignment):
             },
         )
 
+    def _stream_sees(self, targets: Mapping[str, Target]) -> list[ProjectedTokens]:
+        seen = []
+        for name, project in zip(self.streams, self.stream_inputs, strict=True):
+            assert isinstance(project, nn.Linear)
+            target = targets[name]
+            tokens, scales = target if isinstance(target, Codes) else (target, None)
+            seen.append(ProjectedTokens(tokens, scales, project.weight, project.bias))
+        return seen
+
+    def _owned(self, teacher: str) -> list[int]:
+        """Which of the streams are a teacher's."""
+        return [i for i, name in enumerate(self.streams) if self.spaces[name].teacher == teacher]
+
     def _readout(self, output: StudentOutput, kind: str) -> Tensor:
-        if kind == "pooled":
-            return output.pooled
-        if kind == "predictions":
-            return torch.cat(list(self.predict(output, dense=False).descriptors.values()), dim=-1)
+        if kind not in ("tokens", "both"):
+            return super()._readout(output, kind)
         tokens = self.attend(output).flatten(1)
         if kind == "tokens":
             return tokens
@@ -166,63 +264,55 @@ class ModelToken(Alignment):
             [functional.normalize(output.pooled, dim=-1), functional.normalize(tokens, dim=-1)], -1
         )
 
-    def no_weight_decay(self) -> set[str]:
-        return {"model_tokens", "positions"}
+    def _readout_parts(self, kind: str) -> Iterable[nn.Module | nn.Parameter]:
+        if self.write_back is not None:
+            yield self.write_back
+            yield self.model_tokens
+        if kind in ("pooled", "spatial"):
+            return
+        yield self.model_tokens
+        yield self.norm
+        if self.reader is not None:
+            yield self.reader
+        if kind == "predictions":
+            yield self.heads
+            yield self.token_heads
 
 
-class _Layer(nn.Module):
-    """One intra-space module a space, then one inter-space module for all."""
+class _Reader(nn.Module):
+    """The layers after the backbone, and what they see of the student."""
+
+    undecayed = ("positions",)
 
     def __init__(
-        self, spaces: int, width: int, heads: int, mlp_ratio: float, inter: str, gamma: float
+        self,
+        student_dim: int,
+        count: int,
+        layers: int,
+        streams: int,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        inter: Inter,
+        gamma: float | None,
     ) -> None:
         super().__init__()
-        self.intra = nn.ModuleList(_Intra(width, heads, mlp_ratio) for _ in range(spaces))
-        self.inter = _Inter(width, heads, mlp_ratio, gamma) if inter == "self" else None
-
-    def forward(self, tokens: Tensor, seen: list[Tensor]) -> Tensor:
-        """Model tokens [B, S, M, d] and, per space, the student's tokens [B, N, d]."""
-        tokens = torch.stack(
-            [module(tokens[:, i], seen[i]) for i, module in enumerate(self.intra)], dim=1
+        self.positions = nn.Parameter(torch.empty(streams, count, width))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        self.inputs = nn.ModuleList(dense_projector(student_dim, width) for _ in range(streams))
+        self.layers = nn.ModuleList(
+            TokenLayer(streams, width, heads, mlp_ratio, inter, gamma) for _ in range(layers)
         )
-        if self.inter is None:
-            return tokens
-        return self.inter(tokens.flatten(1, 2)).view_as(tokens)
 
+    def seen(self, student: Tensor) -> Tensor:
+        """X_s of all spaces [B, S, N, d] from the student's tokens [B, N, C]."""
+        return torch.stack([project(student) for project in self.inputs], 1) + self.positions
 
-class _Intra(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = CrossAttention(width, width, heads)
-        self.mlp = _mlp(width, mlp_ratio)
-
-    def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
-        tokens = tokens + self.attention(self.norm(tokens), seen)
-        return tokens + self.mlp(tokens)
-
-
-class _Inter(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float, gamma: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = _mlp(width, mlp_ratio)
-        self.gamma_attention = nn.Parameter(torch.full((width,), float(gamma)))
-        self.gamma_mlp = nn.Parameter(torch.full((width,), float(gamma)))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        normed = self.norm(tokens)
-        exchanged, _ = self.attention(normed, normed, normed, need_weights=False)
-        tokens = tokens + self.gamma_attention * exchanged
-        return tokens + self.gamma_mlp * self.mlp(tokens)
-
-
-def _mlp(width: int, ratio: float) -> nn.Sequential:
-    hidden = round(width * ratio)
-    return nn.Sequential(
-        nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
-    )
+    def forward(self, tokens: Tensor, seen: Seen) -> Tensor:
+        """Model tokens [B, S, M, d] through all layers."""
+        for layer in self.layers:
+            tokens = layer(tokens, seen)
+        return tokens
 
 
 def _streams(spaces: Mapping[str, SpaceTarget]) -> list[str]:

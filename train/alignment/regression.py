@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..students import StudentOutput
-from .base import (
-    Alignment,
-    Grid,
-    Predictions,
-    SpaceTarget,
-    dense_projector,
-    descriptor_mlp,
-    module_key,
-)
+from .base import Alignment, Predictions, StudentShape
+from .heads import dense_projector, descriptor_mlp
+from .spaces import SpaceTarget, module_key
 
 
 class Regression(Alignment):
@@ -35,21 +28,15 @@ class Regression(Alignment):
         **options: those of `Alignment`.
     """
 
-    readouts: ClassVar[Mapping[str, str]] = {
-        "pooled": "the backbone's own descriptor",
-        "predictions": "the predicted descriptors of all teachers, side by side",
-    }
-
     def __init__(
         self,
-        student_dim: int,
-        student_grid: Grid,
+        student: StudentShape,
         spaces: Mapping[str, SpaceTarget],
         *,
         hidden: int = 512,
         **options: Any,
     ) -> None:
-        super().__init__(student_dim, student_grid, spaces, **options)
+        super().__init__(student, spaces, **options)
         self.heads = nn.ModuleDict(
             {
                 module_key(label): descriptor_mlp(self.pooled_dim, hidden, spaces[space].dim)
@@ -58,7 +45,7 @@ class Regression(Alignment):
         )
         self.projectors = nn.ModuleDict(
             {
-                module_key(name): dense_projector(student_dim, spaces[name].dim)
+                module_key(name): dense_projector(student.token_dim, spaces[name].dim)
                 for name in (self.dense if self.dense_weight else ())
             }
         )
@@ -74,7 +61,5 @@ class Regression(Alignment):
             },
         )
 
-    def _readout(self, output: StudentOutput, kind: str) -> Tensor:
-        if kind == "pooled":
-            return output.pooled
-        return torch.cat(list(self.predict(output, dense=False).descriptors.values()), dim=-1)
+    def _readout_parts(self, kind: str) -> Iterable[nn.Module | nn.Parameter]:
+        return (self.heads,) if kind == "predictions" else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -186,7 +186,10 @@ def aligned_reader(student: Student, alignment: Alignment, names: Sequence[str])
             raise ConfigError(
                 f"readout {name!r}: {type(alignment).__name__} has {', '.join(alignment.readouts)}"
             )
-    return Reader(student, {name: _tokens if name == MAP else reader(name) for name in names})
+    return Reader(
+        partial(alignment.run_student, student),
+        {name: _tokens if name == MAP else reader(name) for name in names},
+    )
 
 
 def _tokens(output: StudentOutput) -> Tensor:

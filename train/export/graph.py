@@ -33,13 +33,13 @@ class Backbone(nn.Module):
     of the last feature map in row-major order.
     """
 
-    def __init__(self, student: Student) -> None:
+    def __init__(self, student: Student, alignment: Alignment) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.alignment = student, alignment
 
     def forward(self, pixels: Tensor) -> Outputs:
         """Normalised pixels [B, 3, H, W] to named outputs."""
-        output = self.student(pixels)
+        output = self.alignment.run_student(self.student, pixels)
         return {"pooled": output.pooled, "grid": output.tokens}
 
 
@@ -73,7 +73,8 @@ class WithHeads(nn.Module):
 
     def forward(self, pixels: Tensor) -> Outputs:
         """Normalised pixels [B, 3, H, W] to named outputs."""
-        output, alignment = self.student(pixels), self.alignment
+        alignment = self.alignment
+        output = alignment.run_student(self.student, pixels)
         found = {"grid": output.tokens}
         for kind in alignment.readouts:
             found[f"readout/{kind}"] = alignment.readout(output, kind)

@@ -104,7 +104,7 @@ def _artefacts(
     calibration: Mapping[str, tuple[Tensor, Tensor]] | None,
     pixels: Tensor,
 ) -> list[Artefact]:
-    backbone = Backbone(student).eval()
+    backbone = Backbone(student, alignment).eval()
     whole = WithHeads(student, alignment, calibration).eval()
     # As trained, before fused operators give way to plain ones for the graphs.
     outputs, all_outputs = _outputs(backbone, pixels), _outputs(whole, pixels)

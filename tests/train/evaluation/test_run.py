@@ -44,9 +44,12 @@ def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, te
     assert rows == [
         ("teacher", "vit/cls", "store", 24),
         ("student", "regression", "pooled", 16),
+        ("student", "regression", "spatial", 64),
         ("student", "regression", "predictions", 24),
         ("untrained", "resnet_micro-s0", "pooled", 16),
+        ("untrained", "resnet_micro-s0", "spatial", 64),
         ("student", "model_token", "pooled", 16),
+        ("student", "model_token", "spatial", 64),
         ("student", "model_token", "predictions", 24),
         ("student", "model_token", "tokens", 512),
         ("student", "model_token", "both", 528),
