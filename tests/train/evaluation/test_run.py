@@ -43,6 +43,7 @@ def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, te
     rows = [(s["kind"], s["name"], s["readout"], s["dim"]) for s in result["rows"]]
     assert rows == [
         ("teacher", "vit/cls", "store", 24),
+        ("teacher", "vit/patch", "spatial", 96),
         ("student", "regression", "pooled", 16),
         ("student", "regression", "spatial", 64),
         ("student", "regression", "predictions", 24),
