@@ -99,7 +99,7 @@ def work(folder: Path) -> dict[str, Any]:
     Raises:
         PreceptorError: as training and evaluation do.
     """
-    from ..evaluation.run import evaluate
+    from ..evaluation.run import evaluate, read_resamples
     from ..loop import train
 
     configs = [OmegaConf.load(folder / name) for name in (TRAIN, EVAL)]
@@ -108,12 +108,18 @@ def work(folder: Path) -> dict[str, Any]:
     if not (folder / "train" / "summary.json").exists():
         raise TrainingError("training was stopped before its end; the same command goes on")
     evaluated = evaluate(configs[1])  # type: ignore[arg-type]
-    scores = {
-        f"{row['readout']}/{name}": row[name]
-        for row in evaluated["rows"]
-        for name in ("knn", "linear")
-    }
-    result = {"train": trained, "scores": scores, "resampled": {}}
+    scores: dict[str, float] = {}
+    resampled: dict[str, list[float]] = {}
+    drawn = read_resamples(Path(configs[1].out)) or [{} for _ in evaluated["rows"]]
+    for row, on_resamples in zip(evaluated["rows"], drawn, strict=True):
+        if row["kind"] == "student":
+            readout = f"{row['readout']}-{row['dim']}" if row["reduced"] else row["readout"]
+            for score in row["scores"]:
+                name = f"{readout}/{score['key']}"
+                scores[name] = score["value"]
+                if score["key"] in on_resamples:
+                    resampled[name] = on_resamples[score["key"]].tolist()
+    result = {"train": trained, "scores": scores, "resampled": resampled}
     write_json(folder / RESULT, result)
     return result
 

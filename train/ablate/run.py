@@ -14,7 +14,7 @@ from ...cache.convert import convert_store
 from ...errors import ConfigError, TrainingError
 from ...options import compose_options
 from ..checkpoint import write_json
-from ..evaluation.features import LabelledRows
+from ..evaluation.run import prepare as check_evaluation
 from .figure import draw
 from .job import EVAL, RESULT, TRAIN, enter, launched, read_failure, read_result
 from .plan import ENCODING, SEED, PlannedRun, baseline_of, option, plan_runs
@@ -106,8 +106,7 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
             options = {"train.cache": config.cache, "train.shards": _plain(first.data.shards)}
             options |= {"with_teachers": False, "with_floor": False, **judged}
             evaluation = _composed("eval", options, directories)
-            for side in (evaluation.train, evaluation.test):
-                LabelledRows.open(side.cache, _plain(side.shards))
+            check_evaluation(evaluation)
         folder = out / "runs" / run.name
         ours = OmegaConf.merge(composed[variant.name], {"out": str(folder / "train")})
         if run.seed is not None:

@@ -177,6 +177,9 @@ class Score:
         images: how many test images.
         statistic: gives the figure again under other weights of the test images: paired
             differences are ``Bootstrap().difference(a.statistic, b.statistic, a.images)``.
+        resampled: the figure on every resample, float64 [resamples]. Models that were scored on the
+            same images with the same `Bootstrap` were given the same resamples, so these may be
+            subtracted.
     """
 
     protocol: str
@@ -191,6 +194,7 @@ class Score:
     details: Mapping[str, Any]
     images: int
     statistic: Statistic = field(repr=False, compare=False)
+    resampled: NDArray[np.float64] = field(repr=False, compare=False)
 
     @property
     def key(self) -> str:
@@ -199,9 +203,9 @@ class Score:
         return f"{self.protocol}{variant}" + ("" if self.task in DEFAULTS else f"@{self.task}")
 
     def as_json(self) -> dict[str, Any]:
-        """All but the statistic."""
+        """All but the statistic and its resamples."""
         found = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        found.pop("statistic")
+        del found["statistic"], found["resampled"]
         return {
             "key": self.key,
             **found,
@@ -369,21 +373,24 @@ class Suite:
                 features, truth = features.take(*kept), truth.take(*kept)
         scores = []
         for one in protocol.measure(features, truth):
-            interval = self.bootstrap.interval(one.statistic, len(features.test))
+            images = len(features.test)
+            resampled = self.bootstrap.resampled(one.statistic, images)
+            low, high = self.bootstrap.bounds(resampled)
             scores.append(
                 Score(
                     protocol=name,
                     variant=one.variant,
                     task=truth.name,
                     metric=one.metric,
-                    value=interval.value,
-                    low=None if math.isnan(interval.low) else interval.low,
-                    high=None if math.isnan(interval.high) else interval.high,
+                    value=float(one.statistic(np.ones((1, images)))[0]),
+                    low=None if math.isnan(low) else low,
+                    high=None if math.isnan(high) else high,
                     validation=one.validation,
                     chosen=one.chosen,
                     details=one.details,
-                    images=len(features.test),
+                    images=images,
                     statistic=one.statistic,
+                    resampled=resampled,
                 )
             )
         return scores

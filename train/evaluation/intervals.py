@@ -8,8 +8,9 @@ replacement give the bootstrap's (Efron 1979), and the same counts given to two 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,28 +65,44 @@ class Bootstrap:
         resamples.
         """
         value = float(statistic(np.ones((1, images)))[0])
-        drawn = [statistic(counts) for counts in self._counts(images)]
-        found = np.concatenate(drawn) if drawn else np.zeros(0)
-        found = found[np.isfinite(found)]
-        if not len(found):
-            return Interval(value, math.nan, math.nan)
+        return Interval(value, *self.bounds(self.resampled(statistic, images)))
+
+    def resampled(self, statistic: Statistic, images: int) -> NDArray[np.float64]:
+        """The statistic on every resample, float64 [resamples]; NaN where it is undefined."""
+        parts = [
+            statistic(counts.astype(np.float64))
+            for counts in _counts(self.seed, self.resamples, images)
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def bounds(self, values: NDArray[np.float64]) -> tuple[float, float]:
+        """Percentiles of resampled values: the interval's ends; NaN where there are none."""
+        values = values[np.isfinite(values)]
+        if not len(values):
+            return math.nan, math.nan
         tail = (1 - self.level) / 2
-        low, high = np.quantile(found, [tail, 1 - tail])
-        return Interval(value, float(low), float(high))
+        low, high = np.quantile(values, [tail, 1 - tail])
+        return float(low), float(high)
 
     def difference(self, ours: Statistic, theirs: Statistic, images: int) -> Interval:
         """Ours minus theirs on the same test images, with the interval of the paired resamples."""
         return self.interval(lambda weights: ours(weights) - theirs(weights), images)
 
-    def _counts(self, images: int) -> Iterator[NDArray[np.float64]]:
-        random = np.random.default_rng(self.seed)
-        most = max(1, _CHUNK // images)
-        for start in range(0, self.resamples, most):
-            rows = min(most, self.resamples - start)
-            drawn = random.integers(images, size=(rows, images))
-            drawn += images * np.arange(rows)[:, None]
-            counts = np.bincount(drawn.ravel(), minlength=rows * images)
-            yield counts.reshape(rows, images).astype(np.float64)
+
+@lru_cache(maxsize=2)
+def _counts(seed: int, resamples: int, images: int) -> tuple[NDArray[np.uint16], ...]:
+    """How often each image counts in each resample, in parts of [b, images]: drawn once, since all
+    scores of one number of images share them."""
+    random = np.random.default_rng(seed)
+    most = max(1, _CHUNK // images)
+    parts = []
+    for start in range(0, resamples, most):
+        rows = min(most, resamples - start)
+        drawn = random.integers(images, size=(rows, images))
+        drawn += images * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * images)
+        parts.append(counts.reshape(rows, images).astype(np.uint16))
+    return tuple(parts)
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:

@@ -22,7 +22,7 @@ def reduce_width(features: Features, width: int) -> Features:
         ConfigError: the width is not positive.
     """
     if width < 1:
-        raise ConfigError(f"width={width}: expected a positive number, or null to reduce nothing")
+        raise ConfigError(f"width={width}: expected a positive number")
     learn = features.train.reshape(-1, features.width)
     count = min(width, *learn.shape)
     solver = "covariance_eigh" if len(learn) >= features.width else "full"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
+from ...cache.durable import write_whole
 from ...engine import launch
-from ...errors import ConfigError
+from ...errors import ConfigError, DataError
 from ...measure import peak_memory_mb
 from ..checkpoint import write_json
 from . import PROTOCOLS, build_suite
@@ -23,6 +29,8 @@ from .subjects import Run, check_same_teachers, choose_readouts, subjects
 from .table import Row, print_seeds, print_tables, seed_means
 
 RESULT = "summary.json"
+RESAMPLES = "resamples.safetensors"
+"""Every figure on every bootstrap resample, by row and key: for paired differences of runs."""
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
@@ -30,54 +38,42 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
     Returns:
         What the file holds: ``rows`` (see `Row`), ``seeds`` (means over runs that differ in their
-        seed alone), the protocol, counts and seconds.
+        seed alone), the protocol, counts and seconds. `read_resamples` gives what is beside it.
 
     Raises:
         ConfigError, DataError, StoreError: an input cannot be used.
     """
     started = time.perf_counter()
-    _validate(config)
-    suite = _suite(config)
-    tasks = _tasks(config, suite)
+    if not config.students and not config.with_teachers:
+        raise ConfigError("nothing to score: students is empty and with_teachers is false")
+    suite, train, test, truths = prepare(config)
     runs = [Run.load(Path(folder)) for folder in config.students]
     readouts = choose_readouts(config, runs)
     fabric = launch(config.engine)
-    train, test = (
-        LabelledRows.open(side.cache, _plain(side.shards), tasks, max_pixels=config.max_pixels)
-        for side in (config.train, config.test)
-    )
-    if config.with_teachers or "cka" in suite.protocols:
-        check_same_teachers(train.cache, test.cache)
     kept = FeatureCache(
         None if config.features is None else Path(config.features),
         writes=fabric.global_rank == 0,
     )
-    truths: list[Truth] = [
-        task.truth(task.name, train.truths[task.name], test.truths[task.name])  # type: ignore[call-arg]
-        for task in tasks
-    ]
-    suite.check([*truths, Spaces("spaces", {})])
     if "cka" in suite.protocols:
         spaces = {name: space_features(test, name, "mean", kept) for name in test.cache.spaces}
         truths.append(Spaces("spaces", spaces))
 
     rows = []
     for subject in subjects(config, suite, fabric, runs, readouts, train, test, kept):
-        features = subject.features
-        if config.width is not None:
-            features = reduce_width(features, config.width)
-        scores = suite.score(features, truths)
-        rows.append(
-            Row(
-                subject.kind,
-                subject.name,
-                subject.readout,
-                features.width,
-                features.grid is not None,
-                scores,
-                subject.family,
+        for width in _widths(config):
+            features = subject.features if width is None else reduce_width(subject.features, width)
+            rows.append(
+                Row(
+                    kind=subject.kind,
+                    name=subject.name,
+                    readout=subject.readout,
+                    dim=features.width,
+                    reduced=width is not None,
+                    on_grid=features.grid is not None,
+                    scores=suite.score(features, truths),
+                    family=subject.family,
+                )
             )
-        )
     seeds = seed_means(rows)
     result = {
         "rows": [row.as_json() for row in rows],
@@ -95,12 +91,81 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     }
     if fabric.global_rank == 0:
         write_json(Path(config.out) / RESULT, result)
+        _write_resamples(Path(config.out) / RESAMPLES, rows)
         print_tables(
             rows, f"{len(test.rows):,} test images, probes learnt from {len(train.rows):,}"
         )
         print_seeds(seeds)
         print(f"{Path(config.out) / RESULT}: {len(rows)} rows in {result['seconds']:.0f} s")
     return result
+
+
+def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list[Truth]]:
+    """All that can be refused before a student is looked at: options, stores, labels.
+
+    Returns:
+        The protocols, both sides, and the labels of the tasks that some protocol reads.
+
+    Raises:
+        ConfigError, DataError, StoreError: an input cannot be used.
+    """
+    _validate(config)
+    suite = _suite(config)
+    tasks = _tasks(config, suite)
+    train, test = (
+        LabelledRows.open(side.cache, _plain(side.shards), tasks, max_pixels=config.max_pixels)
+        for side in (config.train, config.test)
+    )
+    if config.with_teachers or "cka" in suite.protocols:
+        check_same_teachers(train.cache, test.cache)
+    truths: list[Truth] = [
+        task.truth(task.name, train.truths[task.name], test.truths[task.name])  # type: ignore[call-arg]
+        for task in tasks
+    ]
+    suite.check([*truths, Spaces("spaces", {})])
+    return suite, train, test, truths
+
+
+def read_resamples(out: Path) -> list[dict[str, NDArray[np.float64]]]:
+    """What the figures of each row of `summary.json` were on every resample, float64 [B] by key.
+
+    Evaluations of the same test images with the same seed used the same resamples, so what one run
+    gives may be subtracted from what another gives. Empty where there were no resamples.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = out / RESAMPLES
+    if not path.exists():
+        return []
+    try:
+        stored = load_file(path)
+        found: list[dict[str, NDArray[np.float64]]] = []
+        for name in sorted(stored, key=lambda name: int(name.split("/")[0])):
+            row, key = name.split("/", 1)
+            found += [{} for _ in range(int(row) + 1 - len(found))]
+            found[int(row)][key] = stored[name]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): evaluate again") from error
+    return found
+
+
+def _write_resamples(path: Path, rows: Sequence[Row]) -> None:
+    found = {
+        f"{number}/{score.key}": score.resampled
+        for number, row in enumerate(rows)
+        for score in row.scores
+        if len(score.resampled)
+    }
+    if found:
+        write_whole(path, save(found))
+    else:
+        path.unlink(missing_ok=True)  # of an earlier evaluation
+
+
+def _widths(config: DictConfig) -> list[int | None]:
+    """The widths at which every readout is scored; None for its own."""
+    return list(config.width) if OmegaConf.is_list(config.width) else [config.width]
 
 
 def _suite(config: DictConfig) -> Suite:
@@ -141,8 +206,11 @@ def _validate(config: DictConfig) -> None:
         if isinstance(value, str) and (value != "all" or key == "students"):
             either = "a list" if key == "students" else "all, or a list"
             raise ConfigError(f"{key}={value}: write {either}, {key}=[{value}]")
-    if not config.students and not config.with_teachers:
-        raise ConfigError("nothing to score: students is empty and with_teachers is false")
+    for width in _widths(config):
+        if width is not None and (not isinstance(width, int) or width < 1):
+            raise ConfigError(
+                f"width={width}: expected a positive number, null to reduce nothing, or a list"
+            )
     if config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size}: expected a positive number")
 

@@ -25,6 +25,7 @@ class Row:
         name: run folder of a student, space of a teacher.
         readout: which of its features.
         dim: width of the feature, after a reduction where one was asked for.
+        reduced: whether there was one.
         on_grid: whether it is of tokens on a grid.
         scores: one for every figure of every protocol that reads such features.
         family: equal for students that differ in their seed alone; empty where not known.
@@ -34,6 +35,7 @@ class Row:
     name: str
     readout: str
     dim: int
+    reduced: bool
     on_grid: bool
     scores: Sequence[Score]
     family: str = ""
@@ -45,18 +47,20 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """The values by key, and under ``scores`` all there is to each."""
-        named = {"kind": self.kind, "name": self.name, "readout": self.readout, "dim": self.dim}
+        names = ("kind", "name", "readout", "dim", "reduced")
+        named = {name: getattr(self, name) for name in names}
         return {**named, **self.values, "scores": [score.as_json() for score in self.scores]}
 
 
 def seed_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Means over students that differ in their seed alone, with Student's t intervals of 95 %."""
-    families: dict[tuple[str, str], list[Row]] = {}
+    families: dict[tuple[str, str, int, bool], list[Row]] = {}
     for row in rows:
         if row.family:
-            families.setdefault((row.family, row.readout), []).append(row)
+            own = (row.family, row.readout, row.dim, row.reduced)
+            families.setdefault(own, []).append(row)
     found = []
-    for (_, readout), members in families.items():
+    for (_, readout, _, _), members in families.items():
         if len(members) < 2:
             continue
         means = {}

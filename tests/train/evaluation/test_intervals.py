@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from preceptor.errors import ConfigError
 from preceptor.train.evaluation import Bootstrap, over_seeds
-from preceptor.train.evaluation.intervals import R2, MeanIoU, MeanOf
+from preceptor.train.evaluation.intervals import R2, MeanIoU, MeanOf, _counts
 from scipy import stats
 from sklearn.metrics import r2_score
 
@@ -36,6 +36,7 @@ def test_chunks_of_resamples_do_not_change_them(monkeypatch):
     statistic = MeanOf(np.random.default_rng(3).normal(size=50))
     whole = Bootstrap(resamples=64).interval(statistic, 50)
     monkeypatch.setattr("preceptor.train.evaluation.intervals._CHUNK", 50 * 7)
+    _counts.cache_clear()
     assert Bootstrap(resamples=64).interval(statistic, 50) == whole
 
 

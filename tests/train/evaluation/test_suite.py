@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from preceptor.cache import Cache, SampleIndex, TeacherRecord, ViewPolicy
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, DataError
 from preceptor.train.checkpoint import load_model
 from preceptor.train.data import normalise
 from preceptor.train.evaluation import Features, Score, Targets, build_suite, over_seeds
@@ -19,7 +19,7 @@ from preceptor.train.evaluation.corruptions import Corruption
 from preceptor.train.evaluation.feature_cache import FeatureCache
 from preceptor.train.evaluation.features import LabelledRows, quarters
 from preceptor.train.evaluation.labels import Task
-from preceptor.train.evaluation.run import evaluate
+from preceptor.train.evaluation.run import evaluate, read_resamples
 from preceptor.train.evaluation.table import Row, print_tables
 from preceptor.train.loop import train
 from preceptor.train.students import build_student
@@ -92,7 +92,7 @@ def test_every_protocol_has_its_rows(whole, runs):
         "cka/vit/patch", "cka/vit/cls",
     }  # fmt: skip
     robust = {"robustness/mean", "robustness/contrast", "robustness/jpeg"}
-    named = {"kind", "name", "readout", "dim", "scores"}
+    named = {"kind", "name", "readout", "dim", "reduced", "scores"}
     student = row(result, name="cnn-s0", readout="pooled")
     assert set(student) - named == vectors | robust
     assert set(row(result, kind="untrained", readout="pooled", name="resnet_micro-s1")) >= robust
@@ -158,7 +158,7 @@ def test_other_weights_are_other_features(whole, runs, tmp_path):
 def test_nothing_is_kept_where_nothing_is_to_be_kept(whole, tmp_path):
     _, again, _ = whole
     found = again("features=null", "protocols=[knn]", f"out={tmp_path}")
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "resamples.safetensors"}
     assert found["features"]["from_cache"] == 0
 
 
@@ -228,10 +228,35 @@ def test_teachers_on_the_grid_and_in_quarters_come_from_the_store(scenes):
     torch.testing.assert_close(found[:, 9:], tokens.view(2, 4, 3, 3)[:, 2:, 1:].mean((1, 2)))
 
 
+def test_resamples_of_two_evaluations_can_be_subtracted(whole, tmp_path):
+    _, again, out = whole
+    result, rows = again(), read_resamples(out)
+    assert len(rows) == len(result["rows"])
+    for one, drawn in zip(result["rows"], rows, strict=True):
+        assert set(drawn) == {score["key"] for score in one["scores"]}
+        for score in one["scores"]:
+            assert np.quantile(drawn[score["key"]], [0.025, 0.975]) == pytest.approx(
+                [score["low"], score["high"]]
+            )
+    # Another command, with another selection of rows and protocols, draws the same images.
+    other = again(f"out={tmp_path}", "protocols=[linear]", "with_teachers=false")
+    place = other["rows"].index(row(other, name="cnn-s1", readout="pooled"))
+    before = result["rows"].index(row(result, name="cnn-s1", readout="pooled"))
+    assert np.array_equal(read_resamples(tmp_path)[place]["linear"], rows[before]["linear"])
+    again(f"out={tmp_path}", "protocols=[linear]", "intervals.resamples=0")
+    assert read_resamples(tmp_path) == []
+    (tmp_path / "resamples.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"resamples\.safetensors cannot be read"):
+        read_resamples(tmp_path)
+
+
 def test_equal_width_is_the_same_reduction_for_everyone(whole):
     _, again, _ = whole
     found = again("width=6", "protocols=[knn,regression]")
     assert {r["dim"] for r in found["rows"]} == {6}
+    both = again("width=[null,6]", "protocols=[knn,regression]")
+    assert [r for r in both["rows"] if r["reduced"]] == found["rows"]
+    assert len(both["rows"]) == 2 * len(found["rows"])
 
 
 def test_the_suite_is_usable_from_python(scenes):
@@ -255,9 +280,12 @@ def test_tables_fit_120_columns_and_cut_no_name(whole):
     result, _, _ = whole
     rows = [
         Row(
-            r["kind"], r["name"], r["readout"], r["dim"], r["readout"] == "map",
+            r["kind"], r["name"], r["readout"], r["dim"], False, r["readout"] == "map",
             [
-                Score(**{k: v for k, v in s.items() if k != "key"}, statistic=lambda w: w.mean(1))
+                Score(
+                    **{k: v for k, v in s.items() if k != "key"},
+                    statistic=lambda w: w.mean(1), resampled=np.zeros(0),
+                )
                 for s in r["scores"]
             ],
         )
