@@ -1,0 +1,362 @@
+"""The model token's modules with keys, values and groups written out, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from preceptor.train.attention import CrossAttention, ProjectedTokens
+from preceptor.train.stages import StageTokens
+from torch.nn import functional
+
+
+@pytest.fixture
+def double(build, given_student):
+    """A model token in float64 with nothing left at its initial value, and a student for it."""
+
+    def make(**options):
+        alignment = build("model_token", width=16, heads=2, **options).double()
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in alignment.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter += 0.2 * noise
+        return alignment, given_student(dtype=torch.float64)
+
+    return make
+
+
+def heads_of(x, heads=2):
+    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+
+def attention(query, keys, values, heads=2):
+    """Softmax attention of projected rows, head by head."""
+    q, k, v = (heads_of(x, heads) for x in (query, keys, values))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return (scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2)
+
+
+def linear(module, x, group):
+    bias = None if module.bias is None else module.bias[group]
+    return functional.linear(x, module.weight[group], bias)
+
+
+def norm(module, x, group):
+    return functional.layer_norm(x, x.shape[-1:], module.weight[group, 0], module.bias[group, 0])
+
+
+def mlp(sequence, x, group):
+    return linear(
+        sequence[3], functional.gelu(linear(sequence[1], norm(sequence[0], x, group), group)), group
+    )
+
+
+def intra(layer, x, seen, group):
+    a = layer.attention
+    read = attention(
+        linear(a.q_proj, norm(layer.norm, x, group), group),
+        linear(a.k_proj, seen, group),
+        linear(a.v_proj, seen, group),
+    )
+    x = x + linear(a.out_proj, read, group)
+    return x if layer.mlp is None else x + mlp(layer.mlp, x, group)
+
+
+def inter(exchange, together, seen):
+    x = exchange.norm(together)
+    a = exchange.attention
+    if isinstance(a, CrossAttention):
+        union = torch.cat(seen, 1)  # what the merge by logsumexp never builds
+        update = a.out_proj(attention(a.q_proj(x), a.k_proj(union), a.v_proj(union)))
+    else:
+        weights, biases = a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3)
+        q, k, v = (functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        update = a.out_proj(attention(q, k, v))
+    gate = 1 if exchange.gamma_attention is None else exchange.gamma_attention
+    together = together + gate * update
+    if exchange.mlp is None:
+        return together
+    gate = 1 if exchange.gamma_mlp is None else exchange.gamma_mlp
+    return together + gate * exchange.mlp(together)
+
+
+def alternate(reader, start, seen):
+    """All layers on a list of model tokens [B, M, d], one a space."""
+    m = list(start)
+    for layer in reader.layers:
+        m = [intra(layer, x, seen[i], i) for i, x in enumerate(m)]
+        if layer.inter is not None:
+            m = list(inter(layer.inter, torch.cat(m, 1), seen).chunk(len(m), 1))
+    return m
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inter": "self"},
+        {"inter": "cross", "tokens": 3},
+        {"inter": "none", "layers": 1},
+        {"inter": "self", "gamma": None, "mlp_ratio": 0, "layers": 3},
+        {"inter": "cross", "gamma": None, "residual": False},
+    ],
+)
+def test_tokens_and_predictions_follow_the_formula(double, run, options):
+    alignment, student = double(**options)
+    output = run(alignment, student)
+    reader = alignment.reader
+    seen = [reader.inputs[i](output.tokens) + reader.positions[i] for i in range(2)]
+    start = [alignment.model_tokens[i].expand(5, -1, -1) for i in range(2)]
+    expected = alignment.norm(torch.stack(alternate(reader, start, seen), 1))
+    torch.testing.assert_close(alignment.attend(output), expected, rtol=1e-9, atol=1e-9)
+
+    said = alignment.token_heads["vit/cls"](expected[:, 1].flatten(1))
+    if options.get("residual", True):
+        said = said + alignment.heads["vit/cls"](output.pooled)
+    found = alignment.predict(output, dense=False).descriptors["vit/cls"]
+    torch.testing.assert_close(found, said, rtol=1e-9, atol=1e-9)
+
+
+def test_the_backbone_is_read_and_written_as_the_formula_says(double):
+    alignment, student = double(write_back=[0, 1], layers=0, pool=3, tokens=2)
+    generator = torch.Generator().manual_seed(2)
+    z = alignment.begin(4)
+    assert torch.equal(z, alignment.model_tokens.flatten(0, 1).expand(4, -1, -1))
+    for number in (0, 1):
+        stage, site = student.stages[number], alignment.write_back.sites[str(number)]
+        rows, columns = stage.grid
+        shape = (4, stage.prefix + rows * columns, stage.dim)
+        h = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found_z, found_update = alignment.visit(number, z, h)
+
+        image = h[:, stage.prefix :].transpose(1, 2).unflatten(2, stage.grid)
+        pooled = functional.adaptive_avg_pool2d(image, 3).flatten(2).transpose(1, 2)
+        seen = site.input(pooled) + site.positions
+        z = inter(site.layer.inter, intra(site.layer, z, seen, 0), None)
+        torch.testing.assert_close(found_z, z, rtol=1e-9, atol=1e-9)
+        keys, values = site.key_value(site.norm(z)).chunk(2, -1)
+        update = site.output(attention(site.query(h), keys, values))
+        torch.testing.assert_close(found_update, update, rtol=1e-9, atol=1e-9)
+
+
+def test_what_the_backbone_carries_out_is_what_the_heads_read(double, run):
+    alignment, student = double(write_back=[0, 2], layers=0)
+    output = run(alignment, student)
+    tokens = alignment.norm(output.carried.view(5, 2, 4, 16))
+    torch.testing.assert_close(alignment.attend(output), tokens)
+    said = alignment.heads["cnn/pool"](output.pooled)
+    said = said + alignment.token_heads["cnn/pool"](tokens[:, 0].flatten(1))
+    found = alignment.predict(output, dense=False).descriptors["cnn/pool"]
+    torch.testing.assert_close(found, said)
+
+
+def test_the_student_begins_untouched(build):
+    """The write starts at zero, and its gradient does not."""
+    alignment = build("model_token", write_back=1)
+    h = torch.randn(3, 11, 20)
+    _, update = alignment.visit(2, alignment.begin(3), h)
+    assert not update.any()
+    update.sum().backward()
+    assert alignment.write_back.sites["2"].output.weight.grad.any()
+
+
+@pytest.mark.parametrize("options", [{"inter": "self"}, {"inter": "cross"}, {"inter": "none"}])
+def test_the_teachers_stream_is_the_same_modules_over_the_cached_tokens(
+    double, run, targets, options
+):
+    alignment, student = double(teacher_stream=0.5, **options)
+    output = run(alignment, student)
+    wanted = {name: t.double() for name, t in targets.items()}
+    seen = [
+        alignment.stream_inputs[i](wanted[name]) for i, name in enumerate(("cnn/map", "vit/patch"))
+    ]
+    start = [alignment.model_tokens[i].expand(5, -1, -1) for i in range(2)]
+    stream = [alignment.norm(m) for m in alternate(alignment.reader, start, seen)]
+    found = alignment(output, wanted)
+
+    def distance(a, b):
+        cosine = functional.cosine_similarity(a, b, dim=-1)
+        return 0.9 * (1 - cosine).mean() + 0.1 * functional.smooth_l1_loss(a, b)
+
+    own = alignment.attend(output)
+    for i, (teacher, label) in enumerate((("cnn", "cnn/pool"), ("vit", "vit/cls"))):
+        said = alignment.stream_heads[label](stream[i].flatten(1))
+        expected = distance(said, wanted[label][:, 0])
+        torch.testing.assert_close(found.losses[f"{label}:stream"], expected.detach())
+        expected = distance(own[:, i], stream[i])
+        torch.testing.assert_close(found.losses[f"{teacher}:tokens"], expected.detach())
+    assert set(alignment.eval()(output, wanted).losses) == set(targets)
+
+
+def test_the_teachers_stream_is_a_target_and_not_pulled_to_the_student(build, run, targets):
+    alignment = build("model_token", teacher_stream=1.0)
+    output = run(alignment)
+    losses = {term.label: term.loss for term in alignment.terms(output, targets)}
+    pulled = torch.autograd.grad(
+        losses["cnn:tokens"], list(alignment.stream_inputs.parameters()), allow_unused=True
+    )
+    assert all(gradient is None for gradient in pulled)
+    output = run(alignment)
+    losses = {term.label: term.loss for term in alignment.terms(output, targets)}
+    (reached,) = torch.autograd.grad(losses["cnn:tokens"], output.tokens, retain_graph=True)
+    assert reached.any()
+    trained = torch.autograd.grad(losses["cnn/pool:stream"], alignment.stream_inputs[0].weight)
+    assert trained[0].any()
+
+
+def test_without_gates_to_open_it_starts_as_regression(build, run, targets):
+    plain, tokens = build("regression"), build("model_token")
+    assert not tokens.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    output = run(plain)
+    a, b = plain(output, targets), tokens(output, targets)
+    torch.testing.assert_close(a.loss, b.loss, rtol=0, atol=0)
+
+
+def test_without_exchange_spaces_do_not_see_each_other(build, run):
+    for inter_space, expected in (("none", True), ("self", False), ("cross", None)):
+        alignment = build("model_token", inter=inter_space)
+        output = run(alignment)
+        before = alignment.attend(output)[:, 0]
+        with torch.no_grad():
+            (alignment.model_tokens if expected is not None else alignment.reader.positions)[1] += 1
+        assert torch.equal(before, alignment.attend(output)[:, 0]) is bool(expected)
+
+
+def test_grouped_attention_is_each_groups_own():
+    torch.manual_seed(0)
+    grouped = CrossAttention(8, 12, 2, groups=3).double()
+    query, tokens = torch.randn(4, 3, 2, 8).double(), torch.randn(4, 3, 7, 12).double()
+    alone = []
+    for group in range(3):
+        single = CrossAttention(8, 12, 2).double()
+        single.load_state_dict({k: v[group] for k, v in grouped.state_dict().items()})
+        alone.append(single(query[:, group], tokens[:, group]))
+    torch.testing.assert_close(grouped(query, tokens), torch.stack(alone, 1))
+    grouped.implementation = "standard"
+    torch.testing.assert_close(grouped(query, tokens), torch.stack(alone, 1))
+
+
+def test_projected_tokens_are_never_needed():
+    """Codes under an absorbed projection against decoded tokens that are projected first."""
+    torch.manual_seed(0)
+    grouped = CrossAttention(8, 12, 2, groups=2).double()
+    shared = CrossAttention(8, 12, 2).double()
+    query = torch.randn(4, 2, 3, 8).double()
+    standing, plain = [], []
+    for count, dim in ((5, 9), (7, 6)):
+        codes = torch.randint(-127, 128, (4, count, dim), dtype=torch.int8)
+        scale, weight, bias = torch.rand(4, count), torch.randn(12, dim), torch.randn(12)
+        parts = scale.double() / 99, weight.double(), bias.double()
+        standing.append(ProjectedTokens(codes, *parts))
+        decoded = codes.double() * parts[0].unsqueeze(-1)
+        plain.append(functional.linear(decoded, *parts[1:]))
+    found = grouped(query, standing)
+    for group in range(2):
+        single = CrossAttention(8, 12, 2).double()
+        single.load_state_dict({k: v[group] for k, v in grouped.state_dict().items()})
+        torch.testing.assert_close(found[:, group], single(query[:, group], plain[group]))
+    everything = shared(query.flatten(1, 2), torch.cat(plain, 1))
+    torch.testing.assert_close(shared.over_spaces(query.flatten(1, 2), standing), everything)
+
+
+def test_the_control_has_the_model_tokens_size(build, run):
+    """Within one hidden unit of every space; and nothing passes between spaces."""
+
+    def size(alignment):
+        return sum(p.numel() for p in alignment.parameters())
+
+    for options in ({}, {"tokens": 2, "width": 32}, {"dense_weight": 0}):
+        pool, token = build("attention_pool", **options), build("model_token", **options)
+        assert abs(size(pool) - size(token)) <= 2 * (2 * options.get("width", 128) + 1) / 2 + 1
+    before = pool.attend(run(pool))[:, 0]
+    with torch.no_grad():
+        pool.model_tokens[1] += 1
+        pool.reader.positions[1] += 1
+    assert torch.equal(before, pool.attend(run(pool))[:, 0])
+
+
+def test_ladder_sums_its_projectors(build, run):
+    alignment = build("ladder", depths=[0, 1])
+    output = run(alignment)
+    assert isinstance(output.stages[0], StageTokens)
+    found = alignment.predict(output, dense=True)
+    first, second = output.stages[0], output.stages[1]
+    pooled = {"end": output.pooled, "0": first.tokens.mean(1), "1": second.prefix[:, 0]}
+    expected = sum(alignment.heads[f"vit/cls@{name}"](p) for name, p in pooled.items())
+    torch.testing.assert_close(found.descriptors["vit/cls"], expected)
+    maps = {"end": output.tokens}
+    for name, stage, grid in (("0", first, (6, 7)), ("1", second, (4, 4))):
+        image = stage.tokens.transpose(1, 2).unflatten(2, grid)
+        maps[name] = functional.adaptive_avg_pool2d(image, 3).flatten(2).transpose(1, 2)
+    expected = sum(alignment.projectors[f"cnn/map@{name}"](p) for name, p in maps.items())
+    torch.testing.assert_close(found.dense["cnn/map"], expected)
+
+
+def test_masked_is_regression_and_the_hidden_tokens(build, run, student, targets):
+    alignment = build("masked", mask_ratio=0.5, mask_weight=0.7, match="student")
+    output = run(alignment)
+    whole, hidden = student.passes
+    assert whole["mask"] is None
+    assert hidden["mask_token"] is alignment.mask_token
+    assert hidden["mask"].sum(1).tolist() == [4] * 5  # round(0.5 * 9)
+    assert len({tuple(row.tolist()) for row in hidden["mask"]}) > 1
+    found = alignment(output, targets)
+    said = alignment.mask_projectors["vit/patch"](output.masked.tokens)
+    image = targets["vit/patch"].transpose(1, 2).unflatten(2, (5, 6))
+    true = functional.interpolate(image, (3, 3), mode="bilinear", antialias=True)
+    true = true.flatten(2).transpose(1, 2)
+    terms = []
+    for image in range(5):
+        for n in range(9):
+            if hidden["mask"][image, n]:
+                a, b = said[image, n].double(), true[image, n].double()
+                h = functional.smooth_l1_loss(a, b)
+                terms.append(0.9 * (1 - functional.cosine_similarity(a, b, dim=0)) + 0.1 * h)
+    expected = float(torch.stack(terms).mean())
+    assert float(found.losses["vit/patch:masked"]) == pytest.approx(expected, rel=1e-5)
+    plain = build("regression", match="student")
+    plain.load_state_dict(alignment.state_dict(), strict=False)
+    base = plain(output, targets)
+    extra = 0.7 * sum(float(v) for k, v in found.losses.items() if k.endswith(":masked"))
+    assert float(found.loss) == pytest.approx(float(base.loss) + extra, rel=1e-6)
+    student.passes.clear()
+    assert run(alignment.eval()).masked is None
+
+
+def test_similarities_are_compared_with_the_batch_and_the_memory(build, run, targets):
+    alignment = build("relational", queue=7, temperature=0.2, match="student")
+    memory: list[torch.Tensor] = []
+    for step in range(3):  # 15 descriptors through a memory of 7
+        output = run(alignment)
+        wanted = {k: t + step for k, t in targets.items()}
+        predicted = alignment.predict(output, dense=True)
+        found = alignment(output, wanted).losses
+        unit = torch.nn.functional.normalize
+        true = unit(wanted["vit/cls"][:, 0].double(), dim=-1)
+        said = unit(predicted.descriptors["vit/cls"].double(), dim=-1)
+        keys = torch.stack([*true, *memory])
+        expected = divergence(true @ keys.t() / 0.2, said @ keys.t() / 0.2)
+        assert float(found["vit/cls"]) == pytest.approx(expected, rel=1e-5)
+        memory = [*memory, *true][-7:]
+
+        image = wanted["vit/patch"].transpose(1, 2).unflatten(2, (5, 6))
+        tokens = functional.interpolate(image, (3, 3), mode="bilinear", antialias=True)
+        true = unit(tokens.flatten(2).transpose(1, 2).double(), dim=-1)
+        said = unit(predicted.dense["vit/patch"].double(), dim=-1)
+        terms = [
+            divergence(t @ t.t() / 0.2, s @ s.t() / 0.2) for t, s in zip(true, said, strict=True)
+        ]
+        assert float(found["vit/patch"]) == pytest.approx(sum(terms) / 5, rel=1e-5)
+
+
+def divergence(true, said):
+    """Mean over rows of KL, from the definition."""
+    p, q = true.softmax(-1), said.softmax(-1)
+    return float((p * (p / q).log()).sum(-1).mean().detach())
+
+
+def test_a_full_memory_of_a_small_queue_keeps_the_newest(build, run, targets):
+    alignment = build("relational", queue=3)
+    alignment(run(alignment), targets)
+    kept = alignment.memories["vit/cls"].vectors
+    newest = functional.normalize(targets["vit/cls"][-3:, 0], dim=-1)
+    torch.testing.assert_close(kept.sort(0).values, newest.sort(0).values)

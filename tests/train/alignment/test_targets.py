@@ -1,0 +1,119 @@
+"""Units of the targets against their definitions, on tokens with known moments."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from preceptor.cache import Accumulator, calibration
+from preceptor.errors import DataError
+from preceptor.train.alignment.targets import (
+    Codes,
+    PhiS,
+    Standardised,
+    Units,
+    equal_variance_rotation,
+    hadamard,
+)
+from scipy.linalg import hadamard as sylvester
+
+
+def store(tokens: torch.Tensor):
+    """What `cache.Space` gives of a space with these tokens [n, D]; standardised as a store is."""
+    moments = Accumulator(tokens[:10].mean(0).float())
+    moments.add(tokens)
+    part = Accumulator(torch.zeros(tokens.shape[1]))
+    part.add(tokens[:200])  # a store calibrates on a sample
+    mean, std = (torch.from_numpy(x) for x in calibration(part.moments()))
+    space = SimpleNamespace(mean=mean, std=std, statistics=moments.moments)
+    return space, ((tokens - mean) / std).float()
+
+
+@pytest.fixture(params=[24, 30, 12, 7], ids=lambda d: f"{d} dimensions")
+def tokens(request) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(request.param)
+    mixing = torch.randn(request.param, request.param, generator=generator).double()
+    spread = torch.logspace(-2, 1, request.param).double()
+    noise = torch.randn(3000, request.param, generator=generator).double()
+    return noise * spread @ mixing + 5
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 16, 20, 24, 28, 36, 48, 192, 384, 1152, 1280])
+def test_hadamard_matrices_are_hadamard(order):
+    matrix = hadamard(order)
+    assert set(np.unique(matrix)) <= {-1.0, 1.0}
+    np.testing.assert_array_equal(matrix @ matrix.T, order * np.eye(order))
+    if order in (2, 8, 16):  # an independent construction has the same Gram matrix
+        np.testing.assert_array_equal(matrix @ matrix.T, sylvester(order) @ sylvester(order).T)
+
+
+@pytest.mark.parametrize("order", [3, 6, 7, 30, 92])
+def test_where_no_matrix_is_at_hand_planes_are_turned(order):
+    assert hadamard(order) is None
+    variances = np.random.default_rng(order).exponential(size=order) ** 3
+    rotation = equal_variance_rotation(variances)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(order), atol=1e-12)
+    spread = np.diag(rotation @ np.diag(variances) @ rotation.T)
+    np.testing.assert_allclose(spread, variances.mean(), rtol=1e-10)
+    np.testing.assert_allclose(equal_variance_rotation(np.ones(order)), np.eye(order), atol=1e-12)
+
+
+def test_phis_has_unit_variances_and_the_teachers_distances(tokens):
+    space, z = store(tokens)
+    phis = PhiS(tokens.shape[1])
+    phis.fit(space)
+    y = phis(z.unsqueeze(0)).squeeze(0).double()
+    np.testing.assert_allclose(y.mean(0), 0, atol=2e-3)
+    np.testing.assert_allclose(y.var(0, correction=0), 1, rtol=2e-3)
+    alpha = torch.cov(tokens.t(), correction=0).trace().div(tokens.shape[1]).sqrt()
+    distances = torch.cdist(tokens[:50], tokens[:50]) / alpha
+    torch.testing.assert_close(torch.cdist(y[:50], y[:50]), distances, rtol=2e-3, atol=2e-3)
+
+
+def test_the_teachers_units_come_back(tokens):
+    space, z = store(tokens)
+    units = Units(tokens.shape[1])
+    units.fit(space)
+    torch.testing.assert_close(units(z).double(), tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_standardised_codes_are_passed_on_undecoded():
+    codes = Codes(torch.ones(2, 3, 4, dtype=torch.int8), torch.ones(2, 3))
+    assert Standardised(4)(codes) is codes
+
+
+def test_tokens_that_do_not_vary_are_told():
+    tokens = torch.ones(300, 4).double()
+    space, _ = store(tokens)
+    with pytest.raises(DataError, match="do not vary"):
+        PhiS(4).fit(space)
+
+
+@pytest.mark.parametrize("kind", ["phis", "none"])
+def test_the_loss_is_taken_in_the_units_that_are_asked_for(build, run, spaces, targets, kind):
+    generator = torch.Generator().manual_seed(0)
+    stores = {
+        name: store(torch.randn(500, space.dim, generator=generator).double() * 3 + 1)[0]
+        for name, space in spaces.items()
+    }
+    alignment = build("regression", stored=stores.__getitem__, targets=kind, balance="fixed")
+    output = run(alignment)
+    found = alignment(output, targets)
+    plain = build("regression")
+    plain.load_state_dict(alignment.state_dict(), strict=False)
+    converted = {}
+    for name, z in targets.items():
+        x = z * stores[name].std + stores[name].mean
+        if kind == "phis":
+            units = PhiS(spaces[name].dim)
+            units.fit(stores[name])
+            x = (units.matrix @ z.flatten(0, 1).t()).t().view_as(z) + units.offset
+        converted[name] = x
+    expected = plain(output, converted)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    # A run that is loaded has no store: its weights hold the units.
+    again = build("regression", targets=kind)
+    again.load_state_dict(alignment.state_dict())
+    torch.testing.assert_close(again(output, targets).loss, found.loss, rtol=0, atol=0)
