@@ -118,7 +118,9 @@ class Backstage:
 
     def end(self) -> tuple[dict[int, StageTokens], Tensor | None]:
         """What was read, and what the interaction carried out of its last stage."""
-        read, carried = self.read, self.carried
+        # A node of its own in autograd's graph, aside from the way into the last stage.
+        read = self.read
+        carried = None if self.carried is None else self.carried.view_as(self.carried)
         self._wanted, self._interaction = (), None
         self._mask = self._mask_token = self.carried = None
         self.read = {}

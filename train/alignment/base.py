@@ -215,6 +215,9 @@ class Alignment(nn.Module, ABC):
     @property
     def required_spaces(self) -> list[str]:
         """Spaces whose tokens `forward` reads: the trainer fetches these and no others."""
+        return self._required()
+
+    def _required(self) -> list[str]:
         if self.dense_weight:
             return list(self.spaces)
         return list(dict.fromkeys(self.descriptors.values()))

@@ -84,8 +84,7 @@ class Masked(Regression):
             }
         )
 
-    @property
-    def required_spaces(self) -> list[str]:
+    def _required(self) -> list[str]:
         return list(self.spaces)
 
     def run_student(self, student: Runs, pixels: Tensor) -> StudentOutput:

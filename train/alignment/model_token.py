@@ -167,11 +167,9 @@ class ModelToken(Alignment):
             }
         )
 
-    @property
-    def required_spaces(self) -> list[str]:
-        if self.teacher_stream:
-            return list(dict.fromkeys([*super().required_spaces, *self.streams]))
-        return super().required_spaces
+    def _required(self) -> list[str]:
+        spaces = super()._required()
+        return list(dict.fromkeys([*spaces, *self.streams])) if self.teacher_stream else spaces
 
     def run_student(self, student: Runs, pixels: Tensor) -> StudentOutput:
         if self.write_back is None:

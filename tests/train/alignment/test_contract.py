@@ -282,7 +282,7 @@ def test_bfloat16_autocast_keeps_losses_in_float32(make, run, targets, variant):
 def test_the_loss_compiles(make, run, targets, variant):
     alignment = make(variant, balance="fixed").eval()
     output = run(alignment)
-    compiled = torch.compile(alignment, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(alignment, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(output, targets).loss, alignment(output, targets).loss)
 
 
