@@ -173,7 +173,7 @@ def write(path: Path, name: str, x: np.ndarray, encoding: str) -> Cache:
     writer = StoreWriter.open_or_create(path, plan)
     sums = Accumulator(torch.from_numpy(x[0].mean(0)))
     sums.add(torch.from_numpy(x))
-    writer.calibrate(name, *calibration(sums.moments()), rows_used=rows)
+    writer.calibrate(name, *calibration(sums), rows_used=rows)
     for shard, units in writer.pending():
         with writer.shard(shard, units) as out:
             first = shard * SHARD

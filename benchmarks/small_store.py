@@ -83,7 +83,7 @@ def calibrate(writer: StoreWriter) -> None:
     for space in writer.uncalibrated:
         sums = Accumulator(torch.full((space.dim,), 2.0))
         sums.add(torch.from_numpy(tokens(space, np.arange(4))))
-        mean, std = calibration(sums.moments())
+        mean, std = calibration(sums)
         writer.calibrate(space.id, mean, std, rows_used=4)
 
 

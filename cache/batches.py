@@ -52,8 +52,34 @@ class _Window:
     rows: np.ndarray
     spaces: dict[SpaceSpec, Destination]
     pixels: Destination | None
-    reads: list[tuple[Future[None], GroupRows]]
+    work: deque[tuple[Destination, GroupRows]]
+    reads: list[Future[None]]
+    failed: list[tuple[GroupRows, StoreError]]
     damaged: dict[int, str] = field(default_factory=dict)
+
+
+def _read(
+    gatherer: Gatherer,
+    work: deque[tuple[Destination, GroupRows]],
+    failed: list[tuple[GroupRows, StoreError]] | None,
+) -> None:
+    """Fill groups until none is left; several threads share the work.
+
+    Args:
+        failed: gets the damaged groups; None: the first of them ends the work and is raised.
+    """
+    while True:
+        try:
+            destination, group = work.popleft()
+        except IndexError:
+            return
+        try:
+            gatherer.fill(destination, group)
+        except BaseException as error:
+            if failed is None or not isinstance(error, StoreError):
+                work.clear()
+                raise
+            failed.append((group, error))
 
 
 class BatchIterator(Iterator[Batch]):
@@ -83,6 +109,7 @@ class BatchIterator(Iterator[Batch]):
         self._step = start_step
         self._a_window = order.window_rows // order.batch_size
         self._pool = pool
+        self._parallel = threads
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cache-read")
         self._ahead: deque[_Window] = deque()
         self._next = start_step // self._a_window
@@ -121,11 +148,14 @@ class BatchIterator(Iterator[Batch]):
             pixels = Destination(PIXELS, arrays, len(rows), size, self._pool)
         wanted = [*spaces.values(), *([] if pixels is None else [pixels])]
         groups = list(by_group(rows, plan.shard_rows, plan.group_rows))
+        work = deque(tasks(wanted, groups))
+        failed: list[tuple[GroupRows, StoreError]] = []
+        # one task a thread: handing over every group would keep the interpreter's lock busy
         reads = [
-            (self._threads.submit(self._gatherer.fill, one, group), group)
-            for one, group in tasks(wanted, groups)
+            self._threads.submit(_read, self._gatherer, work, failed if self._keep_going else None)
+            for _ in range(self._parallel)
         ]
-        self._ahead.append(_Window(rows, spaces, pixels, reads))
+        self._ahead.append(_Window(rows, spaces, pixels, work, reads, failed))
 
     def __next__(self) -> Batch:
         if self._step >= self._order.steps:
@@ -157,14 +187,11 @@ class BatchIterator(Iterator[Batch]):
     def _advance(self) -> None:
         window = self._ahead.popleft()
         try:
-            for read, group in window.reads:
-                try:
-                    read.result()
-                except StoreError as error:
-                    if not self._keep_going:
-                        raise
-                    for place in group.places.tolist():
-                        window.damaged.setdefault(place, str(error))
+            for read in window.reads:
+                read.result()
+            for group, error in window.failed:
+                for place in group.places.tolist():
+                    window.damaged.setdefault(place, str(error))
         except BaseException:
             self.close()
             raise
@@ -176,6 +203,8 @@ class BatchIterator(Iterator[Batch]):
     def close(self) -> None:
         """Stop reading ahead; no further batch comes."""
         self._step = self._order.steps
+        for window in self._ahead:
+            window.work.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __del__(self) -> None:

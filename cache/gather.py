@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .buffers import BufferPool
+from .buffers import BufferPool, aligned_empty
 from .layout import ArraySpec
 from .shard_index import ChunkReader
 
@@ -83,9 +83,11 @@ class Destination:
                 for buffer, count in zip(buffers, counts, strict=True)
             ]
 
-    def row(self, name: str, place: int) -> np.ndarray:
-        """The bytes of one row."""
-        return self._bytes[name][place // self.batch_size][place % self.batch_size]
+    def rows(self, name: str, places: np.ndarray) -> list[np.ndarray]:
+        """The bytes of rows, uint8 ``[row_bytes]`` each."""
+        batches = self._bytes[name]
+        numbers, within = (places // self.batch_size).tolist(), (places % self.batch_size).tolist()
+        return [batches[batch][at] for batch, at in zip(numbers, within, strict=True)]
 
     def store(self, name: str, places: np.ndarray, values: np.ndarray) -> None:
         """Copy rows, uint8 ``[k, row_bytes]``, to their places."""
@@ -132,21 +134,18 @@ class Gatherer:
     ) -> None:
         count = spec.chunk[0]
         rows: list[np.ndarray | None] = [None] * count
-        again: list[tuple[int, int]] = []
-        for local, place in zip(group.local.tolist(), group.places.tolist(), strict=True):
+        again: list[tuple[int, np.ndarray]] = []
+        here = destination.rows(name, group.places)
+        for local, row in zip(group.local.tolist(), here, strict=True):
             if rows[local] is None:
-                rows[local] = destination.row(name, place)
+                rows[local] = row
             else:
-                again.append((local, place))
-        missing = [local for local, row in enumerate(rows) if row is None]
-        if missing:
-            spare = self._buffer(len(missing) * spec.row_bytes).reshape(len(missing), -1)
-            for at, local in enumerate(missing):
-                rows[local] = spare[at]
-        whole: Sequence[np.ndarray] = [row for row in rows if row is not None]
-        self._chunks.scatter(destination.unit, spec, group.shard, group.chunk, whole)
-        for local, place in again:
-            destination.row(name, place)[:] = whole[local]
+                again.append((local, row))
+        pieces = self._chunks.rows_a_piece(spec)
+        spare = self._buffer(pieces * spec.row_bytes).reshape(pieces, -1)
+        self._chunks.scatter(destination.unit, spec, group.shard, group.chunk, rows, spare)
+        for local, row in again:
+            row[:] = rows[local]
 
     def _copied(
         self, destination: Destination, name: str, spec: ArraySpec, group: GroupRows
@@ -165,7 +164,7 @@ class Gatherer:
     def _buffer(self, length: int) -> np.ndarray:
         buffer = getattr(self._scratch, "buffer", None)
         if buffer is None or len(buffer) < length:
-            buffer = self._scratch.buffer = np.empty(length, np.uint8)
+            buffer = self._scratch.buffer = aligned_empty(length)
         return buffer[:length]
 
 

@@ -9,10 +9,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c as library_crc32c
+
+# (data, start=0): CRC-32C of a contiguous uint8 array or bytes, continuing ``start``. This library
+# lets other threads run meanwhile, and uses AVX-512 where the processor has it.
+from awscrt.checksums import crc32c
 
 from ..errors import StoreError
 from .encodings import encoding
@@ -60,7 +64,7 @@ class ArraySpec:
         """Shape of what one checksum covers: the inner chunk, or the whole plain chunk."""
         return self.group or self.shard
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return int(np.dtype(self.dtype).itemsize * math.prod(self.shape[1:]))
 
@@ -167,12 +171,6 @@ def _zstd() -> Any:
     from numcodecs.zstd import Zstd
 
     return Zstd(level=ZSTD_LEVEL, checksum=True)
-
-
-def crc32c(data: Any, start: int = 0) -> int:
-    """CRC-32C of a contiguous uint8 NumPy array or bytes, continuing ``start``."""
-    # this library lets other threads run meanwhile
-    return int(library_crc32c(data, start))
 
 
 def shard_file(spec: ArraySpec, values: np.ndarray) -> tuple[list[Any], list[int]]:

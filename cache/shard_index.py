@@ -124,12 +124,23 @@ class ChunkReader:
         return ShardIndex(name, entries, sums)
 
     def scatter(
-        self, unit: str, spec: ArraySpec, shard: int, chunk: int, rows: Sequence[np.ndarray]
+        self,
+        unit: str,
+        spec: ArraySpec,
+        shard: int,
+        chunk: int,
+        rows: Sequence[np.ndarray | None],
+        spare: np.ndarray,
     ) -> None:
         """Read one uncompressed chunk straight into its rows' buffers, and check it.
 
+        It is read in pieces, and each is checked while it is in the processor's cache. Rows are
+        filled before the whole chunk is known to be sound: use none of them where this raises.
+
         Args:
-            rows: a contiguous uint8 buffer of ``spec.row_bytes`` for each row of the chunk.
+            rows: a contiguous uint8 buffer of ``spec.row_bytes`` for each row of the chunk; None
+                for a row that is read for its checksum alone.
+            spare: uint8 ``[rows_a_piece(spec), row_bytes]`` for those.
 
         Raises:
             StoreError: damage, by shard and group.
@@ -137,11 +148,22 @@ class ChunkReader:
         index = self.index(unit, spec, shard)
         tail = bytearray(CRC)
         offset, length = index.entries[chunk].tolist()
-        self._read(unit, shard, index.name, offset, [*rows, tail], length)
-        value = 0
-        for row in rows:
-            value = crc32c(row, value)
+        end = offset + length
+        step, value = self.rows_a_piece(spec), 0
+        for first in range(0, len(rows), step):
+            wanted = rows[first : first + step]
+            piece = [spare[at] if row is None else row for at, row in enumerate(wanted)]
+            last = first + step >= len(rows)
+            size = end - offset if last else step * spec.row_bytes
+            self._read(unit, shard, index.name, offset, [*piece, tail] if last else piece, size)
+            offset += size
+            for row in piece:
+                value = crc32c(row, value)
         self._compare(unit, shard, index, chunk, value, bytes(tail))
+
+    def rows_a_piece(self, spec: ArraySpec) -> int:
+        """How many rows of a chunk ``scatter`` reads at once."""
+        return min(spec.chunk[0], max(1, self._source.piece // spec.row_bytes))
 
     def stored(
         self, unit: str, spec: ArraySpec, shard: int, chunk: int, out: np.ndarray

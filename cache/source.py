@@ -22,10 +22,12 @@ class Source(ABC):
     Attributes:
         location: what the user called it.
         parallel: how many reads at a time serve it well.
+        piece: bytes of one read that serve it well where a chunk is read in pieces.
     """
 
     location: str
     parallel: int = 2
+    piece: int = 1 << 62
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -51,6 +53,9 @@ class Source(ABC):
     def read_into(self, name: str, offset: int, buffers: Sequence[Any]) -> int:
         """Fill writable byte buffers, in order, from one position on; returns the bytes read.
 
+        Args:
+            buffers: bytearrays, or uint8 arrays of one contiguous axis.
+
         Fewer than asked means that the file ends there. Raises FileNotFoundError, or OSError where
         the device fails.
         """
@@ -72,7 +77,13 @@ class _File:
 
 
 class LocalSource(Source):
-    """Files below a directory, kept open in least-recently-used order."""
+    """Files below a directory, kept open in least-recently-used order.
+
+    Files are read, not mapped: a mapped file that is cut short, or whose device fails, kills the
+    process where a read only fails.
+    """
+
+    piece = 800 << 10  # what was read is still in the core's own cache when it is checked
 
     def __init__(self, root: str | Path) -> None:
         self.location = str(root)
@@ -108,18 +119,17 @@ class LocalSource(Source):
 
     @staticmethod
     def _fill(fd: int, offset: int, buffers: Sequence[Any]) -> tuple[int, int]:
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
-        wanted = sum(len(view) for view in views)
-        done = 0
-        while done < wanted:
+        wanted = sum(map(len, buffers))
+        done = got = os.preadv(fd, buffers, offset)
+        if done == wanted:
+            return done, wanted
+        views = [memoryview(buffer) for buffer in buffers]
+        while got and done < wanted:  # a short read: go on in the middle of a buffer
+            while got >= len(views[0]):
+                got -= len(views.pop(0))
+            views[0] = views[0][got:]
             got = os.preadv(fd, views, offset + done)
-            if not got:
-                break
             done += got
-            if done < wanted:  # a short read: go on in the middle of a buffer
-                while got >= len(views[0]):
-                    got -= len(views.pop(0))
-                views[0] = views[0][got:]
         return done, wanted
 
     def sizes(self, directory: str) -> dict[str, int] | None:

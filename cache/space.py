@@ -28,6 +28,8 @@ from .source import Source
 from .statistics import Moments
 from .tokens import Tokens
 
+_IDLE_BYTES = 256 << 20
+
 
 class OpenStore:
     """The parts of an open store that its spaces and its batches share.
@@ -38,6 +40,7 @@ class OpenStore:
         completions: the seals of the units that were opened.
         chunks: checked chunks.
         gatherer: from chunks to rows.
+        buffers: memory for rows that are asked for by number.
         facts: facts about rows.
     """
 
@@ -50,6 +53,7 @@ class OpenStore:
         self.layout = Layout(manifest.plan)
         self.chunks = ChunkReader(source, manifest, completions)
         self.gatherer = Gatherer(self.chunks)
+        self.buffers = BufferPool(idle_bytes=_IDLE_BYTES)
         self.facts = RowFacts(self.chunks, self.layout, source.parallel)
         self.keys = Keys(self.facts)
 
@@ -103,7 +107,7 @@ class OpenStore:
             StoreError: a row outside the store or without data, or damage by shard and group.
         """
         wanted = self.checked_rows(rows)
-        place = Destination(unit, arrays, len(wanted), max(len(wanted), 1), BufferPool())
+        place = Destination(unit, arrays, len(wanted), max(len(wanted), 1), self.buffers)
         groups = list(by_group(wanted, self.plan.shard_rows, self.plan.group_rows))
         threads = threads or self.source.parallel
         if threads > 1 and len(groups) > 1:
@@ -164,7 +168,9 @@ class Space:
             threads: threads that read groups; None: 2, or 16 for a remote store.
 
         Returns:
-            Tokens with rows in the order asked for.
+            Tokens with rows in the order asked for. Every group that holds one of them is read
+            whole, because its checksum covers all of its rows. The memory is used again when
+            nothing refers to it any more.
 
         Raises:
             StoreError: a row outside the store or without tokens, or damage by shard and group.

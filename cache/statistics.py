@@ -73,12 +73,16 @@ class Accumulator:
 
     Args:
         shift: float32 ``[D]`` near the mean, so that the sums lose no digits.
+
+    Attributes:
+        count: how many tokens were added.
     """
 
     def __init__(self, shift: torch.Tensor) -> None:
         self._shift = shift.double()
-        self._count = 0
+        self.count = 0
         self._sum = torch.zeros_like(self._shift)
+        self._zeros = torch.zeros(len(shift), dtype=torch.int64)
         self._products = torch.zeros(len(shift), len(shift), dtype=torch.float64)
 
     def add(self, tokens: torch.Tensor) -> None:
@@ -86,25 +90,39 @@ class Accumulator:
         if self._sum.device != tokens.device:
             self._shift = self._shift.to(tokens.device)
             self._sum = self._sum.to(tokens.device)
+            self._zeros = self._zeros.to(tokens.device)
             self._products = self._products.to(tokens.device)
-        shifted = tokens.reshape(-1, tokens.shape[-1]).double() - self._shift
-        self._count += len(shifted)
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        self._zeros += (flat == 0).sum(0)
+        shifted = flat.double() - self._shift
+        self.count += len(shifted)
         self._sum += shifted.sum(0)
         self._products.addmm_(shifted.T, shifted)
 
+    @property
+    def zeros(self) -> np.ndarray:
+        """int64 ``[D]``: how many values were exactly zero."""
+        return self._zeros.cpu().numpy()
+
     def moments(self) -> Moments:
-        offset = self._sum / max(self._count, 1)
+        offset = self._sum / max(self.count, 1)
         scatter = self._products - torch.outer(offset, self._sum)
-        return Moments(self._count, (self._shift + offset).cpu().numpy(), scatter.cpu().numpy())
+        return Moments(self.count, (self._shift + offset).cpu().numpy(), scatter.cpu().numpy())
 
 
-def calibration(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """The float32 mean and deviation that standardise a space.
+def calibration(sums: Accumulator) -> tuple[np.ndarray, np.ndarray]:
+    """The float32 centre and deviation that standardise a space, from a sample of its tokens.
 
-    A dimension that hardly moves would be blown up to noise, so deviations are at least 1e-4 of
-    their root mean square; where nothing moves at all they are 1.
+    The centre is the mean; but zero for a dimension that is exactly zero in at least half of the
+    tokens, as behind a rectifier: its zeros are then stored without an error, which is what an
+    8-bit code with one scale a token owes to a token that is nearly empty. The deviation is around
+    the centre. A dimension that hardly moves would be blown up to noise, so deviations are at
+    least 1e-4 of their root mean square; where nothing moves at all they are 1.
     """
-    deviation = np.sqrt(np.maximum(np.diag(moments.scatter) / max(moments.count, 1), 0.0))
+    moments = sums.moments()
+    centre = np.where(2 * sums.zeros >= max(moments.count, 1), 0.0, moments.mean)
+    square = np.diag(moments.scatter) / max(moments.count, 1) + (moments.mean - centre) ** 2
+    deviation = np.sqrt(np.maximum(square, 0.0))
     floor = 1e-4 * np.sqrt(np.mean(deviation**2))
     deviation = np.maximum(deviation, floor) if floor > 0 else np.ones_like(deviation)
-    return moments.mean.astype(np.float32), deviation.astype(np.float32)
+    return centre.astype(np.float32), deviation.astype(np.float32)

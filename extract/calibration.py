@@ -22,7 +22,7 @@ def sample_rows(rows: int, wanted: int, seed: int) -> list[int]:
 def measure(
     specs: Sequence[SpaceSpec], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
-    """Mean and deviation (float32 [D]) of each space and the number of rows they come from.
+    """Centre and deviation (float32 [D]) of each space and the number of rows they come from.
 
     Args:
         specs: the spaces to measure.
@@ -47,6 +47,6 @@ def measure(
     for spec in specs:
         if spec.id not in sums:
             raise DataError("the calibration sample holds no readable image; check the shards")
-        moments = sums[spec.id].moments()
-        found[spec.id] = (*calibration(moments), moments.count // spec.tokens)
+        rows = sums[spec.id].count // spec.tokens
+        found[spec.id] = (*calibration(sums[spec.id]), rows)
     return found

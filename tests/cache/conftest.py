@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from preceptor.benchmarks.small_store import contents, restore
 from preceptor.cache import Cache
 
 sys.path.insert(0, str(Path(__file__).parent))  # for small_stores, in this and in new processes
 
-from small_stores import contents, write_store
+from small_stores import write_store
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(tmp_path: Path, finished: Path) -> Path:
     """A copy of it that a test may harm."""
     path = tmp_path / "store"
-    for name, raw in contents(finished).items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(raw)
+    restore(path, contents(finished))
     return path
 
 

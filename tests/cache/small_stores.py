@@ -96,12 +96,3 @@ def write_store(path: Path, plan: StorePlan | None = None) -> StoreWriter:
         write_shard(writer, shard, units)
     writer.finish()
     return writer
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """Every file of a store by its path within."""
-    return {
-        str(file.relative_to(path)): file.read_bytes()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }

@@ -30,6 +30,22 @@ def test_idle_memory_is_bounded() -> None:
     assert sum(length * len(free) for length, free in pool._free.items()) == 80
 
 
+def test_lengths_of_the_past_make_room() -> None:
+    pool = BufferPool(idle_bytes=100)
+    for length in (40, 60, 70):
+        buffer = pool.take(length)
+        address = buffer.data_ptr()
+        del buffer
+        assert pool.take(length).data_ptr() == address
+    assert sum(length * len(free) for length, free in pool._free.items()) <= 100
+
+
+def test_buffers_begin_with_a_page() -> None:
+    pool = BufferPool()
+    assert all(pool.take(length).data_ptr() % 4096 == 0 for length in (1, 5000, 1 << 17))
+    assert pool.take(3 << 20).data_ptr() % (2 << 20) == 0
+
+
 def test_many_threads_never_share_a_buffer() -> None:
     pool = BufferPool()
     wrong = []

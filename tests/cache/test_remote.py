@@ -14,9 +14,10 @@ import boto3
 import numpy as np
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
+from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache
 from preceptor.errors import StoreError
-from small_stores import CORRUPT, ROWS, contents
+from small_stores import CORRUPT, ROWS
 from werkzeug.serving import make_server
 
 VALID = np.array([row for row in range(ROWS) if row not in CORRUPT])
@@ -50,6 +51,16 @@ class Moody:
         return self.inner(environ, start)
 
 
+def client_of(endpoint: str) -> Any:
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+    )
+
+
 @pytest.fixture(scope="module")
 def s3(finished: Path) -> Iterator[tuple[Moody, str]]:
     """moto's S3 server with the finished store in a bucket, and its endpoint."""
@@ -58,13 +69,7 @@ def s3(finished: Path) -> Iterator[tuple[Moody, str]]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
+    client = client_of(endpoint)
     client.create_bucket(Bucket="bucket")
     for name, raw in contents(finished).items():
         if not name.startswith("spare/"):
@@ -159,13 +164,7 @@ def test_what_is_missing_or_damaged_is_refused(s3: tuple[Moody, str], finished: 
         Cache.open("s3://bucket/nowhere", storage=storage(endpoint))
     with pytest.raises(StoreError, match="beginning with s3://"):
         Cache.open("ftp://bucket/store")
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
+    client = client_of(endpoint)
     name = "spaces/cnn/map/codes/c.1.0.0"
     whole = (finished / name).read_bytes()
     flipped = bytes([whole[0] ^ 1]) + whole[1:]

@@ -39,7 +39,7 @@ def test_expected_error_is_the_measured_one(encoding: str, tmp_path: Path) -> No
     writer = StoreWriter.open_or_create(tmp_path / "store", plan)
     sums = Accumulator(torch.zeros(128))
     sums.add(x)
-    writer.calibrate(space.id, *calibration(sums.moments()), rows_used=ROWS)
+    writer.calibrate(space.id, *calibration(sums), rows_used=ROWS)
     facts = batch(0, ROWS)
     facts.valid[:] = True
     with writer.shard(0, ("rows", "t")) as out:

@@ -291,7 +291,7 @@ def test_shard_changed_after_listing_is_refused(tmp_path: Path) -> None:
 
 
 def test_compressed_shards_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preceptor.cache.samples.MAX_UNPACKED", 30_000)
+    monkeypatch.setattr("preceptor.cache.tars.MAX_UNPACKED", 30_000)
     zeros = [("z.png", bytes(9_000))]
     first = write_tar(tmp_path / "a.tar", zeros, "w:gz")
     second = write_tar(tmp_path / "b.tar", [("y.png", bytes(25_000))], "w:gz")

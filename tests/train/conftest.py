@@ -94,9 +94,9 @@ def write_store(
     )
     writer = StoreWriter.open_or_create(path, plan)
     for space in writer.uncalibrated:
-        moments = Accumulator(torch.zeros(space.dim))
-        moments.add(tokens[space.id])
-        mean, std = calibration(moments.moments())
+        sums = Accumulator(torch.zeros(space.dim))
+        sums.add(tokens[space.id])
+        mean, std = calibration(sums)
         writer.calibrate(space.id, mean, std, rows_used=len(rows))
     valid = np.arange(len(rows)) != invalid
     for shard, units in writer.pending():

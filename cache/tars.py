@@ -1,0 +1,214 @@
+"""Local tar shards: opened by name, unpacked where they are compressed, read by position.
+
+Names expand and members are walked as WebDataset does it.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from glob import glob
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import DataError
+
+MAX_UNPACKED = 256 * 2**20
+"""Largest total size of compressed shards after unpacking, in bytes; they are held in memory."""
+OPEN_SHARDS = 64
+
+_COMPRESSED: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"BZh": bz2.open,
+}
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class _Descriptor:
+    """A file descriptor that closes when its last user lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _descriptor(path: str, size: int, modified: int) -> _Descriptor:
+    # This cache holds no lock of Python's, so a fork at any moment leaves it usable; positioned
+    # reads use no file offset, so parent and children may share the descriptor too.
+    descriptor = _Descriptor(path)
+    status = os.fstat(descriptor.number)
+    if (status.st_size, status.st_mtime_ns) != (size, modified):
+        raise DataError(f"shard {path} has changed since it was listed; run the command again")
+    return descriptor
+
+
+@dataclass
+class TarShard:
+    """One shard: its file, and its contents where they had to be unpacked.
+
+    Attributes:
+        path: its name.
+        size: bytes of the file.
+        modified: its time of change, in nanoseconds.
+        packed: how it is compressed; None: it is not.
+        samples: how many samples lie in it.
+        plain: the unpacked bytes.
+    """
+
+    path: str
+    size: int
+    modified: int
+    packed: bytes | None
+    samples: int = 0
+    plain: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    @classmethod
+    def at(cls, path: str) -> TarShard:
+        """The shard of that name.
+
+        Raises:
+            DataError: it cannot be read, or is empty.
+        """
+        try:
+            with open(path, "rb") as file:
+                head = file.read(6)
+                status = os.fstat(file.fileno())
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise DataError(f"cannot read shard {path}: {reason}; check data.shards") from error
+        if not head:
+            raise DataError(f"shard {path} is empty (0 bytes); fetch or write it again")
+        packed = next((magic for magic in _COMPRESSED if head.startswith(magic)), None)
+        return cls(path, status.st_size, status.st_mtime_ns, packed)
+
+    def unpack(self, limit: int) -> bytes:
+        """The archive without its compression.
+
+        Raises:
+            DataError: it is damaged, or longer than ``limit`` bytes.
+        """
+        try:
+            with _COMPRESSED[self.packed or b""](self.path, "rb") as file:
+                plain: bytes = file.read(limit + 1)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"shard {self.path} cannot be unpacked: {error}") from error
+        if len(plain) > limit:
+            raise DataError(
+                f"shard {self.path} brings the compressed shards over {MAX_UNPACKED:,} bytes "
+                "unpacked, and they are held in memory; unpack large shards to plain .tar files"
+            )
+        return plain
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the archive; fewer where it ends.
+
+        Raises:
+            DataError: the file is gone or has changed.
+        """
+        if self.packed is not None:
+            if self.plain is None:  # after unpickling in a worker process
+                self.plain = self.unpack(MAX_UNPACKED)
+            return self.plain[offset : offset + size]
+        try:
+            descriptor = _descriptor(self.path, self.size, self.modified)
+            return _read_all(descriptor.number, offset, size)
+        except OSError as error:
+            raise DataError(f"cannot read shard {self.path}: {error.strerror or error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plain": None}
+
+
+def _read_all(descriptor: int, offset: int, size: int) -> bytes:
+    pieces = []
+    while size:  # one read returns at most 2 GiB, and less over some network file systems
+        piece = os.pread(descriptor, size, offset)
+        if not piece:
+            break
+        pieces.append(piece)
+        offset += len(piece)
+        size -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def expand_shards(
+    shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> list[str]:
+    """Local paths of shards: WebDataset's own brace expansion, then ``*`` and ``?`` in name order.
+
+    Raises:
+        DataError: nothing was named, the braces do not match, or a name is a URL or a pipe.
+    """
+    from webdataset.shardlists import expand_urls  # imports torch
+
+    given = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+    paths: list[str] = []
+    for item in given:
+        if isinstance(item, Path):  # a path is meant as it stands
+            paths.append(str(item))
+            continue
+        try:
+            expanded = expand_urls(os.fspath(item))
+        except Exception as error:
+            raise DataError(f"shards {item!r} cannot be expanded: {error}") from error
+        for path in expanded:
+            matches = sorted(glob(path)) if any(c in path for c in "*?") else [path]
+            if not matches:
+                raise DataError(f"no shard matches {path!r}; check data.shards")
+            paths.extend(matches)
+    if not any(paths):
+        raise DataError("no shard is named; set data.shards, for example to 'x-{000..146}.tar'")
+    for path in paths:
+        scheme = path.split(":", 1)[0] if ":" in path else ""
+        if scheme and not os.path.exists(path) and scheme.isalnum():
+            raise DataError(f"shard {path!r} is not a local file; download or mount it first")
+    return paths
+
+
+def members(path: str, file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, kind, header) of the members that WebDataset would read, in their order."""
+    from webdataset.tariterators import base_plus_ext  # imports torch
+
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else millions of headers stay
+                if not member.isreg() or _is_metadata(member.name):
+                    continue
+                if member.issparse():
+                    raise DataError(f"member {member.name!r} of shard {path} is stored sparse")
+                key, kind = base_plus_ext(member.name)
+                if key is not None:
+                    yield key, kind.lower(), member
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise DataError(f"shard {path} is damaged or no tar file: {error}") from error
+    # tarfile takes a file that stops between two members, or a header it cannot read, for the end.
+    file.seek(end)
+    if file.read(_BLOCK) != bytes(_BLOCK):
+        raise DataError(
+            f"shard {path} is cut short or damaged at byte {end}: no end-of-archive block there; "
+            "fetch it again"
+        )
+
+
+def _is_metadata(name: str) -> bool:
+    """WebDataset keeps names such as ``__meta__/...`` for itself."""
+    first = name.split("/", 1)[0]
+    return len(first) >= 4 and first.startswith("__") and first.endswith("__")
