@@ -46,19 +46,18 @@ def forward(
     gain_kept = torch.empty(kept, dtype=dtype, device=query.device)
     mean_kept = torch.empty(kept, dtype=dtype, device=query.device)
     p_kept = torch.empty((batch, rows, tokens.shape[1]), dtype=dtype, device=query.device)
-    for step in _steps(tokens, dtype):
-        x = tokens[step].to(dtype)
+    for step, x in _decoded(tokens, dtype):
         q = query[step].to(dtype)
         gain, mean = None if weight is None else weight[step].to(dtype), None
         if norm_eps is not None:
             gain, mean = layer_norm_gain(x, gain, norm_eps)
             gain_kept[step], mean_kept[step] = gain, mean
-        scores = _products(q, x, mean)
+        p = torch.bmm(q, x.transpose(1, 2), out=p_kept[step])
+        if mean is not None:
+            p -= q.sum(-1, keepdim=True) * mean.unsqueeze(1)
         if gain is not None:
-            scores = scores * gain.unsqueeze(1)
-            scores = scores.masked_fill((gain < 0).unsqueeze(1), -torch.inf)
-        p, lse[step] = _softmax(scores)
-        p_kept[step] = p
+            p.mul_(gain.unsqueeze(1)).masked_fill_((gain < 0).unsqueeze(1), -torch.inf)
+        lse[step] = _softmax_(p)
         if gain is not None:
             p = p * gain.clamp_min(0).unsqueeze(1)
         _weighted_sum(p, x, mean, out=output[step])
@@ -83,8 +82,8 @@ def backward(
         dtype=tokens.dtype if tokens_need_grad else query.dtype,
         device=query.device,
     )
-    for step in _steps(tokens, dtype):
-        x, q, dy = tokens[step].to(dtype), query[step].to(dtype), grad_output[step].to(dtype)
+    for step, x in _decoded(tokens, dtype):
+        q, dy = query[step].to(dtype), grad_output[step].to(dtype)
         a = None if gain is None else gain[step].to(dtype)
         centre = None if mean is None else mean[step].to(dtype)
         p = probabilities[step]
@@ -93,8 +92,9 @@ def backward(
         gain_u = u if factor is None else factor * u
         # dy . y, but from these very p and u: ds then sums to zero however large the tokens' mean.
         delta = (p * gain_u).sum(-1) - grad_lse[step]
-        ds = p * (gain_u - delta.unsqueeze(-1))
-        weighted = ds if factor is None else ds * factor
+        weighted = (gain_u - delta.unsqueeze(-1)).mul_(p)
+        if factor is not None:
+            weighted.mul_(factor)
         _weighted_sum(weighted, x, centre, out=grad_query[step])
         if tokens_need_grad:
             value = p if factor is None else p * factor
@@ -121,27 +121,37 @@ def layer_norm_gain(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tenso
     return torch.where(weight < 0, torch.full_like(gain, -1.0), gain), mean
 
 
-def _steps(tokens: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of the batch: all of it where nothing has to be decoded, cache-sized otherwise."""
+def _decoded(tokens: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the batch with their tokens as ``dtype``, all in the same memory.
+
+    The whole batch where nothing has to be decoded, as many samples as a cache holds otherwise.
+    """
     batch, count, dim = tokens.shape
-    step = max(batch, 1)
-    if tokens.dtype != dtype:
-        step = max(1, _STEP_BYTES // max(1, count * dim * dtype.itemsize))
-    for start in range(0, batch, step):
-        yield slice(start, start + step)
+    if tokens.dtype == dtype or batch == 0:
+        yield slice(0, batch), tokens
+        return
+    most = min(batch, max(1, _STEP_BYTES // max(1, count * dim * dtype.itemsize)))
+    # Fresh memory for every slice would be paid for in page faults.
+    block = torch.empty((most, count, dim), dtype=dtype, device=tokens.device)
+    for start in range(0, batch, most):
+        step = slice(start, min(start + most, batch))
+        yield step, block[: step.stop - start].copy_(tokens[step])
 
 
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dimension and its logsumexp; zeros and -inf for a row of -inf."""
+def _softmax_(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension in place; returns the logsumexp.
+
+    A row of -inf becomes zeros, and its logsumexp is -inf.
+    """
     if scores.shape[-1] == 0:
-        return scores, torch.logsumexp(scores, dim=-1)
+        return torch.logsumexp(scores, dim=-1)
     top = scores.amax(-1, keepdim=True)
     # A finite shift: -inf minus -inf is NaN.
     top = top.clamp_min_(torch.finfo(top.dtype).min)
-    p = (scores - top).exp_()
-    total = p.sum(-1, keepdim=True)
+    total = scores.sub_(top).exp_().sum(-1, keepdim=True)
     lse = (top + total.log()).squeeze(-1)
-    return p.div_(total.masked_fill_(total == 0, 1.0)), lse
+    scores.div_(total.masked_fill_(total == 0, 1.0))
+    return lse
 
 
 def _weighted_sum(weights: Tensor, x: Tensor, mean: Tensor | None, out: Tensor) -> None:

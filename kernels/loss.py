@@ -168,9 +168,7 @@ def _forward(
 
 
 @register_fake("preceptor::alignment_loss")
-def _forward_fake(
-    prediction: Tensor, tokens: Tensor, scale: Tensor | None, beta: float, triton: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, count, _ = prediction.shape
     dtype = _accumulate_dtype(prediction)
     return (
@@ -214,16 +212,7 @@ def _backward(
 
 
 @register_fake("preceptor::alignment_loss_backward")
-def _backward_fake(
-    prediction: Tensor,
-    tokens: Tensor,
-    scale: Tensor | None,
-    along_prediction: Tensor,
-    along_target: Tensor,
-    smooth_factor: Tensor,
-    beta: float,
-    triton: bool,
-) -> Tensor:
+def _backward_fake(prediction: Tensor, *rest: Any) -> Tensor:
     return torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
 
 

@@ -52,7 +52,8 @@ def cross_attention(
         scale: [B, N] float, one non-negative factor a token; needed with int8 codes and only there.
         mean, std: [D] float, statistics that undo a standardisation per dimension, as a store keeps
             them. They carry no gradient and exclude ``norm_eps``.
-        mask: [B, N] bool, True where a token may be attended.
+        mask: [B, N] bool, True where a token may be attended. What the others hold must be finite,
+            as with `scaled_dot_product_attention`; their scales need not be.
         lengths: [B] integer, tokens from this position on are not attended.
         norm_eps: epsilon of a LayerNorm over each token, None for none.
         return_lse: also return ``lse``, with which `merge_spaces` joins several token sets exactly.
@@ -302,18 +303,9 @@ def _backward(
 
 @register_fake("preceptor::cross_attention_backward")
 def _backward_fake(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    tokens: Tensor,
-    gain: Tensor | None,
-    mean: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    probabilities: Tensor,
-    tokens_need_grad: bool,
-    triton: bool,
+    grad_output: Tensor, grad_lse: Tensor, query: Tensor, tokens: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    tokens_need_grad = rest[-2]
     return (
         torch.empty(query.shape, dtype=query.dtype, device=query.device),
         torch.empty(tokens.shape, dtype=tokens.dtype, device=query.device)

@@ -49,7 +49,8 @@ class CrossAttention(nn.Module):
         norm: LayerNorm over each visual token.
         groups: G; None for one attention, whose tensors have no group dimension.
         implementation: as in `cross_attention`, except that "standard" projects keys and values and
-            calls `scaled_dot_product_attention`, and that "auto" does so where M * H comes near D.
+            calls `scaled_dot_product_attention`, and that "auto" does so where M * H > 0.6 D: on a
+            CPU both take the same time at 0.60 to 0.68 (benchmarks/attention_crossover.py).
 
     Raises:
         ValueError: ``dim`` is not a multiple of ``heads``.
@@ -167,7 +168,7 @@ class CrossAttention(nn.Module):
 
     def _materialises(self, count: int, tokens: Tensor) -> bool:
         if self.implementation == "auto":
-            return 2 * count * self.heads > tokens.shape[-1]
+            return 5 * count * self.heads > 3 * tokens.shape[-1]
         return self.implementation == "standard"
 
     def _by_head(self, projection: nn.Linear | GroupLinear) -> Tensor:

@@ -54,6 +54,36 @@ def test_outputs_and_gradients_match_multihead_attention(implementation, norm):
     torch.testing.assert_close(got[4], wanted[4][:DIM])
 
 
+@pytest.mark.parametrize(
+    ("count", "heads", "token_dim", "implementation", "projects"),
+    [
+        # At M H = 0.6 D it still absorbs.
+        (3, 4, 20, "auto", False),
+        (4, 4, 20, "auto", True),
+        (4, 6, 48, "auto", False),
+        (5, 6, 48, "auto", True),
+        (5, 6, 48, "absorbed", False),
+        (1, 1, 48, "standard", True),
+    ],
+)
+def test_auto_projects_keys_and_values_where_there_are_many_rows(
+    monkeypatch, count, heads, token_dim, implementation, projects
+):
+    module = CrossAttention(12, token_dim, heads, implementation=implementation)
+    forms = {False: module._attend_absorbed, True: module._attend_standard}
+    used = []
+    for kind, form in forms.items():
+        name = form.__name__
+
+        def spy(*arguments, form=form, kind=kind):
+            used.append(kind)
+            return form(*arguments)
+
+        monkeypatch.setattr(module, name, spy)
+    module(torch.randn(2, count, 12), torch.randn(2, 7, token_dim))
+    assert used == [projects]
+
+
 @pytest.mark.parametrize("implementation", ["absorbed", "standard"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_spaces_merge_into_one_softmax(implementation, norm):
