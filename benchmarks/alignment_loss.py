@@ -38,8 +38,13 @@ SIZES = {
 }
 
 
+TINY = {"tiny": (2, 5, 32)}
+
+
 def fused(prediction: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    cosine, smooth = alignment_loss(prediction, codes, scale)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    implementation = "triton" if interpreted else "auto"
+    cosine, smooth = alignment_loss(prediction, codes, scale, implementation=implementation)
     return 0.9 * cosine + 0.1 * smooth
 
 
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, help="calls a measurement; 1 on CPU, 10 on CUDA")
+    parser.add_argument("--tiny", action="store_true", help="see that all runs; times mean nothing")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -104,7 +110,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     copy = timing.copy_bandwidth(options.device)
     summary, results = {}, {}
-    for name, shape in SIZES[options.device].items():
+    for name, shape in (TINY if options.tiny else SIZES[options.device]).items():
         found = results[name] = measure(shape, options)
         times = found["forward_backward"]
         ours = times["ours"]["median_s"]

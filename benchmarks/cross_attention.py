@@ -62,6 +62,9 @@ SIZES = {
     },
 }
 
+# Of no size worth timing: whether everything runs, on the CPU under Triton's interpreter as well.
+TINY = Size(2, 5, 32, 2, 1)
+
 # At least as many as `row_tiles` and `token_tiles` give for one width.
 MOST_CONFIGURATIONS = 6
 
@@ -130,7 +133,8 @@ def contenders(
 ) -> dict[str, tuple[Contender, nn.Module]]:
     torch.manual_seed(0)
     ours = CrossAttention(size.dim, size.dim, size.heads).to(device, dtype)
-    ours.implementation = "triton" if device == "cuda" else "absorbed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    ours.implementation = "triton" if device == "cuda" or interpreted else "absorbed"
     standard = CrossAttention(size.dim, size.dim, size.heads, implementation="standard")
     standard = standard.to(device, dtype)
     standard.load_state_dict(ours.state_dict())
@@ -189,6 +193,8 @@ def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any
     forwards: dict[str, Callable[[], Any]] = {}
     both: dict[str, Callable[[], Any]] = {}
     failed = {}
+    if options.device == "cpu":
+        failed["flex"] = "flex_attention has no backward pass on a CPU"
     agreed = None
     torch.compiler.reset()
     for name, (run, module) in contenders(size, options.device, dtype, options.compile).items():
@@ -217,7 +223,9 @@ def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any
         if gap > (2e-2 if dtype == torch.bfloat16 else 1e-3):
             raise RuntimeError(f"{name} differs from ours by {gap:.1e} at {size.name} {kind}")
         forwards[name], both[name] = forward, forward_backward
-    found: dict[str, Any] = {"size": size.name, "tokens": kind, "failed": failed}
+    found: dict[str, Any] = {
+        "size": size.name, "shape": list(size), "tokens": kind, "failed": failed,
+    }  # fmt: skip
     found["forward"] = timing.alternate(forwards, options.device, options.rounds, options.repeats)
     found["forward_backward"] = timing.alternate(
         both, options.device, options.rounds, options.repeats
@@ -281,7 +289,7 @@ def roofline(
         colour = f"C{names.index(entry['name'])}"
         for phase, alpha in phases.items():
             itemsize = 2 if device == "cuda" else 4
-            size = SIZES[device][entry["name"]]
+            size = Size(*entry["shape"])
             flops, moved = work_of(size, entry["tokens"], phase, itemsize)
             furthest = max(furthest, flops / moved)
             axes.scatter(
@@ -289,7 +297,7 @@ def roofline(
                 color=colour, alpha=alpha, marker=markers[entry["tokens"]], zorder=3,
             )  # fmt: skip
     for number, name in enumerate(names):
-        label = f"{name}: {SIZES[device][name].name}"
+        label = f"{name}: {next(e['size'] for e in results if e['name'] == name)}"
         axes.scatter([], [], color=f"C{number}", marker="D", label=label)
     for label, marker in markers.items():
         axes.scatter([], [], color="grey", marker=marker, label=f"{label} tokens")
@@ -319,6 +327,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="calls a measurement; 1 on CPU, 10 on CUDA")
     parser.add_argument("--sizes", nargs="*", help="some of the device's sizes")
     parser.add_argument("--kinds", nargs="*", help="of tokens: cached, int8, student")
+    parser.add_argument("--tiny", action="store_true", help="see that all runs; times mean nothing")
     parser.add_argument("--warm", action="store_true", help="compile everything and time nothing")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
@@ -339,12 +348,13 @@ def main() -> None:
     )
     summary: dict[str, Any] = {}
     results = []
-    for name in options.sizes or SIZES[options.device]:
+    sizes = {"tiny": TINY} if options.tiny else SIZES[options.device]
+    for name in options.sizes or sizes:
         for kind in options.kinds or kinds_of(name, options.device):
             if options.warm:
-                warm(SIZES[options.device][name], kind, options.device, dtype, options.compile)
+                warm(sizes[name], kind, options.device, dtype, options.compile)
                 continue
-            found = measure(SIZES[options.device][name], kind, options)
+            found = measure(sizes[name], kind, options)
             results.append({"name": name, **found})
             summarise(name, found, ceilings["copy_bytes_per_s"], summary)
             rows = [

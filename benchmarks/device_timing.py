@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +30,13 @@ def describe(device: str) -> dict[str, Any]:
     except ImportError:
         found["triton"] = None
     if device == "cuda":
-        found["name"] = torch.cuda.get_device_name()
+        properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found["name"] = properties.name
+        found["capability"] = f"{properties.major}.{properties.minor}"
+        found["memory_bytes"] = properties.total_memory
+        found["processors"] = properties.multi_processor_count
+        found["cuda"] = torch.version.cuda
+        found["driver"] = driver_version()
     else:
         found["name"] = platform.processor() or platform.machine()
         cpuinfo = Path("/proc/cpuinfo")
@@ -39,6 +47,22 @@ def describe(device: str) -> dict[str, Any]:
         found["threads"] = torch.get_num_threads()
         found["load_average"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return found
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel module, from its tool or its file in /proc."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        pass
+    module = Path("/proc/driver/nvidia/version")
+    try:
+        found = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", module.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def seconds(work: Callable[[], Any], device: str, repeats: int) -> float:

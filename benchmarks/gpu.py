@@ -1,9 +1,13 @@
 """Every GPU test and benchmark of the repository, on the machine's CUDA device, as one JSON file.
 
-Needs torch, triton, numpy and pytest; the package need not be installed, nor the checkout's folder
-have a certain name, and nothing is downloaded. Without a CUDA device it says so and fails.
+Needs torch, triton and pytest; the package need not be installed, nor the checkout's folder have a
+certain name, and nothing is downloaded. Without a CUDA device it says so and fails.
 
-    python benchmarks/gpu.py            # writes benchmarks/results/<device>.json
+    python benchmarks/gpu.py              # writes benchmarks/results/<device>.json
+    python benchmarks/gpu.py --rehearse   # the same over tiny tensors, without a device
+
+A rehearsal runs the kernels in Triton's interpreter, which wants numpy too; it measures nothing,
+and writes rehearsal.json to a folder of its own.
 """
 
 from __future__ import annotations
@@ -90,11 +94,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shard", type=int, nargs=2, help="run this share of the tests only")
-    parser.add_argument("--folder", type=Path, default=checkout.ROOT / "benchmarks" / "results")
+    parser.add_argument("--folder", type=Path, help="of the results; benchmarks/results")
+    parser.add_argument("--parts", nargs="*", choices=LIMITS, default=list(LIMITS))
+    parser.add_argument("--rehearse", action="store_true", help="without a device, tiny tensors")
     options = parser.parse_args()
+    if options.rehearse:
+        # Read by the kernels' package and by the tests, here and in the processes below.
+        os.environ.update(TRITON_INTERPRET="1", PRECEPTOR_REHEARSAL="1")
     import torch
 
-    if not torch.cuda.is_available():
+    if not options.rehearse and not torch.cuda.is_available():
         raise SystemExit("no CUDA device is available: GPU tests and benchmarks were not run")
     if options.shard:
         raise SystemExit(run_tests(*options.shard))
@@ -102,22 +111,34 @@ def main() -> None:
     import cross_attention
     import device_timing as timing
 
-    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = options.folder.resolve()
+    kind, device, extra = "cuda", "rehearsal", ["--tiny", "--no-compile"]
+    if options.rehearse:
+        kind, sizes = "cpu", ["tiny"]
+        folder = options.folder or Path(tempfile.mkdtemp(prefix="rehearsal-"))
+    else:
+        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        sizes, extra = list(cross_attention.SIZES["cuda"]), []
+        folder = options.folder or checkout.ROOT / "benchmarks" / "results"
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {**timing.describe("cuda"), "parts": {}, "summary": {}}
+    result: dict[str, Any] = {**timing.describe(kind), "parts": {}, "summary": {}}
     parts = result["parts"]
     shards = max(1, min(12, (os.cpu_count() or 2) - 2))
     commands = [["gpu.py", "--shard", str(index), str(shards)] for index in range(shards)]
-    parts["tests"] = run("tests", commands, LIMITS["tests"])
+    if options.rehearse:
+        commands = [[*command, "--rehearse"] for command in commands]
+    if "tests" in options.parts:
+        parts["tests"] = run("tests", commands, LIMITS["tests"])
     # Everything is compiled first, side by side, so that the timed run finds it on disk.
-    bench = ["cross_attention.py", "--device", "cuda"]
-    commands = [[*bench, "--warm", "--sizes", size] for size in cross_attention.SIZES["cuda"]]
-    parts["warm"] = run("warm", commands, LIMITS["warm"])
+    if "warm" in options.parts:
+        bench = ["cross_attention.py", "--device", kind, *extra, "--warm", "--sizes"]
+        parts["warm"] = run("warm", [[*bench, size] for size in sizes], LIMITS["warm"])
     for name in ("cross_attention", "alignment_loss"):
+        if name not in options.parts:
+            continue
         written = folder / f".{name}.json"
         written.unlink(missing_ok=True)
-        command = [f"{name}.py", "--device", "cuda", "--rounds", "5", "--json", str(written)]
+        command = [f"{name}.py", "--device", kind, *extra, "--rounds", "5", "--json", str(written)]
         if name == "cross_attention":
             command += ["--png", str(folder / f"{device}.png")]
         parts[name] = run(name, [command], LIMITS[name])
