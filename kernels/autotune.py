@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
-# Triton's interpreter has no device to time, and small blocks test more of the edges.
+# Triton's interpreter has no device to time.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 _FORCED: list[int] = []
+# What has been timed in this process: an autotuner and the values that it chose by.
+_TUNED: set[tuple[Any, ...]] = set()
 
 Tile = dict[str, Any]
+Shape = tuple[int, int, int, int]
 FrozenTiles = tuple[tuple[tuple[str, Any], ...], ...]
 
 
@@ -50,29 +54,11 @@ def row_tiles(kernel: str, width: int, lanes: int, itemsize: int) -> list[Tile]:
         width: elements of a token: channels, or words of four codes with ``lanes`` = 4.
         itemsize: bytes of one token channel.
     """
-    dim = width * lanes
-    # (BM, BN, warps, stages): tokens held in shared memory between their two uses.
-    held: list[tuple[int, int, int, int]] = []
-    # The same with both read again from the caches: what wide tokens leave room for.
-    again = [(16, 32, 8, 1)]
-    if INTERPRETED:
-        # Small blocks have more edges, and nothing is timed.
-        held, again = [(16, 16, 4, 2), (32, 32, 4, 2)], [(16, 16, 4, 1)]
-    elif itemsize == 4:
-        again += [(16, 16, 8, 1)] if dim <= 768 else []
-    elif kernel == "forward":
-        held = [(16, 32, 8, 2)]
-        held += [(16, 32, 4, 2), (16, 32, 8, 3), (16, 64, 8, 2)] if dim <= 768 else []
-        held += [(32, 32, 8, 2)] if dim <= 1024 else []
-    elif dim <= 1024 or lanes == 1:
-        held = [(16, 32, 8, 2)]
-        held += [(16, 32, 4, 2)] if dim <= 384 else []
-        held += [(16, 16, 4, 2), (32, 32, 8, 2)] if dim <= 768 and itemsize == 2 else []
-        held += [(16, 16, 8, 2)] if dim > 384 and lanes == 4 else []
+    held, again = _shapes(kernel, width * lanes, lanes, itemsize)
     tiles = []
     for shapes, reload in ((held, False), (again, True)):
         if reload:
-            chunk = chunk_of(width, 64, 12)
+            chunk = chunk_of(width, 64, 12 if lanes == 4 else 24)
         elif lanes == 4:
             chunk = chunk_of(width, 64, 4)
         else:
@@ -93,11 +79,40 @@ def row_tiles(kernel: str, width: int, lanes: int, itemsize: int) -> list[Tile]:
     return tiles
 
 
+def _shapes(kernel: str, dim: int, lanes: int, itemsize: int) -> tuple[list[Shape], list[Shape]]:
+    """(BM, BN, warps, stages) with tokens held in shared memory between their two uses, and of
+    those that read them again from the caches, for which wide tokens leave room.
+    """
+    again = [(16, 32, 8, 1)]
+    if itemsize == 4:
+        return [], [*again, (16, 16, 8, 1)] if dim <= 1024 else [(16, 16, 8, 1)]
+    if itemsize == 1 and lanes == 1:
+        # Codes that cannot be read as words: loaded a byte at a time, they fill the registers.
+        return [], again
+    if kernel == "forward":
+        held = [(16, 32, 8, 2)] if dim <= 1024 or lanes == 1 else [(16, 16, 8, 2)]
+        held += [(16, 32, 4, 2), (16, 32, 8, 3), (16, 64, 8, 2)] if dim <= 768 else []
+        # 32 rows of codes of few channels leave the statistics of LayerNorm no registers.
+        held += [(32, 32, 8, 2)] if dim <= 768 and (lanes == 1 or dim > 384) else []
+        held += [(32, 16, 8, 2)] if 768 < dim <= 1024 else []
+        return held, again
+    if lanes == 1:
+        if dim > 1024:
+            return [(16, 16, 8, 2)], [(16, 16, 8, 1)]
+        held = [(16, 32, 8, 2)]
+        held += [(16, 32, 4, 2)] if dim <= 384 else []
+        held += [(16, 16, 4, 2), (32, 16, 8, 2)] if dim <= 768 else []
+        return held, again
+    if dim > 1024:
+        return [], again
+    held = [(16, 32, 8, 2)] if dim <= 768 else []
+    held += [(16, 32, 4, 2)] if dim <= 384 else [(16, 16, 8, 2)]
+    return held, again
+
+
 def token_tiles(itemsize: int) -> list[Tile]:
     """Configurations of the kernel that writes the tokens' gradient, best guess first."""
     shapes = [(32, 64, 16, 4, 2), (64, 128, 16, 8, 2), (32, 128, 16, 4, 2), (64, 64, 32, 4, 2)]
-    if INTERPRETED:
-        shapes = [(32, 64, 16, 4, 2)]
     names = ("BN", "BD", "BK", "num_warps", "num_stages")
     return [
         dict(zip(names, shape, strict=True)) for shape in shapes if itemsize < 4 or shape[0] < 64
@@ -154,17 +169,29 @@ def launch(
     Args:
         key: names of the kernel's arguments that decide which one is fastest.
     """
-    if _FORCED or INTERPRETED or len(tiles) == 1 or torch.are_deterministic_algorithms_enabled():
-        tile = dict(tiles[_FORCED[-1] % len(tiles) if _FORCED else 0])
-        kernel[grid(tile)](*arguments, **constants, **tile)
-        return
-    _tuner(kernel, tiles, tuple(key))[grid](*arguments, **constants)
+    fixed = bool(_FORCED) or INTERPRETED or len(tiles) == 1
+    if not (fixed or torch.are_deterministic_algorithms_enabled()):
+        tuner = _tuner(kernel, tiles, tuple(key), triton.runtime.driver.active.get_current_device())
+        values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
+        case = (tuner, *(values[name] for name in key))
+        case += tuple(value.dtype for value in arguments if isinstance(value, Tensor))
+        # A graph that is being captured has no place for measurements: one that was not warmed up
+        # gets the first configuration.
+        if case in _TUNED or not _capturing():
+            tuner[grid](*arguments, **constants)
+            _TUNED.add(case)
+            return
+    tile = dict(tiles[_FORCED[-1] % len(tiles) if _FORCED else 0])
+    kernel[grid(tile)](*arguments, **constants, **tile)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @cache
-def _tuner(
-    kernel: Any, tiles: tuple[tuple[tuple[str, Any], ...], ...], key: tuple[str, ...]
-) -> Any:
+def _tuner(kernel: Any, tiles: FrozenTiles, key: tuple[str, ...], device: int) -> Any:
+    """An autotuner of its own for each device, since a machine may have different ones."""
     configs = []
     for items in tiles:
         meta = dict(items)

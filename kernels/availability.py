@@ -10,6 +10,8 @@ from torch import Tensor
 
 MAX_DIM = 2048
 MAX_ROWS = 128
+# Elements that a 32-bit offset reaches.
+MAX_REACH = 2**31 - 1
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -27,4 +29,6 @@ def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str
         return f"takes tokens of width D up to {max_dim}, got {tokens.shape[2]}"
     if query.shape[1] > MAX_ROWS:
         return f"takes up to {MAX_ROWS} query rows, got {query.shape[1]}"
+    if tokens.shape[1] * tokens.shape[2] > MAX_REACH:
+        return f"takes samples of less than 2^31 elements, got N D = {tokens.shape[1:].numel()}"
     return None

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune
+from .availability import MAX_REACH
 from .triton_backward import GRANULE, attend_backward_query, attend_backward_tokens
 from .triton_forward import attend_forward, merge_parts
 
@@ -33,14 +34,15 @@ class Layout:
 
     @classmethod
     def of(cls, tokens: Tensor) -> Layout:
-        if tokens.stride(2) != 1:
-            tokens = tokens.contiguous()
+        tokens = _addressable(tokens)
         emulate = tokens.dtype == torch.bfloat16 and autotune.INTERPRETED
         if tokens.dtype == torch.int8:
             packed = (
                 tokens.shape[2] % 4 == 0
                 and tokens.stride(0) % 4 == 0
                 and tokens.stride(1) % 4 == 0
+                # Of a storage that itself starts anywhere, as one that borrows a buffer does.
+                and tokens.storage_offset() % 4 == 0
                 and tokens.data_ptr() % 4 == 0
             )
             words = tokens.view(torch.int32) if packed else tokens
@@ -81,7 +83,7 @@ def forward(
     """Output [B, R, D], logsumexp [B, R], and with LayerNorm the gain and token mean [B, N]."""
     batch, rows, dim = query.shape
     count = tokens.shape[1]
-    query = _rows(query)
+    query = _addressable(query)
     layout = Layout.of(tokens)
     kept = (batch, count) if norm_eps is not None else (0,)
     options: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
@@ -137,14 +139,23 @@ def backward(
     """Gradients of the query [B, R, D] and, where asked for, of the tokens [B, N, D]."""
     batch, rows, dim = query.shape
     count = tokens.shape[1]
-    grad_output, grad_lse, query = grad_output.contiguous(), grad_lse.contiguous(), _rows(query)
+    query = _addressable(query)
     layout = Layout.of(tokens)
+    # Autograd hands over whatever strides it has; what the forward pass kept is contiguous already
+    # unless something between the passes (a saved-tensor hook, a compiler) laid it out anew.
+    grad_output, grad_lse = grad_output.contiguous(), grad_lse.contiguous()
+    output, lse = output.contiguous(), lse.contiguous()
+    gain = None if gain is None else gain.contiguous()
+    mean = None if mean is None else mean.contiguous()
     device = query.device
     options: dict[str, Any] = {"dtype": torch.float32, "device": device}
     splits, length = splits_of(batch, rows, count, device)
     grad_query = torch.empty((batch, rows, dim), dtype=query.dtype, device=device)
     if batch == 0:
-        return grad_query, torch.empty_like(tokens if tokens_need_grad else grad_query[:0])
+        return grad_query, query.new_empty(
+            tokens.shape if tokens_need_grad else (0,),
+            dtype=tokens.dtype if tokens_need_grad else query.dtype,
+        )
     parts = torch.empty((splits, batch, rows, dim), **options) if splits > 1 else grad_query
     normalised = mean is not None
     residual = torch.empty((splits, batch, rows) if tokens_need_grad else (0,), **options)
@@ -205,17 +216,21 @@ def backward(
 
 
 def _row_tiles(kernel: str, layout: Layout) -> autotune.FrozenTiles:
-    tokens = layout.tokens
-    limit = None
-    if tokens.is_cuda:
-        properties: Any = torch.cuda.get_device_properties(tokens.device)
-        limit = properties.shared_memory_per_block_optin
-    itemsize = tokens.element_size() // layout.lanes
-    return _fitting_tiles(kernel, layout.width, layout.lanes, itemsize, limit)
+    limit = shared_limit(layout.tokens.device)
+    itemsize = layout.tokens.element_size() // layout.lanes
+    return fitting_tiles(kernel, layout.width, layout.lanes, itemsize, limit)
+
+
+def shared_limit(device: torch.device) -> int | None:
+    """Bytes of shared memory that a block may have; None where there is no such limit."""
+    if device.type != "cuda":
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 @cache
-def _fitting_tiles(
+def fitting_tiles(
     kernel: str, width: int, lanes: int, itemsize: int, limit: int | None
 ) -> autotune.FrozenTiles:
     tiles = autotune.row_tiles(kernel, width, lanes, itemsize)
@@ -226,5 +241,10 @@ def _fitting_tiles(
     return autotune.frozen(tiles)
 
 
-def _rows(query: Tensor) -> Tensor:
-    return query if query.stride(2) == 1 else query.contiguous()
+def _addressable(tensor: Tensor) -> Tensor:
+    """The tensor itself where the kernels can read it as it lies, a contiguous copy elsewhere.
+
+    They step by 1 through the channels, and within a sample by 32-bit offsets.
+    """
+    reach = (tensor.shape[1] - 1) * tensor.stride(1) + tensor.shape[2]
+    return tensor if tensor.stride(2) == 1 and reach <= MAX_REACH else tensor.contiguous()

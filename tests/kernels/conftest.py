@@ -1,11 +1,15 @@
 """Problems and a float64 reference that every test of the kernels shares."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))  # for chip
 
 
 @dataclass
