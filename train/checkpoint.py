@@ -23,7 +23,7 @@ from .students import (
     MODEL,
     WEIGHTS,
     Student,
-    load_student,
+    load_backbone,
     load_weights,
     read_model_json,
 )
@@ -203,7 +203,7 @@ def load_model(out: Path) -> tuple[Student, Alignment, dict[str, Any]]:
         DataError: the folder holds no finished run, or its files do not fit each other.
     """
     config = read_model_json(out)
-    student, _, _ = load_student(out)
+    student = load_backbone(out, config)
     spaces = {
         name: Space(s["teacher"], s["tokens"], s["dim"], s["grid"] and (*s["grid"],))
         for name, s in config["spaces"].items()

@@ -200,12 +200,32 @@ def load_student(folder: str | Path) -> tuple[Student, Tensor, Tensor]:
         pixels from 0 to 1.
 
     Raises:
-        DataError: the folder holds no finished run, or its files do not fit each other.
+        DataError: the folder holds no finished run, its files do not fit each other, or the student
+            carries its model tokens and is nothing without its alignment.
     """
     config = read_model_json(Path(folder))
+    if config["align"].get("write_back"):
+        raise DataError(
+            f"{folder}: this student carries its model tokens inside the backbone "
+            "(align.write_back): load it with train.checkpoint.load_model and run it with "
+            "alignment.run_student"
+        )
+    student = load_backbone(Path(folder), config)
+    return student, torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+
+
+def load_backbone(folder: Path, config: Mapping[str, Any]) -> Student:
+    """The student of a run's folder, in evaluation mode, without what an alignment adds to it.
+
+    Args:
+        config: what `read_model_json` gave.
+
+    Raises:
+        DataError: its weights are missing or do not fit.
+    """
     student = build_student({**config["student"], "pretrained": False}, config["seed"])
-    load_weights(student.model, Path(folder) / WEIGHTS)
-    return student.eval(), torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    load_weights(student.model, folder / WEIGHTS)
+    return student.eval()
 
 
 def read_model_json(folder: Path) -> dict[str, Any]:

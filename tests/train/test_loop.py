@@ -71,8 +71,24 @@ def test_a_run_learns_and_leaves_what_it_says(train_config, tmp_path, bed, align
 
 @pytest.mark.parametrize(
     ("student", "options"),
-    [(CNN, ("align=model_token",)), (VIT, ("align=regression", "recipe.accumulate=2"))],
-    ids=["cnn", "vit-dropping-paths"],
+    [
+        (CNN, ("align=model_token",)),
+        (VIT, ("align=regression", "recipe.accumulate=2")),
+        (
+            VIT,
+            (
+                "align=model_token",
+                "align.write_back=2",
+                "align.width=32",
+                "align.teacher_stream=0.5",
+                "align.targets=phis",
+                "align.balance=normalised",
+            ),
+        ),
+        (CNN, ("align=relational", "align.queue=20")),
+        (VIT, ("align=masked", "align.balance=pcgrad")),
+    ],
+    ids=["cnn", "vit-dropping-paths", "tokens-inside", "memory", "masked"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(
     train_config, tmp_path, student, options, monkeypatch
@@ -94,6 +110,28 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     # A finished run is not run again, unless asked to.
     assert train(config) == parts
     assert train(OmegaConf.merge(config, {"resume": False}))["seconds"] != parts["seconds"]
+
+
+@pytest.mark.parametrize("student", [CNN, VIT], ids=["cnn", "vit"])
+def test_a_student_that_carries_its_tokens_is_loaded_with_them(train_config, tmp_path, student):
+    options = ("align=model_token", "align.write_back=2", "align.layers=0", "align.width=32")
+    summary = train(train_config(*options, "recipe.lr=0.01", student=student))
+    student, alignment, _ = load_model(tmp_path / "run")
+    pixels = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        carried = alignment.run_student(student, pixels)
+        plain = student(pixels)
+    assert not torch.allclose(carried.pooled, plain.pooled)
+    state = load_checkpoint(last(tmp_path / "run"))["module"]
+    for name, value in alignment.state_dict().items():
+        assert torch.equal(value, state[f"alignment.{name}"])
+    own = sum(p.numel() for p in student.parameters())
+    inside = sum(p.numel() for p in alignment.write_back.parameters())
+    assert summary["parameters"]["student"] == own
+    expected = own + inside + alignment.model_tokens.numel()
+    assert summary["parameters"]["inference"]["pooled"] == expected
+    with pytest.raises(DataError, match="carries its model tokens inside the backbone"):
+        load_student(tmp_path / "run")
 
 
 def last(out: Path) -> Path:

@@ -222,6 +222,11 @@ class Alignment(nn.Module, ABC):
             return list(self.spaces)
         return list(dict.fromkeys(self.descriptors.values()))
 
+    @property
+    def lives_inside(self) -> bool:
+        """Whether the student's own features need this alignment: it writes into the backbone."""
+        return False
+
     def run_student(self, student: Runs, pixels: Tensor) -> StudentOutput:
         """Run the student as this alignment needs it, in training and afterwards.
 

@@ -177,6 +177,10 @@ class ModelToken(Alignment):
         return student(pixels, interaction=self)
 
     @property
+    def lives_inside(self) -> bool:
+        return self.write_back is not None
+
+    @property
     def stages(self) -> tuple[int, ...]:
         """Numbers of the backbone's stages that the tokens visit."""
         return () if self.write_back is None else self.write_back.stages

@@ -64,6 +64,10 @@ class Standardised(nn.Module):
     def forward(self, target: Target) -> Target:
         return target
 
+    def standardised(self, values: Tensor) -> Tensor:
+        """The way back, to the units of the store."""
+        return values
+
 
 class Units(nn.Module):
     """The teacher's own units: x = std * z + mean."""
@@ -83,6 +87,10 @@ class Units(nn.Module):
 
     def forward(self, target: Target) -> Target:
         return floats(target) * self.std + self.mean
+
+    def standardised(self, values: Tensor) -> Tensor:
+        """The way back, to the units of the store."""
+        return (values - self.mean) / self.std
 
 
 class PhiS(nn.Module):
@@ -133,6 +141,12 @@ class PhiS(nn.Module):
 
     def forward(self, target: Target) -> Target:
         return nn.functional.linear(floats(target), self.matrix, self.offset)
+
+    def standardised(self, values: Tensor) -> Tensor:
+        """The way back, to the units of the store."""
+        # The columns are orthogonal: the inverse is the transpose over their squared lengths.
+        inverse = self.matrix / self.matrix.square().sum(0)
+        return (values - self.offset) @ inverse
 
 
 TARGETS: dict[str, type[Standardised | Units | PhiS]] = {

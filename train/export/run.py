@@ -60,6 +60,11 @@ def export(config: DictConfig) -> dict[str, Any]:
     if out.exists():
         raise ConfigError(f"out={out} exists already: name another folder or remove it")
     student, alignment, model = load_model(run)
+    if alignment.lives_inside and "timm" in config.formats:
+        raise ExportError(
+            f"{run}: its model tokens live inside the backbone (align.write_back), where timm "
+            "cannot run them; say formats=[onnx,program]"
+        )
     summary = _read_summary(run)
     calibration = load_calibration(run) if config.units == "teacher" else None
     pixels = _images(config, run, student, model["interpolation"])

@@ -79,6 +79,14 @@ def test_the_teachers_units_come_back(tokens):
     torch.testing.assert_close(units(z).double(), tokens, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [PhiS, Units, Standardised])
+def test_predictions_go_back_to_the_units_of_the_store(tokens, kind):
+    space, z = store(tokens)
+    units = kind(tokens.shape[1])
+    units.fit(space)
+    torch.testing.assert_close(units.standardised(units(z)), z, rtol=1e-3, atol=1e-3)
+
+
 def test_standardised_codes_are_passed_on_undecoded():
     codes = Codes(torch.ones(2, 3, 4, dtype=torch.int8), torch.ones(2, 3))
     assert Standardised(4)(codes) is codes
