@@ -7,6 +7,8 @@ without a store. All share the image pipeline, the optimiser, clipping and the s
 
 Each measurement starts the pipeline, lets it run in, and takes some steps in a row; rivals are
 measured in turns. A step is all between two batches; the wait is the time until the next is there.
+On a CPU a step's work is also given: the processor time of all threads of the process (which other
+programs hardly lengthen; decoding has its own processes). Ratios are of that.
 
     python benchmarks/train_step.py --student resnet18 --size 112 --json results.json
 """
@@ -17,6 +19,7 @@ import argparse
 import io
 import os
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -35,8 +38,7 @@ from lightning_fabric import Fabric
 from preceptor.benchmarks.device_timing import peak_bytes
 from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
-from preceptor.examples.teachers import efficientnet_lite0, vit_s_focus
-from preceptor.extract.pipeline import extract
+from preceptor.extract.pipeline import extract, load_teachers
 from preceptor.train.alignment import ALIGNMENTS, build_alignment
 from preceptor.train.data import AHEAD, StoredViews, TrainData, decoded, normalise, prefetched
 from preceptor.train.loop import Distiller, to_device
@@ -81,13 +83,10 @@ def make_images(path: Path, count: int) -> None:
                 tar.addfile(member, io.BytesIO(raw))
 
 
-def make_store(folder: Path, count: int, size: int) -> tuple[Path, Path]:
-    """Extract both teachers at `size` pixels; an existing store is used again."""
-    shard, store = folder / f"images-{count}.tar", folder / f"store-{count}-{size}"
-    if not shard.exists():
-        make_images(shard, count)
+def extraction(shard: Path, store: Path, size: int) -> Any:
+    """Both teachers of the embedded images' configuration, at `size` pixels."""
     with initialize_config_module("preceptor.configs", version_base="1.3"):
-        config = compose(
+        return compose(
             "extract",
             [
                 f"hydra.searchpath=[file://{ROOT}/examples/configs]",
@@ -100,7 +99,14 @@ def make_store(folder: Path, count: int, size: int) -> tuple[Path, Path]:
                 "shard_rows=128",
             ],
         )
-    extract(config)
+
+
+def make_store(folder: Path, count: int, size: int) -> tuple[Path, Path]:
+    """Images and the store of them; existing ones are used again."""
+    shard, store = folder / f"images-{count}.tar", folder / f"store-{count}-{size}"
+    if not shard.exists():
+        make_images(shard, count)
+    extract(extraction(shard, store, size))
     return shard, store
 
 
@@ -157,7 +163,8 @@ def cached(bed: Bed, align: str) -> Rival:
 def online(bed: Bed, align: str) -> Rival:
     distiller = new_distiller(bed, align)
     device = bed.fabric.device
-    teachers = [build(bed.size).to(device) for build in (efficientnet_lite0, vit_s_focus)]
+    options = extraction(Path(), Path(), bed.size)
+    teachers = [teacher.to(device) for teacher in load_teachers(options.teachers)]
     module, optimizer = bed.fabric.setup(distiller, build_optimizer(distiller, bed.recipe))
     spaces = distiller.alignment.spaces
     units = {name: (bed.cache[name].mean, bed.cache[name].std) for name in spaces}
@@ -233,14 +240,14 @@ def update(bed: Bed, module: nn.Module, optimizer: Any, loss: Tensor) -> Tensor:
 # -- measuring ------------------------------------------------------------------------------------
 
 
-def measure(rival: Rival, bed: Bed, steps: int) -> tuple[float, float]:
-    """Median seconds of a step, and the share of all steps' time that was waited."""
+def measure(rival: Rival, bed: Bed, steps: int) -> dict[str, float]:
+    """Median seconds of a step and of its work, and the share of all time that was waited."""
     batches, step = rival
     running_in = AHEAD + 1
     source = batches(running_in + steps)
-    times, waits = [], []
+    times, works, waits = [], [], []
     for number in range(running_in + steps):
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.process_time()
         batch = next(source)
         arrived = time.perf_counter()
         loss = step(batch)
@@ -248,11 +255,17 @@ def measure(rival: Rival, bed: Bed, steps: int) -> tuple[float, float]:
             torch.cuda.synchronize()
         if number >= running_in:
             times.append(time.perf_counter() - start)
+            works.append(time.process_time() - began)
             waits.append(arrived - start)
     if not bool(loss.isfinite()):
         raise RuntimeError("a rival does not train: its loss is not finite")
     source.close()
-    return statistics.median(times), sum(waits) / sum(times)
+    on_cpu = bed.fabric.device.type == "cpu"
+    return {
+        "step_s": statistics.median(times),
+        "work_s": statistics.median(works if on_cpu else times),
+        "wait_share": sum(waits) / sum(times),
+    }
 
 
 def main() -> None:
@@ -303,18 +316,17 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     for _ in cache.batches(list(cache.spaces), options.batch):
         pass  # the store's pages are warm
 
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in rivals}
     for _ in range(options.rounds):
         for name, rival in rivals.items():
-            samples[name].append(measure(rival, bed, options.steps))
-    results = {}
-    for name, found in samples.items():
-        times = [seconds for seconds, _ in found]
-        results[name] = {
-            "step_s": median(times),
-            "spread_s": [min(times), max(times)],
-            "wait_share": median([wait for _, wait in found]),
-        }
+            found = measure(rival, bed, options.steps)
+            samples[name].append(found)
+            print(f"{name}: {found}", file=sys.stderr, flush=True)
+    results: dict[str, dict[str, Any]] = {}
+    for name, entries in samples.items():
+        results[name] = {key: median([entry[key] for entry in entries]) for key in entries[0]}
+        works = [entry["work_s"] for entry in entries]
+        results[name]["work_spread_s"] = [min(works), max(works)]
         if options.memory:
             batches, step = rivals[name]
             source = batches(2)
@@ -323,10 +335,10 @@ def run(options: argparse.Namespace, folder: Path) -> None:
                 peak_bytes(lambda step=step, batch=batch: step(batch), options.device) / 2**20
             )
             source.close()
-    base, live = results["plain"]["step_s"], results["online model_token"]["step_s"]
+    base, live = results["plain"]["work_s"], results["online model_token"]["work_s"]
     for entry in results.values():
-        entry["over_plain"] = entry["step_s"] / base
-    columns = ("", "s a step", "least", "most", "x plain", "wait %", "peak MiB")
+        entry["over_plain"] = entry["work_s"] / base
+    columns = ("", "s a step", "work s", "least", "most", "x plain", "wait %", "peak MiB")
     show(
         f"{options.student} at {options.size} px, batches of {options.batch}, {options.device}",
         columns,
@@ -334,7 +346,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             (
                 name,
                 entry["step_s"],
-                *entry["spread_s"],
+                entry["work_s"],
+                *entry["work_spread_s"],
                 entry["over_plain"],
                 100 * entry["wait_share"],
                 entry.get("peak_mb"),
@@ -352,8 +365,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     token = results.get("cached model_token")
     if token is not None:
         # Of the time that live teachers add to the plain step, the part that the store takes away.
-        summary["teachers_cost_removed"] = round((live - token["step_s"]) / (live - base), 3)
-        summary["online_over_cached"] = round(live / token["step_s"], 2)
+        summary["teachers_cost_removed"] = round((live - token["work_s"]) / (live - base), 3)
+        summary["online_over_cached"] = round(live / token["work_s"], 2)
     save(
         options.json,
         {

@@ -142,7 +142,8 @@ def train(config: DictConfig) -> dict[str, Any]:
         student.to(memory_format=torch.channels_last)
     if config.engine.compile:
         student.compile()
-    module, optimizer = fabric.setup(distiller, build_optimizer(distiller, recipe))
+    fused = getattr(fabric.strategy.precision, "scaler", None) is None
+    module, optimizer = fabric.setup(distiller, build_optimizer(distiller, recipe, fused=fused))
     average = average_of(distiller, recipe)
     torch.manual_seed(config.seed + fabric.global_rank)  # drop-path must differ between ranks
     meter, watch = Meter(fabric, config.on_damaged == "skip"), FiniteWatch(fabric.device)

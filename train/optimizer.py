@@ -28,7 +28,11 @@ class Trained(Protocol):
     def no_weight_decay(self) -> set[str]: ...
 
 
-def build_optimizer(module: nn.Module, recipe: DictConfig) -> Optimizer:
+FUSED = ("adam", "adamw")
+"""Optimisers whose step PyTorch can do in one pass over the weights, on CPUs too."""
+
+
+def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True) -> Optimizer:
     """The optimiser of a recipe, from timm.
 
     Biases, norms and what the modules name themselves are not decayed. With ``layer_decay`` below 1
@@ -39,11 +43,15 @@ def build_optimizer(module: nn.Module, recipe: DictConfig) -> Optimizer:
         module: a `Trained` module.
         recipe: keys ``optimizer``, ``optimizer_options``, ``lr``, ``weight_decay``,
             ``layer_decay``.
+        fused: whether a fused step may be taken, where there is one; a gradient scaler and clipping
+            do not go with it.
 
     Raises:
         ConfigError: timm has no such optimiser, or it does not take an option.
     """
     options = dict(OmegaConf.to_container(recipe.optimizer_options, resolve=True))  # type: ignore[arg-type]
+    if fused and recipe.optimizer in FUSED:
+        options.setdefault("fused", True)
     parameters: Any = module
     if recipe.layer_decay < 1:
         parameters = _layered(module, recipe)

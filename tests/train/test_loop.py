@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from omegaconf import OmegaConf
 from preceptor.cache import Cache
 from preceptor.errors import ConfigError, DataError, TrainingError
 from preceptor.train import loop
 from preceptor.train.checkpoint import Checkpoints, load_checkpoint, load_model, save_checkpoint
 from preceptor.train.data import StoredViews, normalise
-from preceptor.train.loop import learning_rate, train
+from preceptor.train.loop import train
 from preceptor.train.students import load_student
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -216,12 +220,50 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
         load_checkpoint(path)
 
 
-def test_learning_rate_warms_up_and_falls_along_a_cosine():
-    recipe = OmegaConf.create({"lr": 2.0, "min_lr": 0.5, "warmup": 0.25})
-    rates = [learning_rate(step, 8, recipe) for step in range(8)]
-    assert rates[:3] == [1.0, 2.0, 2.0]
-    assert rates[5] == pytest.approx(0.5 + 1.5 * 0.5)  # half of the way down
-    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+def recipes() -> list[str]:
+    folder = resources.files("preceptor.configs").joinpath("recipe")
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_trains(train_config, recipe):
+    """All but the length and the size of the batch as it stands, for one epoch of two steps."""
+    config = train_config(
+        f"recipe={recipe}", "recipe.steps=null", "recipe.epochs=1", "recipe.batch_size=39"
+    )
+    with initialize_config_module("preceptor.configs", version_base="1.3"):
+        named = compose("train", [f"recipe={recipe}"]).recipe
+    assert recipe == "short" or recipe.endswith(f"_{named.epochs}ep")
+    assert train(config)["steps"] == 2
+
+
+def test_a_recipe_that_lacks_a_key_is_told(train_config):
+    config = train_config()
+    del config.recipe.ema
+    with pytest.raises(ConfigError, match="the recipe lacks ema"):
+        train(config)
+
+
+def test_half_precision_resumes_with_its_gradient_scale(train_config, tmp_path, monkeypatch):
+    """Float16 on the CPU, which Fabric would replace by bfloat16 unless it is handed a scaler."""
+
+    def half(engine):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+        return Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu", scaler))
+
+    monkeypatch.setattr(loop, "launch", half)
+    options = ("log.gradients_every=2", "recipe.checkpoint_every=3")
+    train(train_config(*options, out="whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(train_config(*options, out="parts"))
+    scale = load_checkpoint(last(tmp_path / "parts"))["precision"]["scale"]
+    assert scale != 2.0**20  # it has moved, so that a lost one would be noticed
+    train(train_config(*options, out="parts"))
+    a, b = (load_checkpoint(last(tmp_path / run)) for run in ("whole", "parts"))
+    assert a["precision"] == b["precision"]
+    assert all(torch.equal(a["module"][key], b["module"][key]) for key in a["module"])
 
 
 @pytest.mark.parametrize(

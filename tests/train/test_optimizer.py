@@ -1,0 +1,131 @@
+"""Parameter groups, rates and the average against sums that are done by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from preceptor.errors import ConfigError
+from preceptor.train.alignment import build_alignment
+from preceptor.train.alignment.base import Space
+from preceptor.train.checkpoint import load_model
+from preceptor.train.loop import Distiller, train
+from preceptor.train.optimizer import average_of, build_optimizer, learning_rate
+from preceptor.train.students import build_student
+from torch import nn
+
+RECIPE = {
+    "optimizer": "adamw",
+    "optimizer_options": {},
+    "lr": 0.1,
+    "weight_decay": 0.05,
+    "layer_decay": 1.0,
+    "ema": 0.0,
+}
+VIT = {
+    "model": "vit_tiny_patch16_224",
+    "size": 32,
+    "options": {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2},
+}
+
+
+def recipe(**options):
+    return OmegaConf.create({**RECIPE, **options})
+
+
+@pytest.fixture
+def distiller():
+    student = build_student(VIT, 0)
+    space = Space("vit", 16, 24, (4, 4))
+    return Distiller(student, build_alignment({"name": "regression"}, student, {"vit/p": space}))
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(distiller, layer_decay):
+    optimizer = build_optimizer(distiller, recipe(layer_decay=layer_decay))
+    names = {id(parameter): name for name, parameter in distiller.named_parameters()}
+    found = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(found) == sorted(names.values())
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            spared = parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token"))
+            assert group["weight_decay"] == (0.0 if spared else 0.05), name
+
+
+def test_earlier_layers_of_the_backbone_learn_more_slowly(distiller):
+    optimizer = build_optimizer(distiller, recipe(layer_decay=0.5))
+    names = {id(parameter): name for name, parameter in distiller.named_parameters()}
+    scale = {
+        names[id(p)]: group.get("lr_scale", 1.0)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    model = "student.model."
+    # From the end: the final norm, block 1, block 0, the patches.
+    assert scale[f"{model}norm.weight"] == 1.0
+    assert scale[f"{model}blocks.1.mlp.fc1.weight"] == 0.5
+    assert scale[f"{model}blocks.0.mlp.fc1.weight"] == 0.25
+    assert scale[f"{model}patch_embed.proj.weight"] == 0.125
+    assert {s for name, s in scale.items() if name.startswith("alignment.")} == {1.0}
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine():
+    recipe = OmegaConf.create({"lr": 2.0, "min_lr": 0.5, "warmup": 0.25})
+    rates = [learning_rate(step, 8, recipe) for step in range(8)]
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert rates[5] == pytest.approx(0.5 + 1.5 * 0.5)  # half of the way down
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+
+
+def test_the_average_is_the_sum_that_it_says():
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    average = average_of(module, recipe(ema=0.6))
+    expected = None
+    for step in range(1, 7):
+        with torch.no_grad():
+            module.weight.add_(torch.randn_like(module.weight))
+        average.update(module, step=step)
+        # timm counts from its first update, which takes the weights as they are.
+        decay = 0.0 if step == 1 else min(0.6, 1 - step ** (-2 / 3))
+        new = module.weight.double()
+        expected = new if expected is None else decay * expected + (1 - decay) * new
+    assert torch.allclose(average.module.weight.double(), expected, atol=1e-6)
+    assert average_of(module, recipe()) is None
+
+
+def test_the_average_is_left_as_a_finished_run(train_config, tmp_path):
+    train(train_config("recipe.ema=0.9"))
+    raw, _, _ = load_model(tmp_path / "run")
+    averaged, _, model = load_model(tmp_path / "run" / "ema")
+    assert model["student"]["model"] == "resnet10t"
+    differing = [
+        name
+        for name, value in averaged.state_dict().items()
+        if value.is_floating_point() and not torch.equal(value, raw.state_dict()[name])
+    ]
+    assert "model.conv1.0.weight" in differing
+
+
+@pytest.mark.parametrize("name", ["lamb", "sgd"])
+def test_other_optimisers_learn_too(train_config, tmp_path, name):
+    rate = {"lamb": 0.02, "sgd": 0.1}[name]
+    options = (f"recipe.optimizer={name}", f"recipe.lr={rate}", "recipe.steps=24", "log.to=[csv]")
+    train(train_config(*options, "recipe.layer_decay=0.9"))
+    text = (tmp_path / "run" / "logs" / "csv" / "metrics.csv").read_text().splitlines()
+    column = text[0].split(",").index("loss")
+    losses = [float(row.split(",")[column]) for row in text[1:] if row.split(",")[column]]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adamv"}, "timm has no such optimiser"),
+        ({"optimizer_options": {"beta": 1}}, "adamw does not take them"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_made_is_told(distiller, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(distiller, recipe(**options))
