@@ -100,7 +100,8 @@ class Diagnosis:
         scaler = getattr(self._fabric.strategy.precision, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         local = teacher_gradients(output.by_teacher, features.ends(), scale)
-        local |= spreads(self._alignment, features)
+        with self._fabric.autocast():
+            local |= spreads(self._alignment, features)
         values = torch.tensor(list(local.values()), device=self._fabric.device)
         means = cast(Tensor, self._fabric.all_reduce(values, reduce_op="mean")).tolist()
         found = dict(zip(local, means, strict=True))

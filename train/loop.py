@@ -221,8 +221,9 @@ def train(config: DictConfig) -> dict[str, Any]:
                 watch.check(checkpoints)
             if ends or _due(done, recipe.log_every):
                 watch.check(checkpoints)
-                latest |= meter.read()
-                logs.log({**latest, "lr": lr}, done)
+                scalars = meter.read()
+                logs.log({**scalars, "lr": lr}, done)
+                latest |= scalars
             measured = knn is not None and (ends or _due(done, log.knn_every))
             if knn is not None and measured:
                 judged = distiller if average is None else average.module

@@ -229,7 +229,7 @@ def recipes() -> list[str]:
 def test_every_recipe_trains(train_config, recipe):
     """All but the length and the size of the batch as it stands, for one epoch of two steps."""
     config = train_config(
-        f"recipe={recipe}", "recipe.steps=null", "recipe.epochs=1", "recipe.batch_size=39"
+        f"recipe={recipe}", "recipe.steps=null", "recipe.epochs=1", "recipe.batch_size=20"
     )
     with initialize_config_module("preceptor.configs", version_base="1.3"):
         named = compose("train", [f"recipe={recipe}"]).recipe

@@ -62,11 +62,10 @@ def test_earlier_layers_of_the_backbone_learn_more_slowly(distiller):
         for p in group["params"]
     }
     model = "student.model."
-    # From the end: the final norm, block 1, block 0, the patches.
-    assert scale[f"{model}norm.weight"] == 1.0
-    assert scale[f"{model}blocks.1.mlp.fc1.weight"] == 0.5
-    assert scale[f"{model}blocks.0.mlp.fc1.weight"] == 0.25
-    assert scale[f"{model}patch_embed.proj.weight"] == 0.125
+    # From the end: block 1 with the final norm, block 0, the patches with their positions.
+    expected = {"norm.weight": 1, "blocks.1.mlp.fc1.weight": 1, "blocks.0.mlp.fc1.weight": 0.5}
+    expected |= {"patch_embed.proj.weight": 0.25, "pos_embed": 0.25}
+    assert {name: scale[f"{model}{name}"] for name in expected} == expected
     assert {s for name, s in scale.items() if name.startswith("alignment.")} == {1.0}
 
 
