@@ -2,8 +2,8 @@
 
 Every attempt is a process of its own (one for each rank) that goes on where the last one was killed
 with SIGKILL, after a random number of calls of Python functions in its main thread: in the middle
-of a step, of a checkpoint, of the log. All losses that any attempt saw, and all weights in the end,
-are compared with those of a run that nobody disturbed.
+of a step, of a checkpoint, of the log, and one in ten while it sets itself up. All losses that any
+attempt saw, and all weights in the end, are compared with those of a run that nobody disturbed.
 
     python benchmarks/torture_train.py --kills 100
     python benchmarks/torture_train.py --kills 20 --ranks 2
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,22 +32,23 @@ import numpy as np
 from hydra import compose, initialize_config_module
 from preceptor.train import loop
 
-CALLS_AHEAD = 4
-"""Steps whose calls an attempt is allowed at most, and on average half of it."""
+STEPS_AHEAD = 5
+"""An attempt is killed within the calls of so many steps."""
+IN_SET_UP = 0.1
+"""Share of the attempts that are killed before their first step."""
 WEIGHTS = ("student.safetensors", "alignment.safetensors")
 
 
 class Doomed:
-    """While open, calls in this thread are counted, and the ``last`` one kills this process."""
+    """Counts the calls in this thread from `begin` on; the ``last`` one kills this process."""
 
     def __init__(self, last: int | None) -> None:
         self.count, self._last = 0, last
 
-    def __enter__(self) -> Doomed:
+    def begin(self) -> None:
         sys.setprofile(self._called)
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def end(self) -> None:
         sys.setprofile(None)
 
     def _called(self, frame: FrameType, event: str, argument: Any) -> None:
@@ -88,8 +90,12 @@ def config(out: Path, store: str, shards: str, steps: int) -> Any:
         )
 
 
-def attempt(run: Any, losses: Path, doom: int | None) -> None:
-    """Train in this process, noting every loss; with `doom`, die after so many calls."""
+def attempt(run: Any, losses: Path, doom: int | None, in_set_up: bool) -> None:
+    """Train in this process, noting every loss; with `doom`, die after so many calls.
+
+    Args:
+        in_set_up: whether calls count from the start, and not from the first step.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -106,8 +112,23 @@ def attempt(run: Any, losses: Path, doom: int | None) -> None:
         see(self, step, output)
 
     loop.FiniteWatch.see = noted  # type: ignore[method-assign]
-    with Doomed(doom) as calls:
-        loop.train(run)
+    calls, rate = Doomed(doom), loop.learning_rate
+    begun = False
+
+    def stepping(step: int, *rest: Any) -> float:
+        nonlocal begun
+        if not begun and not in_set_up:
+            calls.begin()
+        if not begun and in_set_up:
+            (losses.parent / "set-up").write_text(str(calls.count))
+        begun = True
+        return rate(step, *rest)
+
+    loop.learning_rate = stepping  # type: ignore[assignment]
+    if in_set_up:
+        calls.begin()
+    loop.train(run)
+    calls.end()
     (losses.parent / "calls").write_text(str(calls.count))
 
 
@@ -148,13 +169,20 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def train(run: Any, losses: Path, world: int, doomed: int, doom: int | None) -> bool:
+def train(
+    run: Any,
+    losses: Path,
+    world: int,
+    doomed: int = 0,
+    doom: int | None = None,
+    in_set_up: bool = False,
+) -> bool:
     """One attempt of all ranks; `doomed` is the one that dies. Returns whether it ended well."""
     port = free_port()
     children = {}
     for rank in range(world):
         fate = doom if rank == doomed else None
-        work = lambda fate=fate: attempt(run, losses, fate)  # noqa: E731
+        work = partial(attempt, run, losses, fate, in_set_up)
         children[start(work, rank, world, port)] = rank
     failed = False
     while children:
@@ -178,25 +206,27 @@ def torture(folder: Path, store: str, shards: str, kills: int, ranks: int, seed:
     whole, parts = folder / "whole", folder / "parts"
     for run in (whole, parts):
         run.mkdir(parents=True)
-    if not train(config(whole, store, shards, steps), whole / "losses", ranks, 0, None):
+    if not train(config(whole, store, shards, steps), whole / "losses", ranks):
         raise SystemExit("the undisturbed run was killed by somebody else")
     calls = int((whole / "calls").read_text()) // steps
     truth = noted(whole / "losses")
-    killed = early = 0
+    # A run of one step, to know how many calls its set-up takes.
+    short = folder / "short"
+    short.mkdir()
+    train(config(short, store, shards, 1), short / "losses", ranks, in_set_up=True)
+    set_up = int((short / "set-up").read_text())
     where: list[int] = []
-    while killed < kills:
-        doomed = int(random.integers(ranks))
-        # The set-up of a run calls about as many functions as a few of its steps.
-        doom = int(random.integers(1, CALLS_AHEAD * calls))
-        if train(config(parts, store, shards, steps), parts / "losses", ranks, doomed, doom):
-            early += 1
+    while len(where) < kills:
+        early = bool(random.random() < IN_SET_UP)
+        doom = int(random.integers(1, set_up if early else STEPS_AHEAD * calls))
+        doomed, run = int(random.integers(ranks)), config(parts, store, shards, steps)
+        if train(run, parts / "losses", ranks, doomed, doom, early):
             shutil.rmtree(parts)  # it came through: begin again
             parts.mkdir()
             continue
-        killed += 1
-        seen = noted(parts / "losses")
-        where.append(max((step for step, *_ in seen), default=-1))
-    if not train(config(parts, store, shards, steps), parts / "losses", ranks, 0, None):
+        lines = (parts / "losses").read_text().splitlines() if (parts / "losses").exists() else ()
+        where.append(-1 if early or not lines else int(lines[-1].split()[0]))
+    if not train(config(parts, store, shards, steps), parts / "losses", ranks):
         raise SystemExit("the last attempt was killed by somebody else")
     found = noted(parts / "losses")
     different = sum(values != truth[key] for key, values in found.items())
@@ -206,9 +236,10 @@ def torture(folder: Path, store: str, shards: str, kills: int, ranks: int, seed:
         "seed": seed,
         "steps": steps,
         "ranks": ranks,
-        "step_of_each_kill": where,
+        "step_of_each_kill": where,  # -1: in the set-up
         "summary": {
-            "kills": killed,
+            "kills": len(where),
+            "steps_with_kills": len(set(where) - {-1}),
             "ranks": ranks,
             "losses_compared": sum(map(len, found.values())),
             "losses_different": different,

@@ -226,7 +226,9 @@ def new_distiller(bed: Bed, align: str) -> Distiller:
     with initialize_config_module("preceptor.configs", version_base="1.3"):
         options = compose("train", [f"align={align}"]).align
     specs = {name: bed.cache[name].spec for name in bed.cache.spaces}
-    return Distiller(student, build_alignment(dict(options), student, specs)).train()
+    return Distiller(
+        student, build_alignment(dict(options), student, specs, bed.cache.__getitem__)
+    ).train()
 
 
 def update(bed: Bed, module: nn.Module, optimizer: Any, loss: Tensor) -> Tensor:

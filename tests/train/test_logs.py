@@ -13,14 +13,13 @@ from omegaconf import OmegaConf
 from preceptor.cache import Cache
 from preceptor.errors import ConfigError
 from preceptor.train import loop
-from preceptor.train.alignment import AlignmentOutput
+from preceptor.train.alignment import AlignmentOutput, build_alignment
 from preceptor.train.alignment.base import Space
-from preceptor.train.alignment.regression import Regression
 from preceptor.train.checkpoint import load_model
 from preceptor.train.data import StoredViews, normalise
 from preceptor.train.diagnosis import Diagnosis, spread, teacher_gradients
 from preceptor.train.loop import train
-from preceptor.train.students import StudentOutput
+from preceptor.train.students import StudentOutput, build_student
 from sklearn.neighbors import KNeighborsClassifier
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -168,7 +167,9 @@ def test_sampling_changes_no_weight(train_config, tmp_path):
 
 def test_collapsed_tokens_are_an_alarm_once(capsys):
     fabric = Fabric(accelerator="cpu", devices=1)
-    alignment = Regression(3, (1, 2), {"vit/p": Space("vit", 2, 4, (1, 2))})
+    student = build_student({"model": "resnet10t", "size": 64}, 0)
+    space = Space("vit", 4, 4, (2, 2))
+    alignment = build_alignment({"name": "regression"}, student, {"vit/p": space})
     seen = (
         StudentOutput(torch.ones(4, 2, 3), (1, 2), torch.ones(4, 3)),
         AlignmentOutput(torch.zeros(()), {}, {}),
