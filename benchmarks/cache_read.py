@@ -241,7 +241,7 @@ def verify_speed(store: Path) -> dict[str, float]:
         found["plain_read"].append(size / (time.perf_counter() - start))
     verify, plain = median(found["verify"]), median(found["plain_read"])
     show(
-        "whole store, cold, two threads",
+        "whole store, cold",
         ["", "MB/s"],
         [["verify, every checksum", verify / 1e6], ["plain read", plain / 1e6]],
     )

@@ -172,6 +172,8 @@ def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float]
     z = tokens.standardised()
     # An error spread evenly over [-b, b] has the mean square b^2 / 3.
     square = encoding(space.encoding).bound(z).expand(z.shape).double() ** 2 / 3
+    # a zero of a rectified dimension, which is centred on zero, was stored as it was
+    square = torch.where((z == 0) & (space.mean == 0), 0.0, square)
     x = (space.decode(tokens)).double()
     std = space.std.double()
     error, power = (square * std**2).sum(-1), (x**2).sum(-1)

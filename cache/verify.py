@@ -28,7 +28,7 @@ _BLOCK = 4 << 20
 Told = Callable[[int], None] | None
 
 
-def verify_store(path: str | Path, *, threads: int = 2, progress: bool = False) -> VerifyReport:
+def verify_store(path: str | Path, *, threads: int = 4, progress: bool = False) -> VerifyReport:
     """Read every file of a store and compare it with every checksum and hash there is of it.
 
     Checked are the manifest, the Zarr metadata, calibrations, statistics and completions with
@@ -37,7 +37,8 @@ def verify_store(path: str | Path, *, threads: int = 2, progress: bool = False) 
     the system allows that.
 
     Args:
-        threads: files that are read at once.
+        threads: files that are read at once; with more than there are cores, disk and hashing
+            overlap.
         progress: show a progress line.
 
     Raises:

@@ -24,9 +24,21 @@ def features(dim: int) -> torch.Tensor:
     return x + torch.randn(dim, generator=random)
 
 
-@pytest.mark.parametrize("encoding", ["fp16", "int8", "compact", "int4"])
-def test_expected_error_is_the_measured_one(encoding: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "rectified"),
+    [
+        ("fp16", False),
+        ("int8", False),
+        ("compact", False),
+        ("int4", False),
+        ("int8", True),
+        ("compact", True),
+    ],
+)
+def test_expected_error_is_the_measured_one(encoding: str, rectified: bool, tmp_path: Path) -> None:
     x = features(128)
+    if rectified:
+        x = (x - x.quantile(0.85, dim=-1, keepdim=True)).clamp_min(0)
     space = SpaceSpec("t", "s", 16, 128, (4, 4), encoding)
     plan = StorePlan(
         samples={"count": ROWS},
