@@ -56,11 +56,12 @@ def test_an_unfinished_store_names_what_is_not_extracted_and_repair_finishes_it(
     path = tmp_path / "store"
     writer = StoreWriter.open_or_create(path, plan())
     calibrate(writer)
-    fill_shard(writer, 0, ("rows", "vit", "cnn"))
-    fill_shard(writer, 1, ("rows", "vit"))
+    fill_shard(writer, 0, ("rows", "pixels", "vit", "cnn"))
+    fill_shard(writer, 1, ("rows", "pixels", "vit"))
     report = verify_store(path)
     assert [str(problem) for problem in report.problems] == [
         "commits/rows/complete.json is missing: the unit was not finished",
+        "commits/pixels/complete.json is missing: the unit was not finished",
         "commits/vit/complete.json is missing: the unit was not finished",
         "shard 1 of cnn: commits/cnn/1.json is missing: the shard was not extracted yet",
     ]
