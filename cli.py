@@ -82,7 +82,7 @@ VERBS: dict[str, Verb] = {
         "student=resnet50 align=model_token seed=1",
     ),
     "eval": Verb(
-        "k-NN and linear probes of students, teachers and the untrained floor",
+        "what the features of students, teachers and the untrained floor are worth",
         "train.evaluation.run:evaluate",
         "preceptor eval train.cache=/data/store test.cache=/data/store-val "
         "train.shards='/data/in1k/train-{000000..001281}.tar' "

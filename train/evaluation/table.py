@@ -13,7 +13,11 @@ from rich.table import Table
 from .base import DEFAULTS, Score
 from .intervals import over_seeds
 
-_COLUMNS = 4  # of scores in one table, so that 120 columns hold it
+WIDTH = 120
+"""Columns of text that the tables are made for, and take where there is no terminal."""
+
+_COLUMNS = 4  # of scores in one table, so that `WIDTH` holds it
+_FIGURE = len("100.0 ±10.0")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def print_tables(rows: Sequence[Row], title: str, console: Console | None = None
     Kinds keep their order, and within a kind the best of the first column comes first. ``-`` stands
     where a protocol has no figure for a feature.
     """
-    console = console or Console()
+    console = console or _console()
     # What reads tokens on a grid has rows of its own.
     for on_grid in (False, True):
         own = [row for row in rows if row.on_grid == on_grid]
@@ -113,8 +117,9 @@ def print_table(
     table = Table(title=title or None)
     for column in ("", "name", "readout"):
         table.add_column(column, overflow="fold")  # names are never cut
-    for column in ("width", *columns.values()):
-        table.add_column(column, justify="right")
+    table.add_column("width", justify="right", no_wrap=True)
+    for column in columns.values():
+        table.add_column(column, justify="right", overflow="fold", min_width=_FIGURE)
     first = next(iter(columns))
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = sorted(
@@ -136,7 +141,7 @@ def print_table(
 
 def print_seeds(means: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Print what `seed_means` found."""
-    console = console or Console()
+    console = console or _console()
     for entry in means:
         parts = [
             f"{key} {100 * one['mean']:.1f} ±{50 * (one['high'] - one['low']):.1f}"
@@ -146,6 +151,11 @@ def print_seeds(means: Sequence[Mapping[str, Any]], console: Console | None = No
         console.print(
             f"{count} seeds, {entry['names'][0]} and so on, {entry['readout']}: {', '.join(parts)}"
         )
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 NAMES = {"knn": "k-NN", "linear": "linear", "retrieval": "mAP", "regression": "R²", "dense": "mIoU"}

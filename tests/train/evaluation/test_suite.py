@@ -302,6 +302,29 @@ def test_tables_fit_120_columns_and_cut_no_name(whole):
     assert any(line.count(" - ") == 3 for line in teacher)
 
 
+def test_long_names_are_folded_and_figures_are_not():
+    def score(space: str) -> Score:
+        return Score(
+            "cka", space, "spaces", "CKA", 0.1234, 0.1, 0.2, None, {}, {}, 9,
+            statistic=lambda w: w.mean(1), resampled=np.zeros(0),
+        )  # fmt: skip
+
+    spaces = [f"a_teacher_with_a_long_name_{n}/its_only_space" for n in range(4)]
+    scores = [score(space) for space in spaces]
+    rows = [Row("student", "a_run_whose_name_is_long" * 3, "predictions", 9, False, False, scores)]
+    text = io.StringIO()
+    print_tables(rows, "", Console(file=text, width=120, force_terminal=False))
+    assert max(map(len, text.getvalue().splitlines())) <= 120
+    assert text.getvalue().count("12.3 ±5.0") == 4
+    assert "…" not in text.getvalue()
+    cells = [line.replace("┃", "│").split("│") for line in text.getvalue().splitlines()]
+    columns = ["".join(part.strip() for part in column) for column in zip(
+        *(line for line in cells if len(line) == 10), strict=True
+    )]  # fmt: skip
+    for space in spaces:
+        assert any(space in column.replace(" ", "") for column in columns)
+
+
 def test_mistakes_are_told_before_anything_is_computed(whole, scenes, tmp_path, capsys):
     _, again, _ = whole
     cases = {
