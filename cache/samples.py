@@ -1,9 +1,9 @@
-"""Image samples in local WebDataset shards: listed once, then read by position.
+"""Image samples in local WebDataset shards or folders: listed once, then read by position.
 
-A sample is the run of tar members that share a key, as WebDataset groups them: the key is a
-member's path up to the first dot of its base name and what follows is its kind (``jpg``, ``cls``
-and so on). The headers of every shard are walked once; from then on any sample is one positioned
-read away, in any order and from any thread or process.
+In a shard a sample is the run of tar members that share a key, as WebDataset groups them: the key
+is a member's path up to the first dot of its base name and what follows is its kind (``jpg``,
+``cls`` and so on). The headers of every shard are walked once; from then on any sample is one
+positioned read away, in any order and from any thread or process.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from PIL import Image
 
 from ..errors import DataError
 from . import tars
+from .folders import Folder, list_folder
 from .tars import TarShard
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
@@ -37,19 +38,23 @@ class SampleIndex:
     """Where every sample of an ordered set of shards lies. Cheap to pickle, safe to share.
 
     Attributes:
-        keys: the WebDataset key of each sample, in row order; unique.
-        labels: int64 ``[len]``; the integer in ``.cls``, or -1 where a sample has none.
+        keys: the WebDataset key of each sample, or the path below a folder without the extension,
+            in row order; unique.
+        labels: int64 ``[len]``; the integer in ``.cls`` or the number of the class folder, or -1
+            where a sample has none.
         order: what put the samples in this order, for the record.
+        ignored: files of a folder that are no images by their extension.
     """
 
     keys: list[str]
     labels: NDArray[np.int64]
     order: dict[str, Any]
-    _shards: list[TarShard]
+    _shards: Sequence[TarShard | Folder]
     _shard: NDArray[np.int32]
     _offset: NDArray[np.int64]
     _size: NDArray[np.int64]
     _members: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def from_shards(
@@ -58,32 +63,44 @@ class SampleIndex:
         progress: Callable[[int, int], None] | None = None,
         members: Sequence[str] = (),
     ) -> SampleIndex:
-        """List the samples of local tar shards, in the order of the shards.
+        """List the samples of local tar shards, in the order of the shards, or of a folder.
 
         Args:
             shards: one path or several. Braces expand as in WebDataset (``train-{000..146}.tar``,
                 ``a.tar::b.tar``), then ``*`` and ``?``. A shard may be compressed (gzip, xz,
                 bzip2): it is then held in memory, and all of them together may take
-                ``tars.MAX_UNPACKED`` bytes unpacked.
+                ``tars.MAX_UNPACKED`` bytes unpacked. Or one folder, of a folder for every class or of
+                images alone; classes are numbered in the order of their folders' names.
             progress: called with (shards listed, shards in all) after each shard.
             members: further kinds that `member` is to read, such as ``json`` or ``mask.png``.
 
         Raises:
             DataError: a shard is missing, not a tar file, or cut short; a sample has no image, two
-                images, or a label that is no class number; a key occurs twice; no sample at all.
+                images, or a label that is no class number; a key occurs twice; no sample at all;
+                or as for ``folders.list_folder``.
         """
         paths = tars.expand_shards(shards)
         lists = _Lists(members)
+        folders = [path for path in paths if os.path.isdir(path)]
+        if folders and len(paths) > 1:
+            raise DataError(
+                f"folder {folders[0]} is named among {len(paths)} sources: name one folder alone, "
+                "for the classes of each are numbered by themselves"
+            )
         for number, path in enumerate(paths):
-            lists.add_shard(path)
+            if folders:
+                lists.add_folder(path)
+            else:
+                lists.add_shard(path)
             if progress is not None:
                 progress(number + 1, len(paths))
         if not lists.keys:
-            raise DataError(f"no sample in {_several(paths)}; expected members such as key.jpg")
+            wanted = f"images ({', '.join(IMAGE_KINDS)})" if folders else "members such as key.jpg"
+            raise DataError(f"no sample in {_several(paths)}; expected {wanted}")
         return cls(
             keys=lists.keys,
             labels=np.asarray(lists.labels, np.int64),
-            order={"kind": "shards"},
+            order={"kind": "folder" if folders else "shards"},
             _shards=lists.shards,
             _shard=np.repeat(
                 np.arange(len(lists.shards), dtype=np.int32), [s.samples for s in lists.shards]
@@ -94,6 +111,7 @@ class SampleIndex:
                 kind: np.asarray(found, np.int64).reshape(-1, 2)
                 for kind, found in lists.members.items()
             },
+            ignored=tuple(lists.ignored),
         )
 
     def __len__(self) -> int:
@@ -157,8 +175,9 @@ class SampleIndex:
         )
 
     def where(self, i: int) -> str:
-        """Names sample ``i`` for a message: its key and its shard."""
-        return f"{self.keys[i]!r} in shard {self._shards[self._shard[i]].path}"
+        """Names sample ``i`` for a message: its key and its shard or folder."""
+        shard = self._shards[self._shard[i]]
+        return f"{self.keys[i]!r} in {shard.what} {shard.path}"
 
     def read(self, i: int) -> bytes:
         """The encoded image of sample ``i``, byte for byte as the shard holds it.
@@ -226,7 +245,8 @@ class _Lists:
 
     def __init__(self, members: Sequence[str] = ()) -> None:
         self.members: dict[str, list[tuple[int, int]]] = {kind: [] for kind in members}
-        self.shards: list[TarShard] = []
+        self.shards: list[TarShard | Folder] = []
+        self.ignored: list[str] = []
         self.keys: list[str] = []
         self.labels: list[int] = []
         self.offsets: list[int] = []
@@ -250,6 +270,23 @@ class _Lists:
                     raise DataError(f"sample {found!r} in shard {path} has two members .{kind}")
                 members[kind] = member
             self._add_sample(shard, file, key, members)
+
+    def add_folder(self, path: str) -> None:
+        listing = list_folder(path, IMAGE_KINDS)
+        folder = listing.folder
+        self.shards.append(folder)
+        for stem, kind in zip(folder.stems, folder.kinds, strict=True):
+            if stem in self._seen:
+                raise DataError(
+                    f"folder {path} has two images {stem!r} (one is {kind}): keys are paths "
+                    "without their extension and must be unique"
+                )
+            self._seen[stem] = 0
+        self.keys, self.sizes, self.labels = list(folder.stems), listing.sizes, listing.labels
+        self.offsets = list(range(len(self.keys)))
+        self.members = {kind: [(0, -1)] * len(self.keys) for kind in self.members}
+        self.ignored = listing.ignored
+        folder.samples = len(self.keys)
 
     def _add_sample(
         self, shard: TarShard, file: IO[bytes], key: str | None, members: dict[str, tarfile.TarInfo]
@@ -294,4 +331,6 @@ def _label(path: str, file: IO[bytes], key: str, member: tarfile.TarInfo | None)
 
 
 def _several(paths: Sequence[str]) -> str:
-    return f"shard {paths[0]}" if len(paths) == 1 else f"{len(paths)} shards ({paths[0]}, ...)"
+    if len(paths) > 1:
+        return f"{len(paths)} shards ({paths[0]}, ...)"
+    return f"{'folder' if os.path.isdir(paths[0]) else 'shard'} {paths[0]}"

@@ -74,6 +74,8 @@ class TarShard:
     samples: int = 0
     plain: bytes | None = None
 
+    what = "shard"
+
     @property
     def name(self) -> str:
         return os.path.basename(self.path)

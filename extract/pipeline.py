@@ -256,6 +256,12 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
 def _sample_index(config: DictConfig) -> SampleIndex:
     shards = OmegaConf.to_container(config.data, resolve=True)["shards"]  # type: ignore[call-overload, index]
     index = SampleIndex.from_shards(shards)
+    if index.ignored:
+        print(
+            f"warning: {len(index.ignored):,} files of {shards} are no images by their extension "
+            f"and are left out, such as {index.ignored[0]!r}",
+            file=sys.stderr,
+        )
     if config.order == "permuted":
         return index.permuted(int(config.seed))
     if class_sorted(index.labels):
