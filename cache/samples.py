@@ -69,8 +69,8 @@ class SampleIndex:
             shards: one path or several. Braces expand as in WebDataset (``train-{000..146}.tar``,
                 ``a.tar::b.tar``), then ``*`` and ``?``. A shard may be compressed (gzip, xz,
                 bzip2): it is then held in memory, and all of them together may take
-                ``tars.MAX_UNPACKED`` bytes unpacked. Or one folder, of a folder for every class or of
-                images alone; classes are numbered in the order of their folders' names.
+                ``tars.MAX_UNPACKED`` bytes unpacked. Or one folder, of a folder for every class or
+                of images alone; classes are numbered in the order of their folders' names.
             progress: called with (shards listed, shards in all) after each shard.
             members: further kinds that `member` is to read, such as ``json`` or ``mask.png``.
 
