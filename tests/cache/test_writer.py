@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache, RowBatch, StoreWriter
 from preceptor.cache.commit import discard, read_commit
 from preceptor.cache.layout import Layout
@@ -22,7 +23,6 @@ from preceptor.errors import DataError, StoreError
 from small_stores import (
     SPACES,
     calibrate,
-    contents,
     facts_of,
     make_plan,
     tokens_of,
