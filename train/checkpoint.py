@@ -33,6 +33,10 @@ TARGETS = "targets.safetensors"
 """Mean and deviation of every space that was learnt: from standardised to the teacher's units."""
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints."""
+AVERAGE, BEST = "ema", "best"
+"""Folders within a run's: the averaged weights and the best ones, each a finished run in itself."""
+KEPT = {"last": "", "ema": AVERAGE, "best": BEST}
+"""Which weights of a finished run -> their folder within it."""
 
 
 class Checkpoints:
@@ -211,6 +215,20 @@ def load_model(out: Path) -> tuple[Student, Alignment, dict[str, Any]]:
     alignment = build_alignment({**config["align"], "spaces": None}, student, spaces)
     load_weights(alignment, out / ALIGNMENT)
     return student, alignment.eval(), config
+
+
+def kept_weights(run: Path, which: str) -> Path:
+    """The folder of some weights (a key of `KEPT`) of a finished run.
+
+    Raises:
+        DataError: the run is not finished, or kept no such weights.
+    """
+    read_model_json(run)
+    folder = run / KEPT[which]
+    if not (folder / MODEL).exists():
+        there = [name for name, part in KEPT.items() if (run / part / MODEL).exists()]
+        raise DataError(f"weights={which}: {run} kept none of these; it has {', '.join(there)}")
+    return folder
 
 
 def load_calibration(out: Path) -> dict[str, tuple[Tensor, Tensor]]:

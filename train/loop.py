@@ -25,6 +25,8 @@ from ..measure import peak_memory_mb
 from ..progress import ProgressLine
 from .alignment import Alignment, AlignmentOutput, Codes, Target, build_alignment
 from .checkpoint import (
+    AVERAGE,
+    BEST,
     Checkpoints,
     check_same_run,
     load_checkpoint,
@@ -43,8 +45,6 @@ from .stop import StopRequest, continuing_command
 from .students import Student, StudentOutput, build_student
 
 SUMMARY = "summary.json"
-AVERAGE, BEST = "ema", "best"
-"""Folders within a run's: the averaged weights and the best ones, each a finished run in itself."""
 
 
 class Distiller(nn.Module):

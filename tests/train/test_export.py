@@ -77,7 +77,7 @@ def runs(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
             compose(
                 "train", f"cache={bed.cache}", f"data.shards={bed.shards}", f"out={folder / name}",
                 "student.size=32", *student, *align, "recipe=short", "recipe.steps=4",
-                "recipe.batch_size=16", "engine=cpu", "workers=0",
+                "recipe.batch_size=16", "recipe.ema=0.9", "engine=cpu", "workers=0",
             )
         )  # fmt: skip
     return folder
@@ -263,6 +263,17 @@ def test_standardised_predictions_need_no_calibration(runs, pixels, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found["descriptor/vit/cls"]), expected, **CLOSE)
 
 
+def test_averaged_weights(runs, pixels, tmp_path):
+    run.export(config(runs / "vit", "weights=ema", "formats=[timm]", f"check.shards={IMAGES}"))
+    found = read_apart("timm", runs / "vit/export-ema/timm", pixels, tmp_path)["pooled"]
+    for folder, same in ((runs / "vit/ema", True), (runs / "vit", False)):
+        student, _, _ = load_model(folder)
+        with torch.no_grad():
+            expected = student(torch.from_numpy(pixels)).pooled.numpy()
+        assert np.allclose(found, expected, rtol=1e-4, atol=1e-5) == same
+    assert "exponential moving average" in (runs / "vit/export-ema/timm/README.md").read_text()
+
+
 def test_a_form_that_differs_is_not_kept(runs, tmp_path):
     wanted = (f"check.shards={IMAGES}", "check.tolerance=1e-12", "formats=[onnx]")
     with pytest.raises(ExportError, match=r"backbone\.onnx does not compute .* more than"):
@@ -282,6 +293,8 @@ def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
          "formats=[tflite]")  # fmt: skip
     told(ConfigError, r"write a list, formats=\[onnx\]", runs / "vit", "formats=onnx")
     told(ConfigError, "units=mm: valid are teacher, standardised", runs / "vit", "units=mm")
+    told(ConfigError, "weights=mean: valid are last, ema, best", runs / "vit", "weights=mean")
+    told(DataError, "weights=best: .* it has last, ema", runs / "vit", "weights=best")
     told(DataError, r"images to compare on.*check\.shards", runs / "vit", "check.shards=/no.tar")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     told(ConfigError, r"pip install 'preceptor\[export\]'", runs / "vit", "formats=[onnx]")

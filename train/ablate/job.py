@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ...errors import DataError, PreceptorError, TrainingError
+from ...errors import DataError, PreceptorError
 from ..checkpoint import write_json
 
 TRAIN, EVAL = "train.yaml", "eval.yaml"
@@ -67,6 +67,8 @@ def run_apart(folder: Path) -> str | None:
         return None
     if not (folder / FAILURE).exists():
         how = f"ended with status {done.returncode} before its result"
+        if done.returncode == 0:
+            how = "was stopped and is saved: the same command goes on"
         if done.returncode < 0:
             how = f"was ended by {signal.Signals(-done.returncode).name}"
         write_json(folder / FAILURE, {"error": f"{how}; see {folder / LOG}"})
@@ -105,8 +107,6 @@ def work(folder: Path) -> dict[str, Any]:
     configs = [OmegaConf.load(folder / name) for name in (TRAIN, EVAL)]
     assert all(isinstance(config, DictConfig) for config in configs)
     trained = train(configs[0])  # type: ignore[arg-type]
-    if not (folder / "train" / "summary.json").exists():
-        raise TrainingError("training was stopped before its end; the same command goes on")
     evaluated = evaluate(configs[1])  # type: ignore[arg-type]
     scores: dict[str, float] = {}
     resampled: dict[str, list[float]] = {}

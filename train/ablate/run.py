@@ -13,7 +13,7 @@ from ...cache import Cache
 from ...cache.convert import convert_store
 from ...errors import ConfigError, TrainingError
 from ...options import compose_options
-from ..checkpoint import write_json
+from ..checkpoint import KEPT, write_json
 from ..evaluation.run import prepare as check_evaluation
 from .figure import draw
 from .job import EVAL, RESULT, TRAIN, enter, launched, read_failure, read_result
@@ -81,6 +81,8 @@ def _validated(config: DictConfig) -> list[PlannedRun]:
     for key in ("train", "eval"):
         if config[key] is not None and not OmegaConf.is_dict(config[key]):
             raise ConfigError(f"{key}={config[key]}: expected options, such as {{workers: 0}}")
+    if config.weights not in KEPT:
+        raise ConfigError(f"weights={config.weights}: valid are {', '.join(KEPT)}")
     if not 0 < config.level < 1:
         raise ConfigError(f"level={config.level}: a coverage between 0 and 1")
     return plan_runs(_plain(config.factors))
@@ -112,7 +114,11 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
         if run.seed is not None:
             ours = OmegaConf.merge(ours, {SEED: run.seed})
         theirs = OmegaConf.merge(
-            evaluation, {"out": str(folder / "eval"), "students": [str(folder / "train")]}
+            evaluation,
+            {
+                "out": str(folder / "eval"),
+                "students": [str(folder / "train" / KEPT[config.weights])],
+            },
         )
         for name, what in ((TRAIN, ours), (EVAL, theirs)):
             path = folder / name

@@ -100,7 +100,11 @@ def open_folder(folder: Path) -> Run:
 
 
 def model_card(
-    name: str, student: Student, model: Mapping[str, Any], summary: Mapping[str, Any]
+    name: str,
+    student: Student,
+    model: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    weights: str,
 ) -> str:
     """README.md: what the student is, what it learnt from and how, and how to load it.
 
@@ -150,6 +154,7 @@ a grid of {student.grid[0]} x {student.grid[1]}. Its heads and readouts are not 
 - seed {summary["seed"]}, {summary["steps"]:,} steps, {summary["epochs"]:.2f} passes over the \
 stored views, {summary["images"]:,} images
 - {summary["seconds"]:,.0f} s on {summary["ranks"]} x {summary["device"]}, {summary["precision"]}
+- weights: {weights}
 
 Loss at the end, {summary["loss"]:.4f} in all, per space:
 

@@ -19,7 +19,7 @@ from ...cache.views import ViewPolicy
 from ...errors import ConfigError, DataError, ExportError
 from ...progress import ProgressLine
 from ..alignment import Alignment
-from ..checkpoint import load_calibration, load_model, write_json
+from ..checkpoint import KEPT, kept_weights, load_calibration, load_model, write_json
 from ..data import normalise
 from ..students import IMAGENET_MEAN, IMAGENET_STD, Student
 from . import graph, hub
@@ -28,6 +28,12 @@ from .graph import Backbone, Outputs, Run, WithHeads
 SUMMARY = "summary.json"
 FORMATS = ("timm", "onnx", "program")
 UNITS = ("teacher", "standardised")
+WEIGHTS = {
+    "last": "those of the last step",
+    "ema": "the exponential moving average of all steps",
+    "best": "those of the best checkpoint",
+}
+"""Keys of `KEPT` in words."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +62,19 @@ def export(config: DictConfig) -> dict[str, Any]:
     """
     _validate(config)
     run = Path(config.run)
-    out = run / "export" if config.out is None else Path(config.out)
+    name = "export" if config.weights == "last" else f"export-{config.weights}"
+    out = run / name if config.out is None else Path(config.out)
     if out.exists():
         raise ConfigError(f"out={out} exists already: name another folder or remove it")
-    student, alignment, model = load_model(run)
+    folder = kept_weights(run, config.weights)
+    summary = _read_summary(run)
+    student, alignment, model = load_model(folder)
     if alignment.lives_inside and "timm" in config.formats:
         raise ExportError(
             f"{run}: its model tokens live inside the backbone (align.write_back), where timm "
             "cannot run them; say formats=[onnx,program]"
         )
-    summary = _read_summary(run)
-    calibration = load_calibration(run) if config.units == "teacher" else None
+    calibration = load_calibration(folder) if config.units == "teacher" else None
     pixels = _images(config, run, student, model["interpolation"])
     artefacts = _artefacts(config, run, student, alignment, model, summary, calibration, pixels)
 
@@ -80,6 +88,7 @@ def export(config: DictConfig) -> dict[str, Any]:
                 line.advance(1, artefact.name)
         result = {
             "run": str(run),
+            "weights": config.weights,
             "units": config.units,
             "images": int(config.check.images),
             "tolerance": float(config.check.tolerance),
@@ -123,7 +132,8 @@ def _artefacts(
         "spaces": model["spaces"],
         "units": config.units,
     }
-    card = hub.model_card(run.resolve().name, student, model, summary)
+    title = run.resolve().name
+    card = hub.model_card(title, student, model, summary, WEIGHTS[config.weights])
 
     def onnx(module: nn.Module, names: Outputs) -> Callable[[Path], None]:
         return lambda path: graph.write_onnx(path, graph.capture(module, blank), list(names), facts)
@@ -225,6 +235,8 @@ def _validate(config: DictConfig) -> None:
         raise ConfigError(
             f"formats={list(config.formats)}: valid are {', '.join(FORMATS)}, at least one"
         )
+    if config.weights not in KEPT:
+        raise ConfigError(f"weights={config.weights}: valid are {', '.join(KEPT)}")
     if config.units not in UNITS:
         raise ConfigError(f"units={config.units}: valid are {', '.join(UNITS)}")
     if config.check.images < 0 or config.check.tolerance <= 0:

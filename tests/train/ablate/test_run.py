@@ -14,7 +14,7 @@ from preceptor.cache import Cache
 from preceptor.cli import main
 from preceptor.train import loop
 from preceptor.train.ablate import job
-from preceptor.train.checkpoint import LAST, load_checkpoint
+from preceptor.train.checkpoint import Checkpoints
 from preceptor.train.loop import train
 from safetensors.torch import load_file
 
@@ -111,7 +111,7 @@ def test_a_begun_run_goes_on_from_its_checkpoint(ablate, tmp_path, monkeypatch):
         patch.setattr(loop, "to_device", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    assert load_checkpoint(run / "train" / LAST)["step"] == 4
+    assert list(Checkpoints(run / "train", 1).steps()) == [4]
     assert ablate("align: [regression]", steps=6, recipe=recipe) == 0
     assert "from step 4 of 6" in (run / job.LOG).read_text()
     result = json.loads((run / job.RESULT).read_text())
