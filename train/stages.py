@@ -114,7 +114,7 @@ class Backstage:
         self._wanted, self._interaction = tuple(wanted), interaction
         self._mask, self._mask_token = mask, mask_token
         self.read = {}
-        self.carried = None if interaction is None else interaction.begin(len(pixels))
+        self.carried = None if interaction is None else interaction.begin(pixels.shape[0])
 
     def end(self) -> tuple[dict[int, StageTokens], Tensor | None]:
         """What was read, and what the interaction carried out of its last stage."""

@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
 from preceptor.errors import ConfigError, DataError, ExportError
+from preceptor.train.alignment import build_alignment
 from preceptor.train.checkpoint import load_model
-from preceptor.train.export import hub, run
+from preceptor.train.export import graph, hub, run
 from preceptor.train.loop import train
 from preceptor.train.students import IMAGENET_MEAN, IMAGENET_STD, Student
 from safetensors.torch import load_file
@@ -245,6 +246,85 @@ def test_card_and_summary_say_what_the_run_says(exported):
     assert load_file(exported / "cnn/export/timm/model.safetensors").keys() == (
         load_file(exported / "cnn/student.safetensors").keys()
     )
+
+
+ALIGNED = [
+    ("cnn", "regression", {"targets": "phis"}),
+    ("cnn", "ladder", {}),
+    ("vit", "masked", {"targets": "none"}),
+    ("vit", "relational", {"match": "student"}),
+    ("cnn", "attention_pool", {"dense_weight": 0.0}),
+    ("vit", "model_token", {"inter": "cross", "gamma": None}),
+    ("cnn", "model_token", {"write_back": 2, "layers": 0}),
+    ("vit", "model_token", {"write_back": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), ALIGNED)
+@pytest.mark.parametrize("units", ["teacher", "standardised"])
+def test_any_alignment_is_captured_for_any_number_of_images(bed, kind, name, options, units):
+    """With weights that are not those of the start, whose gates and updates are zero."""
+    if kind == "cnn":
+        student = Student("resnet10t", size=32, channels=[8, 8, 16, 16], output_stride=16)
+    else:
+        student = Student(
+            "vit_tiny_patch16_224", size=32, patch_size=8, depth=3, embed_dim=24, num_heads=2
+        )
+    cache = Cache.open(bed.cache)
+    spaces = {key: cache[key].spec for key in cache.spaces}
+    small = {"width": 16, "heads": 2} if name == "model_token" else {}
+    alignment = build_alignment(
+        {"method": name, **small, **options}, student, spaces, stored=lambda key: cache[key]
+    )
+    torch.manual_seed(5)
+    for parameter in (*student.parameters(), *alignment.parameters()):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    student.eval(), alignment.eval()
+    calibration = {key: (cache[key].mean, cache[key].std) for key in cache.spaces}
+    wanted = calibration if units == "teacher" else None
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        output = alignment.run_student(student, images)
+        readouts = {kind: alignment.readout(output, kind) for kind in alignment.readouts}
+        learnt = alignment.predict(output, dense=False).descriptors["vit/cls"]
+    module = graph.WithHeads(student, alignment, wanted).eval()
+    program = graph.capture(module, torch.zeros(2, 3, 32, 32))
+    assert "preceptor" not in str(program.graph)  # no operator that others lack
+    with torch.no_grad():
+        found = program.module()(images)
+    for key, value in readouts.items():
+        torch.testing.assert_close(found[f"readout/{key}"], value, **CLOSE)
+    assert any(key.startswith("tokens/") for key in found) == (
+        bool(alignment.dense_weight) and bool(alignment.predict(output, dense=True).dense)
+    )
+
+    # Learning such a descriptor exactly would give the same units back: targets are an affine map.
+    exact = found["descriptor/vit/cls"]
+    if units == "teacher":
+        exact = (exact - cache["vit/cls"].mean) / cache["vit/cls"].std
+    again = alignment.units["vit/cls"](exact.unsqueeze(1))
+    torch.testing.assert_close(again.squeeze(1), learnt, rtol=1e-3, atol=1e-3)
+
+
+def test_tokens_inside_the_backbone_are_carried_or_refused(bed, pixels, tmp_path):
+    train(
+        compose(
+            "train", f"cache={bed.cache}", f"data.shards={bed.shards}", f"out={tmp_path / 'run'}",
+            "student.size=32", *SMALL_CNN, "align=model_token", "align.write_back=2",
+            "align.layers=0", "align.width=16", "align.heads=2", "recipe=short", "recipe.steps=6",
+            "recipe.lr=0.02", "recipe.batch_size=16", "engine=cpu", "workers=0",
+        )
+    )  # fmt: skip
+    with pytest.raises(ExportError, match=r"live inside the backbone.*formats=\[onnx,program\]"):
+        run.export(config(tmp_path / "run", "formats=[timm]"))
+    run.export(config(tmp_path / "run", "formats=[onnx]", f"check.shards={IMAGES}"))
+    found = read_apart("onnx", tmp_path / "run/export/backbone.onnx", pixels, tmp_path)
+    student, alignment, _ = load_model(tmp_path / "run")
+    with torch.no_grad():
+        trained = alignment.run_student(student, torch.from_numpy(pixels)).pooled
+        plain = student(torch.from_numpy(pixels)).pooled
+    torch.testing.assert_close(torch.from_numpy(found["pooled"]), trained, **CLOSE)
+    assert not torch.allclose(trained, plain, rtol=1e-3)
 
 
 def test_standardised_predictions_need_no_calibration(runs, pixels, tmp_path):

@@ -106,7 +106,7 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
         if evaluation is None:
             first = composed[variant.name]
             options = {"train.cache": config.cache, "train.shards": _plain(first.data.shards)}
-            options |= {"with_teachers": False, "with_floor": False, **judged}
+            options |= {"with_teachers": False, "with_floor": False, "features": None, **judged}
             evaluation = _composed("eval", options, directories)
             check_evaluation(evaluation)
         folder = out / "runs" / run.name

@@ -49,11 +49,12 @@ class WithHeads(nn.Module):
     ``grid`` [B, N, C] as in `Backbone`; ``readout/NAME`` [B, K] of every readout of the alignment;
     ``descriptor/LABEL`` [B, D] of every teacher's descriptor; ``tokens/SPACE`` [B, N_s, D_s] of
     every space with a grid, on the grid that the loss was taken on. The readout ``predictions``
-    stays standardised, as evaluation reads it.
+    stays in the units of ``align.targets``, as evaluation reads it.
 
     Args:
         calibration: mean and deviation [D] per space, to give descriptors and tokens in their
-            teacher's own units; None leaves them standardised.
+            teacher's own units; None gives them standardised. Either way whatever ``align.targets``
+            was.
     """
 
     def __init__(

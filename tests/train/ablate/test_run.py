@@ -63,7 +63,12 @@ def test_runs_in_parallel_one_fails_and_a_second_call_does_only_what_is_missing(
     run = out / "runs/regression-vit"
     evaluated = json.loads((run / "eval/summary.json").read_text())
     (own,) = [row for row in rows if row["variant"] == "regression, vit"]
-    assert own["mean"] == next(r["knn"] for r in evaluated["rows"] if r["readout"] == "pooled")
+    score = next(r for r in evaluated["rows"] if r["readout"] == "pooled")["scores"][0]
+    assert (own["mean"], own["over_seeds"]) == (score["value"], None)  # of one seed
+    assert own["over_images"] == [score["low"], score["high"]]
+    other = next(row for row in rows if row["variant"] != own["variant"])
+    assert other["difference"] == other["mean"] - own["mean"]
+    assert other["difference_over_images"] is not None
     assert own["student_parameters"] == sum(
         tensor.numel() for name, tensor in load_file(run / "train/student.safetensors").items()
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
@@ -136,7 +141,7 @@ def test_encodings_are_stores_converted_once(ablate, bed, tmp_path, monkeypatch)
 
 
 def test_mistakes_are_told_before_anything_runs(
-    ablate, bed, write_shard, tmp_path, capsys, monkeypatch
+    ablate, bed, test_bed, write_shard, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(job, "run_apart", lambda folder: pytest.fail("a run was begun"))
 
@@ -155,6 +160,9 @@ def test_mistakes_are_told_before_anything_runs(
     told("hydra/launcher=jblib", "joblib", more=("hydra/launcher=jblib",))
     told("level=2", more=("level=2.0",))
     told("train=short: expected options", more=("train=short",))
+    told("weights=mean: valid are last, ema, best", more=("weights=mean",))
+    judged = f"test.cache: {test_bed.cache}, test.shards: {test_bed.shards}"
+    told("protocols: dense needs a dense task", more=(f"eval={{{judged}, protocols: [dense]}}",))
     assert main(["ablate", f"cache={bed.cache}"]) == 1
     assert "factors names none" in capsys.readouterr().err
 
