@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from preceptor.errors import ConfigError, DataError
 from preceptor.train.evaluation import (
     PROTOCOLS,
@@ -385,3 +389,15 @@ def test_mistakes_are_told():
     with pytest.raises(DataError, match="does not fit"):
         Features(np.ones((3, 2), np.float32), np.ones((3, 4), np.float32))
     assert set(PROTOCOLS) >= {"knn", "linear", "fewshot", "retrieval", "regression", "dense"}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_configuration_states_every_option_with_its_default(name):
+    with initialize_config_module("preceptor.configs", version_base="1.3"):
+        stated = OmegaConf.to_container(compose("eval", ["out=x"])[name])
+    protocol = PROTOCOLS[name]()
+    own = [f.name for f in fields(protocol) if f.name not in ("validation", "seed")]
+    defaults = {key: getattr(protocol, key) for key in own}
+    assert stated == {
+        key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()
+    }
