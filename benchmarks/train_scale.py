@@ -107,7 +107,11 @@ def main() -> None:
         options.json,
         {
             "machine": machine(("torch", "lightning-fabric")),
-            "options": {key: str(value) for key, value in vars(options).items()},
+            "options": {
+                key: str(value)
+                for key, value in vars(options).items()
+                if key not in ("folder", "json")
+            },
             "summary": {"speed_of_two_over_one": round(two / one, 3)},
             "results": results,
         },

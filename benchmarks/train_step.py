@@ -374,8 +374,11 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         {
             "machine": machine(("numpy", "torch", "timm", "zarr")),
             "threads": torch.get_num_threads(),
-            "options": {key: str(value) for key, value in vars(options).items()},
-            "spaces": {name: list(cache[name].spec.grid or ()) for name in cache.spaces},
+            "options": {
+                key: str(value)
+                for key, value in vars(options).items()
+                if key not in ("folder", "json")
+            },
             "summary": summary,
             "results": results,
         },
