@@ -71,6 +71,8 @@ class Student(nn.Module):
     Args:
         name: timm model name, such as ``resnet50`` or ``vit_small_patch16_224``.
         pretrained: start from timm's weights instead of random ones (needs the hub or its cache).
+        checkpoint: start from the weights in this file instead, .safetensors or of torch.save; a
+            classifier in it is left out. No code in it is run.
         size: side, or (height, width), of the input in pixels.
         **options: passed to ``timm.create_model`` (``patch_size``, ``depth``, ``drop_path_rate``,
             ``output_stride``, ...).
@@ -92,18 +94,21 @@ class Student(nn.Module):
         name: str,
         *,
         pretrained: bool = False,
+        checkpoint: str | None = None,
         size: int | tuple[int, int] = 224,
         **options: Any,
     ) -> None:
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        self.model: Any = _create(name, pretrained, self.size, options)
+        self.model: Any = _create(name, pretrained, checkpoint, self.size, options)
+        self._norm = True
         with torch.no_grad():
             training, _ = self.model.training, self.model.eval()
             try:
                 # Not zeros: maps of a constant could be told apart by nothing.
                 pixels = torch.linspace(-1, 1, 3 * self.size[0] * self.size[1])
                 self._backstage = Backstage(self.model, pixels.view(1, 3, *self.size))
+                self._norm = _takes_norm(self.model, pixels.view(1, 3, *self.size))
                 output = self(torch.zeros(1, 3, *self.size))
             except (RuntimeError, AssertionError, ValueError) as error:
                 raise ConfigError(
@@ -157,7 +162,7 @@ class Student(nn.Module):
     def _run(self, pixels: Tensor) -> StudentOutput:
         # One pass gives both: the last stage's map with the final norm, and what the head reads.
         final, maps = self.model.forward_intermediates(
-            pixels, indices=1, norm=True, output_fmt="NCHW"
+            pixels, indices=1, norm=self._norm, output_fmt="NCHW"
         )
         last = maps[-1]
         pooled = self.model.forward_head(final, pre_logits=True)
@@ -179,7 +184,8 @@ def build_student(config: Mapping[str, Any], seed: int) -> Student:
     Sets torch's global generator, so build the student first and whatever else is random after it.
 
     Args:
-        config: keys ``model``, ``size`` and optionally ``pretrained`` and ``options``.
+        config: keys ``model``, ``size`` and optionally ``pretrained``, ``checkpoint`` and
+            ``options``.
         seed: of the random initialisation.
     """
     torch.manual_seed(seed)
@@ -187,6 +193,7 @@ def build_student(config: Mapping[str, Any], seed: int) -> Student:
     return Student(
         str(config["model"]),
         pretrained=bool(config.get("pretrained", False)),
+        checkpoint=config.get("checkpoint"),
         size=int(size) if isinstance(size, int | float) else (int(size[0]), int(size[1])),
         **dict(config.get("options") or {}),
     )
@@ -223,7 +230,8 @@ def load_backbone(folder: Path, config: Mapping[str, Any]) -> Student:
     Raises:
         DataError: its weights are missing or do not fit.
     """
-    student = build_student({**config["student"], "pretrained": False}, config["seed"])
+    fresh = {**config["student"], "pretrained": False, "checkpoint": None}
+    student = build_student(fresh, config["seed"])
     load_weights(student.model, folder / WEIGHTS)
     return student.eval()
 
@@ -258,8 +266,23 @@ def load_weights(module: nn.Module, path: Path) -> None:
         raise DataError(f"{path} cannot be loaded: {_line(error)}") from error
 
 
+def _takes_norm(model: Any, pixels: Tensor) -> bool:
+    """Whether the model gives its last map with its final norm; some have no norm for maps."""
+    try:
+        model.forward_intermediates(pixels, indices=1, norm=True, output_fmt="NCHW")
+    except AssertionError as error:
+        if "norm" not in str(error):
+            raise
+        return False
+    return True
+
+
 def _create(
-    name: str, pretrained: bool, size: tuple[int, int], options: dict[str, Any]
+    name: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    size: tuple[int, int],
+    options: dict[str, Any],
 ) -> nn.Module:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
@@ -268,20 +291,68 @@ def _create(
     options = timm_options(name, size, options)
     # timm takes lists from a configuration file where it documents tuples.
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    start: dict[str, Any] = {"pretrained": pretrained}
+    if checkpoint is not None:
+        if pretrained:
+            raise ConfigError("student: give pretrained=true or a checkpoint, not both")
+        # timm translates the files of a network's authors, fits positions and leaves classes out.
+        # It loads strictly only where the number of classes is the file's.
+        given = {
+            "state_dict": _state(name, checkpoint),
+            "num_classes": 0,
+            "label_offset": 0,
+            "custom_load": False,
+        }
+        start = {"pretrained": True, "pretrained_cfg_overlay": given}
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        model: nn.Module = timm.create_model(name, num_classes=0, **start, **options)
     except TypeError as error:
         raise ConfigError(
             f"student.options of {name} are not what timm takes: {_line(error)}"
         ) from error
-    except (RuntimeError, AssertionError, ValueError, OSError) as error:
-        what = "its pretrained weights could not be loaded" if pretrained else "timm refused it"
-        raise ConfigError(f"student {name}: {what}: {_line(error)}") from error
+    except Exception as error:  # a hub that is not there shows as any of several exceptions
+        if checkpoint is not None:
+            raise ConfigError(
+                f"student {name}: student.checkpoint={checkpoint} does not fit it: {_line(error)}"
+            ) from error
+        if pretrained:
+            raise ConfigError(
+                f"student {name}: its pretrained weights could not be had from the hub or the "
+                f"local cache ({_line(error)}); try again with a network, or set "
+                "student.pretrained=false and student.checkpoint to a local file of them"
+            ) from error
+        raise ConfigError(f"student {name}: timm refused it: {_line(error)}") from error
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
         raise ConfigError(
             f"student {name} gives no intermediate features in timm; choose another backbone"
         )
     return model
+
+
+def _state(name: str, checkpoint: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, without a classifier of the model's and a wrapper's prefix."""
+    path = Path(checkpoint)
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise anything at all
+        raise ConfigError(
+            f"student.checkpoint={checkpoint} cannot be read: {_line(error)}; expected "
+            ".safetensors, or tensors of torch.save"
+        ) from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ConfigError(f"student.checkpoint={checkpoint} holds no dictionary of tensors")
+    config = timm.models.get_pretrained_cfg(name)
+    heads = getattr(config, "classifier", None) or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    named = {str(key).removeprefix("module."): tensor for key, tensor in state.items()}
+    return {k: t for k, t in named.items() if k.rpartition(".")[0] not in heads}
 
 
 def timm_options(

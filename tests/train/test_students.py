@@ -78,6 +78,6 @@ def test_a_mistake_is_told(name, options, message):
 )
 def test_every_student_of_the_configuration_exists(entry):
     config = OmegaConf.to_container(OmegaConf.create(entry.read_text()))
-    assert set(config) == {"name", "model", "pretrained", "size", "options"}
+    assert set(config) == {"name", "model", "pretrained", "checkpoint", "size", "options"}
     assert entry.name == f"{config['name']}.yaml"
     assert timm.is_model(config["model"])
