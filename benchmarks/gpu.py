@@ -6,8 +6,8 @@ certain name, and nothing is downloaded. Without a CUDA device it says so and fa
     python benchmarks/gpu.py              # writes benchmarks/results/<device>.json
     python benchmarks/gpu.py --rehearse   # the same over tiny tensors, without a device
 
-A rehearsal runs the kernels in Triton's interpreter, which wants numpy too; it measures nothing,
-and writes rehearsal.json to a folder of its own.
+A rehearsal runs the kernels in Triton's interpreter, which wants numpy too (below 2.4 for Triton
+3.6); it measures nothing, and writes rehearsal.json to a folder of its own.
 """
 
 from __future__ import annotations
