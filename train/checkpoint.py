@@ -145,7 +145,7 @@ def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any
     Raises:
         ConfigError: names the options that differ, with both values.
     """
-    theirs, mine = _flat(stored), _flat(ours)
+    theirs, mine = flat(stored), flat(ours)
     differing = [
         f"{key} ({theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here)"
         for key in sorted({*theirs, *mine})
@@ -258,10 +258,11 @@ def _contiguous(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
     if not isinstance(value, Mapping):
         return {prefix: value}
     found: dict[str, Any] = {}
     for key, item in value.items():
-        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        found |= flat(item, f"{prefix}.{key}" if prefix else str(key))
     return found

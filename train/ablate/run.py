@@ -13,7 +13,7 @@ from ...cache import Cache
 from ...cache.convert import convert_store
 from ...errors import ConfigError, TrainingError
 from ...options import compose_options
-from ..checkpoint import KEPT, write_json
+from ..checkpoint import KEPT, flat, write_json
 from ..evaluation.run import prepare as check_evaluation
 from .figure import draw
 from .job import EVAL, RESULT, TRAIN, enter, launched, read_failure, read_result
@@ -140,7 +140,7 @@ def _same(path: Path, ours: Any) -> None:
     """Refuse to mix runs of other options under one name."""
     if not path.exists():
         return
-    stored, wanted = _flat(_plain(OmegaConf.load(path))), _flat(_plain(ours))
+    stored, wanted = flat(_plain(OmegaConf.load(path))), flat(_plain(ours))
     differing = [
         f"{key} ({stored.get(key, 'absent')} there, {wanted.get(key, 'absent')} here)"
         for key in sorted({*stored, *wanted})
@@ -222,15 +222,6 @@ def _directories() -> list[str]:
 
     sources = HydraConfig.get().runtime.config_sources
     return [source.path for source in sources if source.schema == "file"]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def _plain(config: Any) -> Any:
