@@ -32,8 +32,8 @@ import numpy as np
 from hydra import compose, initialize_config_module
 from preceptor.train import loop
 
-STEPS_AHEAD = 5
-"""An attempt is killed within the calls of so many steps."""
+STEPS_BEFORE, STEPS_WITHIN = 4, 2
+"""Fewer than so many steps of an attempt are spared; it is killed within the calls of the next."""
 IN_SET_UP = 0.1
 """Share of the attempts that are killed before their first step."""
 WEIGHTS = ("student.safetensors", "alignment.safetensors")
@@ -43,16 +43,17 @@ class Doomed:
     """Counts the calls in this thread from `begin` on; the ``last`` one kills this process."""
 
     def __init__(self, last: int | None) -> None:
-        self.count, self._last = 0, last
+        self.count, self._last, self._counts = 0, last, False
+        sys.setprofile(self._called)
 
     def begin(self) -> None:
-        sys.setprofile(self._called)
+        self._counts = True
 
     def end(self) -> None:
         sys.setprofile(None)
 
     def _called(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call":
+        if event == "call" and self._counts:
             self.count += 1
             if self.count == self._last:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -90,11 +91,11 @@ def config(out: Path, store: str, shards: str, steps: int) -> Any:
         )
 
 
-def attempt(run: Any, losses: Path, doom: int | None, in_set_up: bool) -> None:
+def attempt(run: Any, losses: Path, doom: int | None, spared: int) -> None:
     """Train in this process, noting every loss; with `doom`, die after so many calls.
 
     Args:
-        in_set_up: whether calls count from the start, and not from the first step.
+        spared: steps before calls count; -1 for counting from the start.
     """
     import torch
 
@@ -113,19 +114,19 @@ def attempt(run: Any, losses: Path, doom: int | None, in_set_up: bool) -> None:
 
     loop.FiniteWatch.see = noted  # type: ignore[method-assign]
     calls, rate = Doomed(doom), loop.learning_rate
-    begun = False
+    steps = 0
 
     def stepping(step: int, *rest: Any) -> float:
-        nonlocal begun
-        if not begun and not in_set_up:
+        nonlocal steps
+        if steps == spared:
             calls.begin()
-        if not begun and in_set_up:
+        if steps == 0 and spared < 0:
             (losses.parent / "set-up").write_text(str(calls.count))
-        begun = True
+        steps += 1
         return rate(step, *rest)
 
     loop.learning_rate = stepping  # type: ignore[assignment]
-    if in_set_up:
+    if spared < 0:
         calls.begin()
     loop.train(run)
     calls.end()
@@ -175,27 +176,28 @@ def train(
     world: int,
     doomed: int = 0,
     doom: int | None = None,
-    in_set_up: bool = False,
+    spared: int = 0,
 ) -> bool:
     """One attempt of all ranks; `doomed` is the one that dies. Returns whether it ended well."""
     port = free_port()
     children = {}
     for rank in range(world):
         fate = doom if rank == doomed else None
-        work = partial(attempt, run, losses, fate, in_set_up)
+        work = partial(attempt, run, losses, fate, spared)
         children[start(work, rank, world, port)] = rank
-    failed = False
+    died = {}
     while children:
         child, status = os.wait()
-        rank = children.pop(child)
-        if status:
-            if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
-                raise SystemExit(f"rank {rank} failed by itself, with status {status}")
-            if not failed:  # as a launcher does when one of its processes has gone
-                for other in children:
-                    os.kill(other, signal.SIGKILL)
-            failed = True
-    return not failed
+        died[children.pop(child)] = status
+        if doom is not None and doomed in died:  # as a launcher does when a process has gone
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    if not any(died.values()):
+        return True
+    # Ranks whose partner was killed fail in ways of their own.
+    if doom is None or died[doomed] != signal.SIGKILL:
+        raise SystemExit(f"ranks failed by themselves, with status {died}")
+    return False
 
 
 def torture(folder: Path, store: str, shards: str, kills: int, ranks: int, seed: int) -> Any:
@@ -213,14 +215,15 @@ def torture(folder: Path, store: str, shards: str, kills: int, ranks: int, seed:
     # A run of one step, to know how many calls its set-up takes.
     short = folder / "short"
     short.mkdir()
-    train(config(short, store, shards, 1), short / "losses", ranks, in_set_up=True)
+    train(config(short, store, shards, 1), short / "losses", ranks, spared=-1)
     set_up = int((short / "set-up").read_text())
     where: list[int] = []
     while len(where) < kills:
         early = bool(random.random() < IN_SET_UP)
-        doom = int(random.integers(1, set_up if early else STEPS_AHEAD * calls))
+        spared = -1 if early else int(random.integers(STEPS_BEFORE))
+        doom = int(random.integers(1, set_up if early else STEPS_WITHIN * calls))
         doomed, run = int(random.integers(ranks)), config(parts, store, shards, steps)
-        if train(run, parts / "losses", ranks, doomed, doom, early):
+        if train(run, parts / "losses", ranks, doomed, doom, spared):
             shutil.rmtree(parts)  # it came through: begin again
             parts.mkdir()
             continue
