@@ -63,6 +63,11 @@ class Pose:
         """cos and sin of the angle, x, y and the logarithm of the scale."""
         return math.cos(self.angle), math.sin(self.angle), self.x, self.y, math.log(self.scale)
 
+    @property
+    def named(self) -> dict[str, float]:
+        """`targets` by name."""
+        return dict(zip(("cos", "sin", "x", "y", "log_scale"), self.targets, strict=True))
+
 
 @dataclass(frozen=True, eq=False)
 class Scene:

@@ -1,7 +1,7 @@
 """WebDataset shards whose bytes depend on their samples alone, and their labels read back.
 
-A sample is ``KEY.png`` and, where it has labels, ``KEY.cls`` (a class), ``KEY.targets.json`` (a
-list of numbers) or ``KEY.mask.png`` (a class a pixel).
+A sample is ``KEY.png`` and, where it has labels, ``KEY.cls`` (a class), ``KEY.json`` (numbers by
+name) or ``KEY.mask.png`` (a class a pixel), as `preceptor eval` reads them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +33,14 @@ class Sample:
             between splits.
         pixels: uint8 [H, W, 3] or [H, W].
         label: a class, or None.
-        targets: numbers, or None.
+        targets: numbers by name, or None.
         mask: uint8 [H, W], a class a pixel, or None.
     """
 
     source: str
     pixels: NDArray[np.uint8]
     label: int | None = None
-    targets: tuple[float, ...] | None = None
+    targets: Mapping[str, float] | None = None
     mask: NDArray[np.uint8] | None = None
 
 
@@ -79,7 +79,7 @@ def write(folder: Path, prefix: str, samples: Iterable[Sample]) -> list[str]:
         if sample.label is not None:
             shard.append((f"{key}.cls", str(sample.label).encode()))
         if sample.targets is not None:
-            shard.append((f"{key}.targets.json", json.dumps(sample.targets).encode()))
+            shard.append((f"{key}.json", json.dumps(sample.targets).encode()))
         if sample.mask is not None:
             shard.append((f"{key}.mask.png", _png(sample.mask)))
         sources.append(sample.source)
@@ -101,7 +101,7 @@ def read_labels(folder: Path) -> Labels:
     for key, parts in _samples(folder):
         keys.append(key)
         classes.append(int(parts.get("cls", b"-1")))
-        targets.append(json.loads(parts.get("targets.json", b"[]")))
+        targets.append(list(json.loads(parts.get("json", b"{}")).values()))
         mask = parts.get("mask.png")
         masks.append(np.asarray(Image.open(io.BytesIO(mask))) if mask else np.zeros((0, 0)))
     return Labels(keys, np.array(classes), np.array(targets, float), np.stack(masks).astype(int))

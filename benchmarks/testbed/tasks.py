@@ -109,7 +109,7 @@ def _pose(split: str, number: int, random: Random) -> Sample:
     figure = scenes.garment(split, _spread(number, len(sources.garments(split)[0])))
     behind, ground = scenes.ground(split, random)
     scene = scenes.compose(figure, scenes.Pose.draw(random), ground, random)
-    return Sample(f"{figure.source} {behind}", scene.pixels, targets=scene.pose.targets)
+    return Sample(f"{figure.source} {behind}", scene.pixels, targets=scene.pose.named)
 
 
 def _masks(split: str, number: int, random: Random) -> Sample:

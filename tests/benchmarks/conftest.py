@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from preceptor.benchmarks.testbed import sources
+from preceptor.benchmarks.testbed import make, sources, training
 
 
 def _photographs(split):
@@ -25,3 +25,30 @@ def _cells(split):
 def made_here(monkeypatch):
     monkeypatch.setattr(sources, "photographs", _photographs)
     monkeypatch.setattr(sources, "cells", _cells)
+
+
+PLAN = make.Plan(
+    pool=128,
+    heldout=20,
+    share=0.25,
+    tasks=("letters", "pose", "masks", "instances"),
+    packaged=False,
+    course=training.Course(images=128, epochs=1),
+)
+
+
+@pytest.fixture(scope="session")
+def plan():
+    """Of the fixture `bed`."""
+    return PLAN
+
+
+@pytest.fixture(scope="session")
+def bed(tmp_path_factory):
+    """A bed of four kinds of task and three specialists that have learnt next to nothing."""
+    out = tmp_path_factory.mktemp("bed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "photographs", _photographs)
+        patch.setattr(sources, "cells", _cells)
+        make.make(out, PLAN)
+    return out

@@ -1,0 +1,120 @@
+"""The test bed as a comparison reads it: pixels and labels in memory, teachers from stores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...cache import Cache, SampleIndex
+from ...errors import DataError
+from ...train.alignment.base import descriptor_spaces
+from ...train.evaluation.features import quarters
+from ..testbed import shards
+
+PARTS = ("train", "validation", "test")
+LOOK = 800
+"""Images of the pool that the label-free reduction of widths is fitted on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a model gives for images, float32.
+
+    Attributes:
+        vectors: [n, K] by readout.
+        map: [n, N, C], its tokens on a grid.
+        grid: (rows, columns).
+    """
+
+    vectors: dict[str, NDArray[np.float32]]
+    map: NDArray[np.float32]
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A folder that `benchmarks/testbed/make.py` has finished."""
+
+    folder: Path
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """``bed.json``.
+
+        Raises:
+            DataError: the bed is not whole.
+        """
+        path = self.folder / "bed.json"
+        if not path.exists():
+            raise DataError(
+                f"{self.folder} holds no finished test bed: python benchmarks/testbed/make.py "
+                f"--out {self.folder}"
+            )
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.facts["tasks"]
+
+    def sets(self) -> dict[str, str]:
+        """Folder of every image set that models are asked about: the look, and all parts."""
+        parts = {f"{task}/{part}": f"tasks/{task}/{part}" for task in self.tasks for part in PARTS}
+        return {"pool": "pool", **parts}
+
+    @cached_property
+    def labels(self) -> dict[str, shards.Labels]:
+        """By ``TASK/PART``."""
+        return {
+            name: shards.read_labels(self.folder / folder)
+            for name, folder in self.sets().items()
+            if name != "pool"
+        }
+
+    @cached_property
+    def pixels(self) -> dict[str, NDArray[np.uint8]]:
+        """uint8 [n, 48, 48, 3] by ``pool`` (its first `LOOK` images) and ``TASK/PART``."""
+        found = {}
+        for name, folder in self.sets().items():
+            index = SampleIndex.from_shards(shards.pattern(self.folder / folder))
+            count = min(LOOK, len(index)) if name == "pool" else len(index)
+            images = [index.image(i, 10**6).convert("RGB") for i in range(count)]
+            found[name] = np.stack([np.asarray(image) for image in images])
+        return found
+
+    def store(self, name: str) -> Cache:
+        """The store of an image set."""
+        encoding = self.facts["plan"]["encoding"]
+        path = f"pool-{encoding}" if name == "pool" else self.sets()[name]
+        return Cache.open(self.folder / "stores" / path)
+
+    def teacher(self, teacher: str) -> dict[str, Outputs]:
+        """A teacher's features of every image set, from the stores."""
+        return {name: self._teacher(self.store(name), teacher, name) for name in self.sets()}
+
+    @cached_property
+    def teachers(self) -> list[str]:
+        store = self.store("pool")
+        return list(dict.fromkeys(store[name].spec.teacher for name in store.spaces))
+
+    def _teacher(self, store: Cache, teacher: str, name: str) -> Outputs:
+        specs = {
+            space: store[space].spec
+            for space in store.spaces
+            if store[space].spec.teacher == teacher
+        }
+        rows = np.arange(min(LOOK, len(store)) if name == "pool" else len(store))
+        (descriptor,) = descriptor_spaces(specs).values()
+        dense = next(space for space, spec in specs.items() if spec.grid is not None)
+        grid = specs[dense].grid
+        assert grid is not None
+        tokens = store[dense].decode(store[dense].read(rows)).float()
+        vector = store[descriptor].decode(store[descriptor].read(rows)).float().mean(1)
+        vectors = {"pooled": vector.numpy(), "spatial": quarters(tokens, grid).numpy()}
+        return Outputs(vectors, tokens.numpy(), grid)

@@ -1,0 +1,30 @@
+"""What all runs of a comparison share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bed import Bed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a comparison share.
+
+    Attributes:
+        bed: the test bed.
+        out: folder of the runs.
+        steps: optimiser steps of every run.
+        store: of the pool, that students learn from.
+        shards: its images.
+    """
+
+    bed: Bed
+    out: Path
+    steps: int
+    store: Path
+    shards: str
+
+    def folder(self, student: str, name: str, seed: int) -> Path:
+        return self.out / student / name / f"s{seed}"

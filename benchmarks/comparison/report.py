@@ -1,0 +1,190 @@
+"""From runs to a table: means over tasks, and paired differences with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...train.evaluation import over_seeds
+from .judge import chosen
+
+RESAMPLES = 10_000
+OURS = "model_token"
+
+Run = Mapping[str, Any]
+
+
+def figures(run: Run, part: str, readout: str = "chosen") -> dict[str, float]:
+    """The figure of every task on a part.
+
+    Args:
+        readout: ``chosen`` takes each task's best on validation; else one readout for all tasks but
+            the dense ones, which have ``map`` alone.
+    """
+    scores = run["scores"]
+    best = chosen(scores)
+    return {
+        task: readouts[best[task] if readout == "chosen" or readout not in readouts else readout][
+            part
+        ]
+        for task, readouts in scores.items()
+    }
+
+
+def mean(runs: Sequence[Run], part: str, readout: str = "chosen") -> float:
+    """Over seeds and tasks."""
+    return float(np.mean([list(figures(run, part, readout).values()) for run in runs]))
+
+
+def by_task(runs: Sequence[Run]) -> dict[str, float]:
+    """The test figure of every task, averaged over seeds."""
+    found = [figures(run, "test") for run in runs]
+    return {task: float(np.mean([own[task] for own in found])) for task in found[0]}
+
+
+def difference(
+    ours: Sequence[Run], theirs: Sequence[Run], part: str = "test", readout: str = "chosen"
+) -> dict[str, Any]:
+    """Ours minus theirs, paired by seed and task.
+
+    Two intervals of 95 % answer two questions. ``over_tasks``: would it hold on other tasks of the
+    kind? A bootstrap that draws tasks, and seeds within them. ``over_seeds``: would it hold on
+    these tasks if students were trained anew? Student's t over the seeds' means. A model without
+    seeds of its own, a teacher, stands beside every seed.
+
+    Returns:
+        ``mean``, ``over_tasks`` and ``over_seeds`` ([low, high]; None from a single seed),
+        ``seeds``, ``tasks``, and the mean ``by_task``.
+    """
+    pairs = paired(ours, theirs, part, readout)
+    tasks = list(figures(ours[0], part, readout))
+    random = np.random.default_rng(0)
+    seeds, count = pairs.shape
+    drawn = random.integers(count, size=(RESAMPLES, count))
+    rows = random.integers(seeds, size=(RESAMPLES, count, seeds))
+    resampled = pairs[rows, drawn[..., None]].mean((1, 2))
+    of_seeds = over_seeds(pairs.mean(1).tolist())
+    return {
+        "mean": float(pairs.mean()),
+        "over_tasks": [float(v) for v in np.quantile(resampled, [0.025, 0.975])],
+        "over_seeds": None if seeds < 2 else [of_seeds.low, of_seeds.high],
+        "seeds": seeds,
+        "tasks": count,
+        "by_task": dict(zip(tasks, pairs.mean(0).tolist(), strict=True)),
+    }
+
+
+def paired(
+    ours: Sequence[Run], theirs: Sequence[Run], part: str, readout: str = "chosen"
+) -> NDArray[np.float64]:
+    """Differences [seeds, tasks] of the seeds that both have."""
+    other = {run["seed"]: run for run in theirs}
+    found = []
+    for run in ours:
+        match = other.get(run["seed"], other.get(None))
+        if match is not None:
+            a, b = figures(run, part, readout), figures(match, part, readout)
+            found.append([a[task] - b[task] for task in a])
+    if not found:
+        raise ValueError("no seed has been run for both")
+    return np.array(found)
+
+
+def summarise(
+    runs: Mapping[str, Sequence[Run]], teachers: Mapping[str, Sequence[Run]]
+) -> dict[str, Any]:
+    """The summary of one student's runs.
+
+    Args:
+        runs: by variant.
+        teachers: by teacher, one "run" each.
+    """
+    kinds = {name: own[0]["kind"] for name, own in runs.items()}
+    summary: dict[str, Any] = {
+        "means": {name: mean(own, "test") for name, own in runs.items()},
+        "validation": {name: mean(own, "validation") for name, own in runs.items()},
+        "pooled": {name: mean(own, "test", "pooled") for name, own in runs.items()},
+        "spatial": {name: mean(own, "test", "spatial") for name, own in runs.items()},
+        "deviation_over_seeds": {
+            name: float(np.std([mean([run], "test") for run in own], ddof=1))
+            for name, own in runs.items()
+            if len(own) > 1
+        },
+        "kinds": kinds,
+        "seeds": {name: sorted(run["seed"] for run in own) for name, own in runs.items()},
+        "teachers": {name: mean(own, "test") for name, own in teachers.items()},
+        "cost": {name: own[0]["cost"] for name, own in runs.items()},
+    }
+    # Before training and after it, of the student that all teachers teach by regression.
+    summary["cosines"] = {
+        when: _means([run["cosines"] for run in runs[name]])
+        for when, name in (("start", "random"), ("end", "regression"))
+        if name in runs
+    }
+    if OURS not in runs:
+        return summary
+    ours = runs[OURS]
+    summary["against"] = {
+        name: difference(ours, own) for name, own in runs.items() if name != OURS
+    } | {f"teacher {name}": difference(ours, own) for name, own in teachers.items()}
+    summary["against_pooled"] = {
+        name: difference(ours, own, readout="pooled") for name, own in runs.items() if name != OURS
+    }
+    rivals = [name for name, kind in kinds.items() if kind == "rival"]
+    if rivals:
+        best = max(rivals, key=summary["validation"].__getitem__)
+        summary["best_rival"] = {"name": best, **summary["against"][best]}
+    # What learning from all costs a teacher's own space: its loss beside that of a student that
+    # learnt from it alone.
+    summary["company"] = {
+        name.removeprefix("only_"): _cost_of_company(runs["regression"], own)
+        for name, own in runs.items()
+        if kinds[name] == "teacher" and "regression" in runs
+    }
+    return summary
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+
+
+def _cost_of_company(joint: Sequence[Run], alone: Sequence[Run]) -> dict[str, float]:
+    spaces = list(alone[0]["losses"])
+    return {
+        "joint": float(np.mean([run["losses"][s] for run in joint for s in spaces])),
+        "alone": float(np.mean([run["losses"][s] for run in alone for s in spaces])),
+    }
+
+
+def rows(summary: Mapping[str, Any]) -> list[list[Any]]:
+    """The table of one student: name, kind, figures, cost, and ours minus it."""
+    found: list[list[Any]] = []
+    against = summary.get("against", {})
+    for name, value in sorted(summary["means"].items(), key=lambda item: -item[1]):
+        found.append(
+            [
+                name,
+                summary["kinds"][name],
+                summary["validation"][name],
+                value,
+                summary["pooled"][name],
+                summary["cost"][name]["student"] / 1e6,
+                summary["cost"][name]["operations"] / 1e6,
+                text(against.get(name)),
+            ]
+        )
+    for name, value in summary["teachers"].items():
+        found.append(
+            [name, "teacher", None, value, None, None, None, text(against.get(f"teacher {name}"))]
+        )
+    return found
+
+
+def text(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return "–"
+    low, high = difference["over_seeds"] or difference["over_tasks"]
+    return f"{difference['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"

@@ -1,0 +1,162 @@
+"""One run: train with `preceptor train`, look at every image once, judge, leave ``result.json``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...cache import Cache, SampleIndex
+from ...cli import main as preceptor
+from ...errors import PreceptorError
+from ...train.alignment import Alignment
+from ...train.checkpoint import load_model, write_json
+from ...train.data import StoredViews, TrainData, normalise
+from ...train.loop import to_device
+from ...train.students import Student, build_student
+from ..testbed import shards
+from .bed import Bed, Outputs
+from .conflict import weight_cosines
+from .judge import judge
+from .plan import Plan
+from .supervised import train_supervised
+from .variants import Variant
+
+BATCH = 128
+RESULT = "result.json"
+_WATCHED = ("regression", "random")
+"""Whose teachers' gradients are compared: after training, and before it."""
+
+
+def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dict[str, Any]:
+    """Do one run, or read what it has left; it goes on where it was stopped.
+
+    Raises:
+        PreceptorError: the training failed; it has said why.
+    """
+    folder = plan.folder(student, name, seed)
+    if (folder / RESULT).exists():
+        return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+    started = time.monotonic()
+    if name == "supervised":
+        model, alignment = train_supervised(plan, student, variant, seed)
+        summary: dict[str, Any] = {}
+    else:
+        steps = 1 if name == "random" else plan.steps
+        summary = _train(plan, folder, variant.all_options(student), seed, steps)
+        model, alignment, facts = load_model(folder)
+        if name == "random":
+            model = build_student(facts["student"], seed)
+    trained = time.monotonic() - started
+    own = ("pooled", "spatial") if variant.kind == "reference" else None
+    outputs = look(plan.bed, model, alignment, own)
+    result = {
+        "student": student,
+        "variant": name,
+        "kind": variant.kind,
+        "seed": seed,
+        "steps": plan.steps,
+        "scores": judge(plan.bed, outputs),
+        "losses": {} if variant.kind == "reference" else held_out(plan, model, alignment),
+        "train_losses": summary.get("losses", {}),
+        "cosines": weight_cosines(plan, model, alignment) if name in _WATCHED else {},
+        "cost": cost(model, alignment),
+        "seconds": {"train": round(trained, 1), "all": round(time.monotonic() - started, 1)},
+    }
+    write_json(folder / RESULT, result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return result
+
+
+def look(
+    bed: Bed, student: Student, alignment: Alignment, readouts: Sequence[str] | None = None
+) -> dict[str, Outputs]:
+    """Every readout of every image set of the bed.
+
+    Args:
+        readouts: names of the alignment's; all that are of one kind with everybody's where None.
+    """
+    student.eval()
+    alignment.eval()
+    known = [name for name in alignment.readouts if name != "both"]
+    chosen = known if readouts is None else list(readouts)
+    return {name: _look(student, alignment, chosen, x) for name, x in bed.pixels.items()}
+
+
+def _look(
+    student: Student, alignment: Alignment, readouts: Sequence[str], pixels: NDArray[np.uint8]
+) -> Outputs:
+    vectors: dict[str, list[torch.Tensor]] = {name: [] for name in readouts}
+    maps = []
+    with torch.inference_mode():
+        for part in torch.from_numpy(pixels).split(BATCH):
+            output = alignment.run_student(student, normalise(part, torch.device("cpu")))
+            for name in readouts:
+                vectors[name].append(alignment.readout(output, name).float())
+            maps.append(output.tokens.float())
+    return Outputs(
+        {name: torch.cat(parts).numpy() for name, parts in vectors.items()},
+        torch.cat(maps).numpy(),
+        student.grid,
+    )
+
+
+def held_out(plan: Plan, student: Student, alignment: Alignment) -> dict[str, float]:
+    """The unweighted loss of every space on held-out images of the pool's kind."""
+    cache = Cache.open(plan.bed.folder / "stores" / "heldout")
+    index = SampleIndex.from_shards(shards.pattern(plan.bed.folder / "heldout"))
+    views = StoredViews(cache, index, student.size)
+    count = min(100, len(index))
+    data = TrainData(cache, views, alignment.required_spaces, count)
+    found: dict[str, list[float]] = {}
+    student.eval()
+    alignment.eval()
+    with torch.inference_mode():
+        for batch in data.batches(0, len(index) // count):
+            pixels, targets = to_device(batch, torch.device("cpu"))
+            losses = alignment(alignment.run_student(student, pixels), targets).losses
+            for space, loss in losses.items():
+                found.setdefault(space, []).append(float(loss))
+    return {space: float(np.mean(losses)) for space, losses in found.items()}
+
+
+def cost(student: Student, alignment: Alignment) -> dict[str, float]:
+    """Parameters and operations of a forward pass of one image: of the student as it is used, with
+    whatever runs inside it, and parameters of the whole alignment."""
+    student.eval()
+    alignment.eval()
+    with FlopCounterMode(display=False) as counter:
+        alignment.run_student(student, torch.zeros(1, 3, *student.size))
+    return {
+        "student": _count(student) + alignment.readout_parameters("pooled"),
+        "alignment": _count(alignment),
+        "operations": counter.get_total_flops(),
+    }
+
+
+def _train(
+    plan: Plan, folder: Path, options: Sequence[str], seed: int, steps: int
+) -> dict[str, Any]:
+    arguments = [
+        "train", f"cache={plan.store}", f"data.shards='{plan.shards}'", f"out={folder}",
+        "recipe=short", *options, f"recipe.steps={steps}", f"seed={seed}", "workers=0",
+        "log.to=[]", "log.gradients_every=0", "log.knn_every=0", "recipe.checkpoint_every=100",
+        "recipe.log_every=20", "engine=cpu",
+    ]  # fmt: skip
+    print(f"$ preceptor {' '.join(arguments)}", flush=True)
+    if preceptor(arguments):
+        raise PreceptorError(f"{folder}: the training failed")
+    return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

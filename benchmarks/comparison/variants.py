@@ -1,0 +1,116 @@
+"""What is compared, as options of `preceptor train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+from ...train.alignment import ALIGNMENTS
+
+STUDENTS: Mapping[str, tuple[str, ...]] = {
+    "cnn": (
+        "student=resnet_micro", "student.name=cnn", "student.options.channels=[24,48,96,192]",
+        "recipe.lr=0.002",
+    ),
+    "vit": (
+        "student=vit_micro", "student.name=vit", "student.size=48", "student.options.patch_size=8",
+        "student.options.depth=4", "student.options.embed_dim=128", "student.options.num_heads=4",
+        "recipe.lr=0.001",
+    ),
+}  # fmt: skip
+"""A ResNet with a 3 x 3 grid and a ViT with a 6 x 6 grid, both of 48 pixels."""
+
+INSIDE = ("align=model_token", "align.write_back=3", "align.layers=0", "align.width=64")
+"""Model tokens inside the backbone."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train a student.
+
+    Attributes:
+        kind: ours | ablation | rival | control | teacher | reference; a rival is what ours has to
+            beat, a control has ours' capacity, a teacher's variant learns from that teacher alone.
+        options: of `preceptor train`, beside the student's and the recipe's.
+        of_student: further ones, by student.
+        says: what it is.
+    """
+
+    kind: str
+    options: tuple[str, ...]
+    says: str
+    of_student: Mapping[str, tuple[str, ...]] | None = None
+
+    def all_options(self, student: str) -> list[str]:
+        return [*STUDENTS[student], *self.options, *(self.of_student or {}).get(student, ())]
+
+
+def variants(teachers: Sequence[str]) -> dict[str, Variant]:
+    """Every variant, in the order in which they are worth running."""
+    found = {
+        "model_token": Variant("ours", INSIDE, "model tokens inside the backbone"),
+        "regression": Variant("rival", ("align=regression",), "one projector a space"),
+    }
+    for name in ALIGNMENTS:
+        if name not in ("model_token", "regression"):
+            found[name] = Variant("rival", (f"align={name}",), f"train/alignment/{name}.py")
+    found |= {
+        "regression_wide_head": Variant(
+            "control", ("align=regression", "align.hidden=1024"), "regression, a head twice as wide"
+        ),
+        "regression_wide_backbone": Variant(
+            "control",
+            ("align=regression",),
+            "regression, a backbone with at least ours' parameters and operations",
+            {
+                "cnn": ("student.options.channels=[32,64,128,256]",),
+                "vit": ("student.options.embed_dim=152", "student.options.num_heads=4"),
+            },
+        ),
+        "after_backbone": Variant(
+            "ablation",
+            ("align=model_token", "align.write_back=0", "align.layers=2", "align.width=64"),
+            "no write-back: tokens read the last map and help to predict",
+        ),
+        "no_inter": Variant("ablation", (*INSIDE, "align.inter=none"), "no exchange of spaces"),
+        "ungated": Variant("ablation", (*INSIDE, "align.gamma=null"), "exchange without gates"),
+        "one_token": Variant("ablation", (*INSIDE, "align.tokens=1"), "M = 1"),
+        "eight_tokens": Variant("ablation", (*INSIDE, "align.tokens=8"), "M = 8"),
+        "one_stage": Variant("ablation", (*INSIDE, "align.write_back=1"), "one stage is visited"),
+        "both_places": Variant(
+            "ablation", (*INSIDE, "align.layers=2"), "inside the backbone and after it"
+        ),
+    }
+    for teacher in teachers:
+        found[f"only_{teacher}"] = Variant(
+            "teacher", ("align=regression", f"align.spaces=[{teacher}]"), f"{teacher} alone"
+        )
+    found["supervised"] = Variant(
+        "reference", ("align=regression",), "labels of all tasks' training parts, no teacher"
+    )
+    found["random"] = Variant("reference", ("align=regression",), "untrained")
+    return found
+
+
+def choose(names: str, known: Mapping[str, Variant]) -> dict[str, Variant]:
+    """Variants by names or kinds, separated by commas; ``all`` or ``none``.
+
+    Raises:
+        ConfigError: there is no such variant or kind.
+    """
+    if names == "all":
+        return dict(known)
+    if names == "none":
+        return {}
+    kinds = {variant.kind for variant in known.values()}
+    found = {}
+    for name in names.split(","):
+        own = {key: v for key, v in known.items() if name in (key, v.kind)}
+        if not own:
+            raise ConfigError(
+                f"--variants {name}: there is no such variant; there are {', '.join(known)}; and "
+                f"the kinds {', '.join(sorted(kinds))}"
+            )
+        found |= own
+    return found

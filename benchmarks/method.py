@@ -1,0 +1,153 @@
+"""Model tokens against every other alignment, their controls, single teachers and references.
+
+    python benchmarks/testbed/make.py --out outputs/testbed
+    python benchmarks/method.py --bed outputs/testbed --json benchmarks/results/method.json
+
+Every run is `preceptor train` on the bed's pool: the same steps, images, order and initial weights
+a seed. Its readouts are reduced to one width without labels, and probes, regularisation and readout
+are chosen on validation; docs/method.md has the protocol. A finished run is kept in --out and not
+done again, a begun one goes on, so the matrix can be collected over several sittings: with --report
+the table is made of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from preceptor.benchmarks.comparison import report, stores
+from preceptor.benchmarks.comparison.bed import Bed
+from preceptor.benchmarks.comparison.judge import WIDTH, judge
+from preceptor.benchmarks.comparison.plan import Plan
+from preceptor.benchmarks.comparison.runs import RESULT, run
+from preceptor.benchmarks.comparison.variants import STUDENTS, Variant, choose, variants
+from preceptor.benchmarks.harness import machine, save, show
+from preceptor.benchmarks.testbed import shards
+from preceptor.errors import ConfigError, PreceptorError
+from preceptor.train.checkpoint import write_json
+
+COLUMNS = ("variant", "kind", "validation", "test", "test, pooled", "M param.", "M op.",
+           "model_token − it")  # fmt: skip
+
+
+def compare(
+    plan: Plan, students: Sequence[str], chosen: Mapping[str, Variant], seeds: Sequence[int]
+) -> None:
+    """Do every run that is not there; seed by seed, so that whatever is done can be paired."""
+    for seed in seeds:
+        for name, variant in chosen.items():
+            for student in students:
+                found = run(plan, student, name, variant, seed)
+                figure = report.mean([found], "test")
+                print(
+                    f"{student} {name} s{seed}: {figure:.2f} in {found['seconds']['all']:.0f} s",
+                    flush=True,
+                )
+
+
+def collect(plan: Plan) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """All finished runs of these steps, by student and variant."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for path in sorted(plan.out.glob(f"*/*/s*/{RESULT}")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["steps"] != plan.steps:
+            raise ConfigError(
+                f"{path} is a run of {result['steps']} steps, not {plan.steps}: choose another "
+                "--out"
+            )
+        found.setdefault(result["student"], {}).setdefault(result["variant"], []).append(result)
+    return found
+
+
+def teachers_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """Every teacher judged from the stores, once."""
+    path = plan.out / "teachers.json"
+    if not path.exists():
+        scores = {name: judge(plan.bed, plan.bed.teacher(name)) for name in plan.bed.teachers}
+        write_json(path, scores)
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    return {name: [{"scores": own, "seed": None}] for name, own in scores.items()}
+
+
+def results(plan: Plan) -> dict[str, Any]:
+    """Everything that is there, as JSON."""
+    runs, teachers = collect(plan), teachers_of(plan)
+    summary: dict[str, Any] = {
+        student: report.summarise(own, teachers) for student, own in runs.items()
+    }
+    return {
+        "protocol": {
+            "steps": plan.steps,
+            "width": WIDTH,
+            "pool": plan.bed.facts["plan"]["pool"],
+            "tasks": plan.bed.tasks,
+            "students": {name: list(options) for name, options in STUDENTS.items()},
+            "variants": {
+                name: {"kind": v.kind, "options": list(v.options), "says": v.says}
+                for name, v in variants(plan.bed.teachers).items()
+            },
+        },
+        "machine": machine(("numpy", "torch", "timm", "scikit-learn")),
+        "specialists": plan.bed.facts["specialists"],
+        "by_task": {
+            student: {name: report.by_task(own) for name, own in by_variant.items()}
+            for student, by_variant in {**runs, "teachers": teachers}.items()
+        },
+        "stores": stores.collect(plan),
+        "summary": summary,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bed", type=Path, default=Path("outputs/testbed"))
+    parser.add_argument("--out", type=Path, default=None, help="runs; BED/method-STEPS by default")
+    parser.add_argument("--students", default=",".join(STUDENTS))
+    parser.add_argument("--variants", default="all", help="names or kinds, or none")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from --first-seed on")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--stores", default="", help="also of regression: fp16,int8,compact,int4,"
+                        "views1,views2,views4,online")  # fmt: skip
+    parser.add_argument("--report", action="store_true", help="run nothing: the table of what is")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bed = Bed(options.bed)
+    out = options.out or options.bed / f"method-{options.steps}"
+    plan = Plan(bed, out, options.steps, options.bed / "stores" / "pool", _pool(options.bed))
+    try:
+        chosen = choose(options.variants, variants(bed.teachers))
+        students = options.students.split(",")
+        if unknown := set(students) - set(STUDENTS):
+            raise ConfigError(f"--students {', '.join(unknown)}: there are {', '.join(STUDENTS)}")
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        if not options.report:
+            compare(plan, students, chosen, seeds)
+            if options.stores:
+                names, own = options.stores.split(","), variants(bed.teachers)["regression"]
+                stores.compare(plan, names, students, seeds, "regression", own)
+        found = results(plan)
+    except PreceptorError as error:
+        sys.exit(str(error))
+    for student, summary in found["summary"].items():
+        show(f"{student}: mean over {len(bed.tasks)} tasks, %", COLUMNS, report.rows(summary))
+    if found["stores"]:
+        columns = ("student", "store", "test", "difference", "to")
+        show("what the cache costs", columns, stores.rows(found["stores"]))
+    save(options.json, found)
+
+
+def _pool(bed: Path) -> str:
+    return shards.pattern(bed / "pool")
+
+
+if __name__ == "__main__":
+    main()

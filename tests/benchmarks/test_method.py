@@ -1,0 +1,148 @@
+"""The comparison: judged as by hand, paired as by hand, and made of real runs end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from preceptor.benchmarks import method
+from preceptor.benchmarks.comparison import judge, report
+from preceptor.benchmarks.comparison.bed import Bed, Outputs
+from preceptor.benchmarks.comparison.variants import choose, variants
+from preceptor.errors import ConfigError
+from preceptor.train.alignment import ALIGNMENTS
+from scipy import stats
+from sklearn.decomposition import PCA
+
+TASKS = ("letters", "pose", "masks", "instances")
+"""Those of the fixture `bed`."""
+
+
+def outputs(bed, value):
+    """A model whose readout holds the truth itself among noise, where `value` is 1."""
+    random = np.random.default_rng(0)
+    found = {}
+    for name, pixels in Bed(bed).pixels.items():
+        x = random.normal(size=(len(pixels), 40)).astype(np.float32)
+        if name != "pool":
+            labels = Bed(bed).labels[name]
+            known = np.eye(40)[labels.classes.clip(0)] if labels.classes.max() >= 0 else x * 0
+            if labels.targets.shape[1]:
+                known[:, : labels.targets.shape[1]] = labels.targets
+            x = x * (1 - value) * 0.1 + (10 * value * known).astype(np.float32)
+        tokens = random.normal(size=(len(pixels), 9, 16)).astype(np.float32)
+        found[name] = Outputs({"pooled": x, "noise": tokens[:, 0]}, tokens, (3, 3))
+    return found
+
+
+def test_a_readout_that_holds_the_truth_is_chosen_and_scores_everything(bed):
+    scores = judge.judge(Bed(bed), outputs(bed, 1.0))
+    assert set(scores) == set(TASKS)
+    best = judge.chosen(scores)
+    assert all(best[task] == "pooled" for task in TASKS if task != "masks")
+    for task in ("letters", "pose", "instances"):
+        assert scores[task]["pooled"]["test"] > 99
+        assert scores[task]["noise"]["test"] < 40
+
+
+def test_the_reduction_is_that_of_the_pool_alone():
+    random = np.random.default_rng(0)
+    look, x = random.normal(size=(50, 12)), random.normal(size=(7, 3, 12))
+    reduced = judge.Reduction(look.astype(np.float32), width=5)(x.astype(np.float32))
+    expected = PCA(5).fit(look).transform(x.reshape(21, 12)).reshape(7, 3, 5)
+    np.testing.assert_allclose(np.abs(reduced), np.abs(expected), atol=1e-4)
+
+
+def one_run(seed, figures, **more):
+    scores = {
+        task: {"pooled": {"validation": v, "test": v}, "spatial": {"validation": 0, "test": 99.0}}
+        for task, v in figures.items()
+    }
+    return {"seed": seed, "scores": scores, "kind": "rival", "losses": {}, "cosines": {}, **more}
+
+
+def test_differences_are_paired_by_seed_and_task():
+    ours = [one_run(s, {"a": 50 + s, "b": 70}) for s in range(3)]
+    theirs = [one_run(s, {"a": 49 + s, "b": 67}) for s in (2, 0, 1)]
+    found = report.difference(ours, theirs)
+    assert found["mean"] == pytest.approx(2.0)
+    assert found["by_task"] == {"a": 1.0, "b": 3.0}
+    assert (found["seeds"], found["tasks"]) == (3, 2)
+    assert found["over_seeds"] == pytest.approx([2.0, 2.0])
+    assert found["over_tasks"] == pytest.approx([1.0, 3.0])
+
+
+def test_the_interval_over_seeds_is_students():
+    ours = [one_run(s, {"a": 50 + [0, 1, 5][s]}) for s in range(3)]
+    theirs = [one_run(s, {"a": 50}) for s in range(3)]
+    low, high = report.difference(ours, theirs)["over_seeds"]
+    reach = stats.t.ppf(0.975, 2) * np.std([0, 1, 5], ddof=1) / math.sqrt(3)
+    assert (low, high) == pytest.approx((2 - reach, 2 + reach))
+
+
+def test_only_common_seeds_are_paired_and_teachers_stand_beside_all():
+    ours = [one_run(s, {"a": 50 + s}) for s in range(3)]
+    assert report.difference(ours, [one_run(1, {"a": 40})])["mean"] == 11
+    assert report.difference(ours, [one_run(None, {"a": 40})])["mean"] == 11
+    with pytest.raises(ValueError, match="no seed"):
+        report.difference(ours, [one_run(7, {"a": 40})])
+
+
+def test_the_test_part_never_chooses():
+    run = one_run(0, {"a": 50})  # its spatial readout is far better on test and worse on validation
+    assert report.figures(run, "test") == {"a": 50}
+    assert report.figures(run, "test", "spatial") == {"a": 99.0}
+
+
+def test_every_alignment_is_compared():
+    known = variants(["vit"])
+    rivals = {name for name, variant in known.items() if variant.kind == "rival"}
+    assert rivals == set(ALIGNMENTS) - {"model_token"}
+    assert set(choose("model_token,teacher", known)) == {"model_token", "only_vit"}
+    with pytest.raises(ConfigError, match="there are model_token"):
+        choose("modeltoken", known)
+
+
+def test_runs_are_made_once_and_reported(bed, tmp_path, capsys):
+    arguments = [
+        "--bed", str(bed), "--out", str(tmp_path), "--students", "cnn", "--seeds", "1",
+        "--steps", "2", "--json", str(tmp_path / "method.json"),
+    ]  # fmt: skip
+    method.main([*arguments, "--variants", "model_token,regression,supervised,random"])
+    found = json.loads((tmp_path / "method.json").read_text())
+    summary = found["summary"]["cnn"]
+    assert set(summary["means"]) == {"model_token", "regression", "supervised", "random"}
+    assert summary["best_rival"]["name"] == "regression"
+    assert set(summary["teachers"]) == {"letters", "pose", "materials"}
+    assert set(summary["cosines"]["end"]) == {"letters~pose", "letters~materials", "pose~materials"}
+    assert all(-1 <= value <= 1 for value in summary["cosines"]["end"].values())
+    # The difference, once more by hand from what the two runs left.
+    runs = [
+        json.loads((tmp_path / "cnn" / name / "s0" / "result.json").read_text())["scores"]
+        for name in ("model_token", "regression")
+    ]
+    by_hand = []
+    for task in TASKS:
+        best = [max(run[task].values(), key=lambda score: score["validation"]) for run in runs]
+        by_hand.append(best[0]["test"] - best[1]["test"])
+    assert summary["best_rival"]["mean"] == pytest.approx(np.mean(by_hand))
+
+    # What is there is not done again; a new variant joins the table.
+    before = (tmp_path / "cnn" / "regression" / "s0" / "result.json").stat().st_mtime_ns
+    capsys.readouterr()
+    method.main([*arguments, "--variants", "regression,only_pose"])
+    printed = capsys.readouterr().out
+    assert printed.count("$ preceptor train") == 1
+    assert (tmp_path / "cnn" / "regression" / "s0" / "result.json").stat().st_mtime_ns == before
+    again = json.loads((tmp_path / "method.json").read_text())["summary"]["cnn"]
+    assert set(again["company"]["pose"]) == {"joint", "alone"}
+
+    with pytest.raises(SystemExit, match="not 3: choose another --out"):
+        method.main([*arguments[:-4], "--steps", "3", "--report"])
+
+
+def test_a_folder_without_a_bed_is_told(tmp_path):
+    with pytest.raises(SystemExit, match=r"make\.py"):
+        method.main(["--bed", str(tmp_path), "--report"])
