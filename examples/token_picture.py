@@ -59,11 +59,12 @@ def main() -> None:
         student, alignment, _ = load_model(folder)
         inputs = normalise(torch.from_numpy(pixels(student.size)), torch.device("cpu"))
         with torch.inference_mode():
-            output = student.eval()(inputs)
-            predicted = alignment.eval().predict(output, dense=True).dense
+            output = alignment.run_student(student, inputs)
+            predicted = alignment.predict(output, dense=True).dense
             # The student's idea of a space, in the colours of the teacher's own tokens.
             for (name, grid), palette in palettes.items():
-                tokens = alignment.grids[module_key(name)](predicted[name]).numpy()
+                said = alignment.grids[module_key(name)](predicted[name])
+                tokens = alignment.units[module_key(name)].standardised(said).numpy()
                 title = f"{folder.name} on\n{name.replace('/', chr(10))}"
                 panels.append(Panel(title, palette(tokens[:count], grid)))
     notes = {place: CLASSES[labels[row]] for place, row in enumerate(shown)}

@@ -23,8 +23,9 @@ def teacher_gradients(
 ) -> dict[str, float]:
     """Share of each teacher in the gradient, and the angles between the teachers' gradients.
 
-    The gradients are those at the student's output, its tokens and its descriptor: the last thing
-    that all teachers share, and where the gradient of every weight of the backbone comes from.
+    The gradients are those at the student's output: its tokens, its descriptor and what else an
+    alignment reads of it. That is the last thing that all teachers share, and where the gradient of
+    every weight of the backbone comes from.
     Sener and Koltun 2018 (arXiv:1810.04650, section 3.3) bound the conflict on the weights by the
     one there; it costs no pass through the backbone. Frees nothing: the loss can go backward after.
 

@@ -26,7 +26,7 @@ def store(tokens: torch.Tensor):
     moments.add(tokens)
     part = Accumulator(torch.zeros(tokens.shape[1]))
     part.add(tokens[:200])  # a store calibrates on a sample
-    mean, std = (torch.from_numpy(x) for x in calibration(part.moments()))
+    mean, std = (torch.from_numpy(x) for x in calibration(part))
     space = SimpleNamespace(mean=mean, std=std, statistics=moments.moments)
     return space, ((tokens - mean) / std).float()
 
