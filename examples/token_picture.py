@@ -64,7 +64,7 @@ def main() -> None:
             # The student's idea of a space, in the colours of the teacher's own tokens.
             for (name, grid), palette in palettes.items():
                 said = alignment.grids[module_key(name)](predicted[name])
-                tokens = alignment.units[module_key(name)].standardised(said).numpy()
+                tokens = alignment.standardised(name, said).numpy()
                 title = f"{folder.name} on\n{name.replace('/', chr(10))}"
                 panels.append(Panel(title, palette(tokens[:count], grid)))
     notes = {place: CLASSES[labels[row]] for place, row in enumerate(shown)}

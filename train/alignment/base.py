@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -307,6 +307,12 @@ class Alignment(nn.Module, ABC):
         if self.match == "teacher":
             return resample(prediction), target
         return prediction, target if resample.matrix is None else resample(floats(target))
+
+    def standardised(self, space: str, prediction: Tensor) -> Tensor:
+        """A prediction [..., D] in the units of the store, whatever `targets` it was learnt in."""
+        units: Any = self.units[module_key(space)]
+        values: Tensor = units.standardised(prediction)
+        return values
 
     def readout(self, output: StudentOutput, kind: str = "pooled") -> Tensor:
         """The feature that an evaluation uses, [B, K] float.
