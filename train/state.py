@@ -100,8 +100,9 @@ class RunState:
             self.meter.skipped = 0 if rank else int(local["skipped"].sum())
             return
         self.meter.skipped = int(local["skipped"][rank])
-        torch.set_rng_state(local["cpu"][rank])
+        # Copies: PyTorch reads a view of a row from another place than the row.
+        torch.set_rng_state(local["cpu"][rank].clone())
         if fabric.device.type == "cuda" and "cuda" in local:
-            torch.cuda.set_rng_state(local["cuda"][rank], fabric.device)
+            torch.cuda.set_rng_state(local["cuda"][rank].clone(), fabric.device)
         if window["batches"]:
             self.meter.restore(window["names"], window["batches"], local["sums"][rank])

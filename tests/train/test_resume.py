@@ -45,7 +45,7 @@ def at_step(monkeypatch):
     return plan
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 10)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 10), (2, 2)])
 def test_a_run_killed_anywhere_ends_with_the_same_bits(bed, tmp_path, ranks, kills):
     # In a process of its own, since what it forks must not inherit running threads.
     command = (
