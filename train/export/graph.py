@@ -89,8 +89,7 @@ class WithHeads(nn.Module):
         return found
 
     def _in_units(self, space: str, prediction: Tensor) -> Tensor:
-        learnt: Any = self.alignment.units[module_key(space)]
-        prediction = learnt.standardised(prediction)
+        prediction = self.alignment.standardised(space, prediction)
         if not self.units:
             return prediction
         scaled: Tensor = self.units[module_key(space)](prediction)
