@@ -178,7 +178,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         "Generator[TrainBatch, None, None]",
         data.batches(first * recipe.accumulate, steps * recipe.accumulate),
     )
-    latest: dict[str, float] = {}
+    latest = run.latest
     distiller.train()
 
     with (

@@ -25,6 +25,7 @@ class RunState:
 
     Attributes:
         identity: what determines the run, see `check_same_run`.
+        latest: scalars as they were last read.
         best: of the metric that ``keep.best`` names the best value, and the step it was seen at.
     """
 
@@ -35,6 +36,7 @@ class RunState:
     meter: Meter
     identity: Mapping[str, Any]
     best: dict[str, Any] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)
 
     def improves(self, metric: str | None, latest: Mapping[str, float], step: int) -> bool:
         """Whether the metric is better than it ever was; then it is the best from now on."""
@@ -79,6 +81,7 @@ class RunState:
             "window": {"names": window["names"], "batches": window["batches"]},
             "local": gathered,
             "best": dict(self.best),
+            "latest": dict(self.latest),
             "identity": dict(self.identity),
         }
 
@@ -91,6 +94,7 @@ class RunState:
         self.optimizer.load_state_dict(state["optimizer"])
         fabric.strategy.precision.load_state_dict(state["precision"])
         self.best = dict(state["best"])
+        self.latest |= state["latest"]
         rank, local, window = fabric.global_rank, state["local"], state["window"]
         if state["ranks"] != fabric.world_size:
             fabric.print(

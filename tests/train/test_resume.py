@@ -97,12 +97,16 @@ def test_a_signal_saves_and_tells_how_to_go_on(bed, tmp_path, at_step, capsys, n
 
 def test_a_second_signal_acts_as_it_always_did(train_config, at_step):
     def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # in this thread, one after the other
+        signal.raise_signal(signal.SIGINT)
 
     at_step({3: twice})
-    with pytest.raises(KeyboardInterrupt):
-        train(train_config())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(train_config())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -162,7 +166,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(train_config, tmp_path):
 def test_another_number_of_ranks_goes_on_at_the_same_part_of_the_way(
     train_config, tmp_path, at_step, capsys
 ):
-    options = ("recipe.steps=null", "recipe.epochs=4", "recipe.checkpoint_every=4")
+    options = ("recipe.steps=null", "recipe.epochs=8", "recipe.checkpoint_every=4")
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -180,6 +184,16 @@ def test_another_number_of_ranks_goes_on_at_the_same_part_of_the_way(
     told = capsys.readouterr().out
     assert "was written by 2 rank(s) and this run has 1" in told
     assert "going on from step 8 of 16" in told
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_ends(train_config, tmp_path):
+    whole = train(train_config())
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / "student.safetensors").unlink()
+    again = train(train_config())
+    assert again["loss"] == whole["loss"]
+    assert again["losses"] == whole["losses"]
+    assert (tmp_path / "run" / "student.safetensors").exists()
 
 
 def test_a_copied_checkpoint_of_other_options_is_refused_with_the_difference(train_config):
