@@ -93,8 +93,9 @@ class KnnMonitor:
         orders = [[(int(row), 0) for row in part] for part in parts]
         found = []
         for pixels in prefetched(decoded(self._views, orders, self._workers), 2):
+            inputs = fabric.strategy.precision.convert_input(normalise(pixels, fabric.device))
             with fabric.autocast():
-                output = alignment.run_student(student, normalise(pixels, fabric.device))
+                output = alignment.run_student(student, inputs)
                 found.append(output.pooled.float())
         gathered = fabric.all_gather(torch.cat(found))
         assert isinstance(gathered, Tensor)

@@ -18,7 +18,7 @@ from preceptor.train import loop
 from preceptor.train.checkpoint import Checkpoints, load_checkpoint, load_model, save_checkpoint
 from preceptor.train.data import StoredViews, normalise
 from preceptor.train.loop import train
-from preceptor.train.students import load_student
+from preceptor.train.students import Student, load_student
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -154,6 +154,25 @@ def stop_after(monkeypatch, steps: int) -> None:
         return original(step, *rest)
 
     monkeypatch.setattr(loop, "learning_rate", interrupted)
+
+
+@pytest.mark.parametrize(
+    "align", [("align=regression",), ("align=model_token", "align.write_back=1")], ids=" ".join
+)
+def test_a_compiled_student_learns_the_same(train_config, tmp_path, align, monkeypatch):
+    def traced(student: torch.nn.Module) -> None:  # all but the slow making of machine code
+        torch.nn.Module.compile(student, backend="aot_eager")
+
+    monkeypatch.setattr(Student, "compile", traced)
+    options = (*align, "recipe.steps=3", "recipe.lr=1e-4", "engine.precision=64-true")
+    for out, compiled in (("plain", "false"), ("compiled", "true")):
+        train(train_config(*options, f"engine.compile={compiled}", student=CNN, out=out))
+    plain, compiled = (
+        load_file(tmp_path / out / "student.safetensors") for out in ("plain", "compiled")
+    )
+    assert list(plain) == list(compiled)
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-6, atol=1e-9)
 
 
 def test_workers_change_nothing(train_config, tmp_path):
