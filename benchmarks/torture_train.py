@@ -26,7 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
+if __name__ == "__main__":  # before torch is there: a pool of threads does not survive a fork
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 from hydra import compose, initialize_config_module

@@ -22,7 +22,10 @@ from safetensors.torch import load_file
 @pytest.fixture
 def ablate(bed, test_bed, tmp_path, monkeypatch):
     """Runs the command for both beds and a very small student: (factors, more) -> exit status."""
+    # Runs have processes of their own, and the last bits depend on the number of threads.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def run(factors: str, *more: str, steps: int = 2, recipe: str = "") -> int:
         shared = (
@@ -41,7 +44,8 @@ def ablate(bed, test_bed, tmp_path, monkeypatch):
             given.append(f"eval={{{judged}}}")
         return main(["ablate", *given, *more])
 
-    return run
+    yield run
+    torch.set_num_threads(before)
 
 
 def test_runs_in_parallel_one_fails_and_a_second_call_does_only_what_is_missing(
