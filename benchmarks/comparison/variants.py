@@ -73,6 +73,9 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             ("align=model_token", "align.write_back=0", "align.layers=2", "align.width=64"),
             "no write-back: tokens read the last map and help to predict",
         ),
+        "no_intra": Variant(
+            "ablation", (*INSIDE, "align.intra=false"), "no read: learnt constants written back"
+        ),
         "no_inter": Variant("ablation", (*INSIDE, "align.inter=none"), "no exchange of spaces"),
         "ungated": Variant("ablation", (*INSIDE, "align.gamma=null"), "exchange without gates"),
         "one_token": Variant("ablation", (*INSIDE, "align.tokens=1"), "M = 1"),

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ class Alignment(nn.Module, ABC):
         ConfigError: an option has an impossible value, or a grid cannot be resampled.
     """
 
-    readouts: ClassVar[Mapping[str, str]] = {
+    readouts: Mapping[str, str] = {
         "pooled": "the backbone's own descriptor",
         "spatial": "the map pooled to 2 x 2, side by side",
         "predictions": "the predicted descriptors of all teachers, side by side",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from .base import Alignment, Predictions, Runs, StudentShape, Term, token_loss
 from .heads import dense_projector, descriptor_mlp
 from .spaces import SpaceTarget, module_key
 from .targets import Codes, Target
-from .token_layers import Inter, Seen, TokenLayer, check_tokens
+from .token_layers import Inter, Seen, TokenLayer, check_tokens, reads
 from .write_back import WriteBack
 
 
@@ -48,6 +48,10 @@ class ModelToken(Alignment):
     `write_back`: the tokens live inside the backbone as well. They start there, read its stages and
     are read back by them (`WriteBack`); the L layers, which may then be none, go on from there.
 
+    Without `intra` there is no intra-space module: with `inter` "cross" the tokens see the student
+    through the inter-space module alone; with "self" they are the same for all images, learnt
+    constants that `write_back` gives the backbone to read, and so are no readout.
+
     `teacher_stream`: in training the same layers also read the cached tokens T_s of each teacher,
     X'_s = P'_s T_s (int8 codes stay codes: P' is absorbed by the kernel), from the same learnt
     tokens, which gives m'. With U_t a readout of its own, each teacher has two terms more, weighted
@@ -68,6 +72,7 @@ class ModelToken(Alignment):
         width: d; a multiple of `heads`.
         heads: attention heads, in all modules.
         mlp_ratio: hidden width of the modules' MLPs over d; 0 leaves them out.
+        intra: whether there is the intra-space module.
         inter: "self", "cross" or "none".
         gamma: where the gates of the inter-space module start; None for no gates.
         residual: whether the descriptors are predicted from the pooled feature too.
@@ -79,7 +84,7 @@ class ModelToken(Alignment):
     """
 
     undecayed = ("model_tokens",)
-    readouts: ClassVar[Mapping[str, str]] = {
+    readouts: Mapping[str, str] = {
         **Alignment.readouts,
         "tokens": "the normalised model tokens of all spaces, side by side",
         "both": "pooled and tokens, each scaled to unit length, side by side",
@@ -95,6 +100,7 @@ class ModelToken(Alignment):
         width: int = 128,
         heads: int = 4,
         mlp_ratio: float = 2.0,
+        intra: bool = True,
         inter: Inter = "self",
         gamma: float | None = 0.1,
         residual: bool = True,
@@ -107,8 +113,18 @@ class ModelToken(Alignment):
         super().__init__(student, spaces, **options)
         visited = choose_stages(student.stages, write_back, "write_back")
         check_tokens(
-            layers, tokens, width, heads, inter, mlp_ratio, least_layers=0 if visited else 1
+            layers,
+            tokens,
+            width,
+            heads,
+            inter,
+            mlp_ratio,
+            intra=intra,
+            least_layers=0 if visited else 1,
         )
+        if not reads(intra, inter):
+            _check_constants(bool(visited), residual, teacher_stream)
+            self.readouts = Alignment.readouts
         if pool < 1 or not teacher_stream >= 0:
             raise ConfigError(
                 f"align: pool={pool} must be at least 1 and teacher_stream={teacher_stream} a "
@@ -122,7 +138,7 @@ class ModelToken(Alignment):
         self.residual, self.teacher_stream = residual, teacher_stream
         self.streams = _streams(spaces)
         count = student.grid[0] * student.grid[1]
-        modules = (len(self.streams), width, heads, mlp_ratio, inter, gamma)
+        modules = (len(self.streams), width, heads, mlp_ratio, inter, gamma, intra)
         self.model_tokens = nn.Parameter(torch.empty(len(self.streams), tokens, width))
         nn.init.trunc_normal_(self.model_tokens, std=0.02)
         self.write_back = (
@@ -134,6 +150,7 @@ class ModelToken(Alignment):
                 mlp_ratio=mlp_ratio,
                 inter=inter,
                 gamma=gamma,
+                intra=intra,
                 pool=pool,
             )
             if visited
@@ -297,20 +314,27 @@ class _Reader(nn.Module):
         mlp_ratio: float,
         inter: Inter,
         gamma: float | None,
+        intra: bool,
     ) -> None:
         super().__init__()
-        self.positions = nn.Parameter(torch.empty(streams, count, width))
-        nn.init.trunc_normal_(self.positions, std=0.02)
-        self.inputs = nn.ModuleList(dense_projector(student_dim, width) for _ in range(streams))
+        self.positions: nn.Parameter | None = None
+        self.inputs = nn.ModuleList()
+        if reads(intra, inter):
+            self.positions = nn.Parameter(torch.empty(streams, count, width))
+            nn.init.trunc_normal_(self.positions, std=0.02)
+            self.inputs.extend(dense_projector(student_dim, width) for _ in range(streams))
         self.layers = nn.ModuleList(
-            TokenLayer(streams, width, heads, mlp_ratio, inter, gamma) for _ in range(layers)
+            TokenLayer(streams, width, heads, mlp_ratio, inter, gamma, intra) for _ in range(layers)
         )
 
-    def seen(self, student: Tensor) -> Tensor:
-        """X_s of all spaces [B, S, N, d] from the student's tokens [B, N, C]."""
+    def seen(self, student: Tensor) -> Tensor | None:
+        """X_s of all spaces [B, S, N, d] from the student's tokens [B, N, C]; None where no layer
+        reads them."""
+        if self.positions is None:
+            return None
         return torch.stack([project(student) for project in self.inputs], 1) + self.positions
 
-    def forward(self, tokens: Tensor, seen: Seen) -> Tensor:
+    def forward(self, tokens: Tensor, seen: Seen | None) -> Tensor:
         """Model tokens [B, S, M, d] through all layers."""
         for layer in self.layers:
             tokens = layer(tokens, seen)
@@ -325,3 +349,14 @@ def _streams(spaces: Mapping[str, SpaceTarget]) -> list[str]:
         for name, space in spaces.items()
         if space.grid is not None or space.teacher not in with_grid
     ]
+
+
+def _check_constants(write_back: bool, residual: bool, teacher_stream: float) -> None:
+    """Refuse model tokens that read nothing where they would have no part in the student either."""
+    reason = "align.intra=false with align.inter=self makes model tokens the same for all images"
+    if not write_back:
+        raise ConfigError(f"{reason}: without align.write_back nothing of them is left to learn")
+    if not residual:
+        raise ConfigError(f"{reason}: they cannot predict alone, as align.residual=false asks")
+    if teacher_stream:
+        raise ConfigError(f"{reason}: align.teacher_stream={teacher_stream} would read nothing")

@@ -34,12 +34,16 @@ class TokenLayer(nn.Module):
     the visual tokens of all groups under one softmax ("cross": attention over each X_g merged by
     the logsumexp, with one set of weights). gamma [d] are learnt gates (LayerScale), or 1.
 
+    Without `intra` the first two lines are left out: the tokens see X through "cross" alone, or not
+    at all.
+
     Args:
         groups: G.
         width: d; a multiple of `heads`.
         mlp_ratio: hidden width of the MLPs over d; 0 leaves them out.
         inter: "none", "self" or "cross".
         gamma: where the gates start; None for none.
+        intra: whether there is the intra-space module.
     """
 
     def __init__(
@@ -50,19 +54,22 @@ class TokenLayer(nn.Module):
         mlp_ratio: float,
         inter: Inter,
         gamma: float | None,
+        intra: bool = True,
     ) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
-        self.norm = GroupNorm(groups, width)
-        self.attention = CrossAttention(width, width, heads, groups=groups)
-        self.mlp = group_mlp(groups, width, hidden) if hidden else None
+        self.norm = GroupNorm(groups, width) if intra else None
+        self.attention = CrossAttention(width, width, heads, groups=groups) if intra else None
+        self.mlp = group_mlp(groups, width, hidden) if intra and hidden else None
         self.inter = None
         if inter != "none":
             self.inter = _Exchange(width, heads, hidden, inter, gamma)
 
-    def forward(self, tokens: Tensor, seen: Seen) -> Tensor:
-        """Model tokens [B, G, M, d] to the same."""
-        tokens = tokens + self.attention(self.norm(tokens), seen)
+    def forward(self, tokens: Tensor, seen: Seen | None) -> Tensor:
+        """Model tokens [B, G, M, d] to the same; `seen` may be None where nothing is read."""
+        if self.norm is not None and self.attention is not None:
+            assert seen is not None
+            tokens = tokens + self.attention(self.norm(tokens), seen)
         if self.mlp is not None:
             tokens = tokens + self.mlp(tokens)
         if self.inter is None:
@@ -85,9 +92,10 @@ class _Exchange(nn.Module):
         self.gamma_attention = _gate(width, gamma)
         self.gamma_mlp = _gate(width, gamma) if hidden else None
 
-    def forward(self, tokens: Tensor, seen: Seen) -> Tensor:
+    def forward(self, tokens: Tensor, seen: Seen | None) -> Tensor:
         normed = self.norm(tokens)
         if isinstance(self.attention, CrossAttention):
+            assert seen is not None
             exchanged = self.attention.over_spaces(normed, seen)
         else:
             exchanged, _ = self.attention(normed, normed, normed, need_weights=False)
@@ -95,6 +103,11 @@ class _Exchange(nn.Module):
         if self.mlp is None:
             return tokens
         return tokens + _gated(self.mlp(tokens), self.gamma_mlp)
+
+
+def reads(intra: bool, inter: Inter) -> bool:
+    """Whether a `TokenLayer` looks at the visual tokens at all."""
+    return intra or inter == "cross"
 
 
 def check_tokens(
@@ -105,6 +118,7 @@ def check_tokens(
     inter: str,
     mlp_ratio: float,
     *,
+    intra: bool = True,
     least_layers: int = 1,
 ) -> None:
     """Refuse what no layer can be built of.
@@ -114,6 +128,11 @@ def check_tokens(
     """
     if inter not in INTER:
         raise ConfigError(f"align.inter={inter}: valid are {', '.join(INTER)}")
+    if not intra and inter == "none":
+        raise ConfigError(
+            "align.intra=false and align.inter=none leave the model tokens no module: at least one "
+            "of them is needed"
+        )
     if layers < least_layers or tokens < 1 or heads < 1 or width < 1 or width % heads:
         raise ConfigError(
             f"align: layers={layers} must be at least {least_layers}, tokens={tokens} at least 1 "

@@ -11,7 +11,7 @@ from torch.nn import functional
 from ..stages import Stage
 from .grids import GridPool
 from .heads import dense_projector
-from .token_layers import Inter, TokenLayer
+from .token_layers import Inter, TokenLayer, reads
 
 
 class WriteBack(nn.Module):
@@ -38,8 +38,9 @@ class WriteBack(nn.Module):
         width: d.
         stages: all depths of the student.
         chosen: numbers of those that are visited, rising.
-        heads, mlp_ratio, inter, gamma: as in `TokenLayer`; "cross" is "self" here, where all tokens
-            look at the one map anyway.
+        heads, mlp_ratio, inter, gamma, intra: as in `TokenLayer`; beside the intra-space read
+            "cross" is "self" here, where all tokens look at the one map anyway. With neither, the
+            tokens are learnt constants that the backbone reads, and X_l is not made.
         pool: most rows and columns of the map that is read.
     """
 
@@ -53,16 +54,15 @@ class WriteBack(nn.Module):
         mlp_ratio: float,
         inter: Inter,
         gamma: float | None,
+        intra: bool = True,
         pool: int,
     ) -> None:
         super().__init__()
         self.stages = tuple(chosen)
-        exchange: Inter = "none" if inter == "none" else "self"
+        exchange: Inter = "self" if intra and inter == "cross" else inter
+        modules = (width, heads, mlp_ratio, exchange, gamma, intra, pool)
         self.sites = nn.ModuleDict(
-            {
-                str(number): _Site(stages[number], width, heads, mlp_ratio, exchange, gamma, pool)
-                for number in chosen
-            }
+            {str(number): _Site(stages[number], *modules) for number in chosen}
         )
 
     def visit(self, stage: int, carried: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,16 +83,21 @@ class _Site(nn.Module):
         mlp_ratio: float,
         inter: Inter,
         gamma: float | None,
+        intra: bool,
         pool: int,
     ) -> None:
         super().__init__()
         self.prefix, self.heads = stage.prefix, heads
-        rows, columns = (min(side, pool) for side in stage.grid)
-        self.pool = GridPool(stage.grid, (rows, columns))
-        self.input = dense_projector(stage.dim, width)
-        self.positions = nn.Parameter(torch.empty(rows * columns, width))
-        nn.init.trunc_normal_(self.positions, std=0.02)
-        self.layer = TokenLayer(1, width, heads, mlp_ratio, inter, gamma)
+        self.pool: GridPool | None = None
+        self.input: nn.Module | None = None
+        self.positions: nn.Parameter | None = None
+        if reads(intra, inter):
+            rows, columns = (min(side, pool) for side in stage.grid)
+            self.pool = GridPool(stage.grid, (rows, columns))
+            self.input = dense_projector(stage.dim, width)
+            self.positions = nn.Parameter(torch.empty(rows * columns, width))
+            nn.init.trunc_normal_(self.positions, std=0.02)
+        self.layer = TokenLayer(1, width, heads, mlp_ratio, inter, gamma, intra)
         self.query = dense_projector(stage.dim, width)
         self.norm = nn.LayerNorm(width)
         self.key_value = nn.Linear(width, 2 * width)
@@ -102,9 +107,16 @@ class _Site(nn.Module):
 
     def forward(self, carried: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """z [B, S * M, d] and h [B, P + N, C] to z and the update of h."""
-        seen = self.input(self.pool(tokens[:, self.prefix :])) + self.positions
-        carried = self.layer(carried.unsqueeze(1), seen.unsqueeze(1)).squeeze(1)
+        seen = self._seen(tokens[:, self.prefix :])
+        carried = self.layer(carried.unsqueeze(1), seen).squeeze(1)
         q, (k, v) = self.query(tokens), self.key_value(self.norm(carried)).chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         read = functional.scaled_dot_product_attention(q, k, v)
         return carried, self.output(read.transpose(1, 2).flatten(2))
+
+    def _seen(self, image: Tensor) -> Tensor | None:
+        """X [B, 1, N', d] of the map's tokens [B, N, C]; None where nothing is read."""
+        if self.input is None or self.pool is None or self.positions is None:
+            return None
+        seen: Tensor = self.input(self.pool(image)) + self.positions
+        return seen.unsqueeze(1)

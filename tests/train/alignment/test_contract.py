@@ -21,6 +21,8 @@ VARIANTS = {
     "model_token, cross": {"inter": "cross"},
     "model_token, alone": {"inter": "none", "residual": False, "mlp_ratio": 0},
     "model_token, inside": {"write_back": 2, "layers": 0, "width": 16, "heads": 2},
+    "model_token, constant": {"intra": False, "write_back": 2, "layers": 1, "width": 16},
+    "model_token, cross without intra": {"intra": False, "inter": "cross", "write_back": 1},
     "model_token, all": {"write_back": [0, 2], "teacher_stream": 0.5, "gamma": None},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -344,6 +346,16 @@ def test_spaces_are_chosen_by_name_or_teacher(spaces):
         ({"name": "regression", "balance": "drop", "drop": 2}, "drop=2: a probability"),
         ({"name": "regression", "balance": "normalised", "momentum": 1}, "momentum=1: from 0 to"),
         ({"name": "model_token", "inter": "all"}, "valid are none, self, cross"),
+        ({"name": "model_token", "intra": False, "inter": "none"}, "leave the model tokens no mod"),
+        ({"name": "model_token", "intra": False}, "without align.write_back nothing of them is"),
+        (
+            {"name": "model_token", "intra": False, "write_back": 1, "residual": False},
+            "cannot predict alone, as align.residual=false asks",
+        ),
+        (
+            {"name": "model_token", "intra": False, "write_back": 1, "teacher_stream": 0.5},
+            "teacher_stream=0.5 would read nothing",
+        ),
         ({"name": "model_token", "width": 30, "heads": 4}, "multiple of heads=4"),
         ({"name": "model_token", "layers": 0}, "layers=0 must be at least 1"),
         ({"name": "model_token", "mlp_ratio": -1}, "mlp_ratio=-1: at least 0"),

@@ -52,6 +52,8 @@ def mlp(sequence, x, group):
 
 
 def intra(layer, x, seen, group):
+    if layer.attention is None:
+        return x
     a = layer.attention
     read = attention(
         linear(a.q_proj, norm(layer.norm, x, group), group),
@@ -98,6 +100,7 @@ def alternate(reader, start, seen):
         {"inter": "none", "layers": 1},
         {"inter": "self", "gamma": None, "mlp_ratio": 0, "layers": 3},
         {"inter": "cross", "gamma": None, "residual": False},
+        {"inter": "cross", "intra": False, "tokens": 3},
     ],
 )
 def test_tokens_and_predictions_follow_the_formula(double, run, options):
@@ -219,6 +222,60 @@ def test_without_exchange_spaces_do_not_see_each_other(build, run):
         with torch.no_grad():
             (alignment.model_tokens if expected is not None else alignment.reader.positions)[1] += 1
         assert torch.equal(before, alignment.attend(output)[:, 0]) is bool(expected)
+
+
+@pytest.mark.parametrize("inter_space", ["self", "cross"])
+def test_without_the_intra_space_read_a_stage_is_as_the_formula_says(double, inter_space):
+    """ "self": no image reaches the tokens; "cross": the map does, through the exchange alone."""
+    alignment, student = double(
+        intra=False, inter=inter_space, write_back=[0, 1], layers=0, pool=3, tokens=2
+    )
+    generator = torch.Generator().manual_seed(2)
+    z = alignment.begin(4)
+    for number in (0, 1):
+        stage, site = student.stages[number], alignment.write_back.sites[str(number)]
+        rows, columns = stage.grid
+        shape = (4, stage.prefix + rows * columns, stage.dim)
+        h = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found_z, found_update = alignment.visit(number, z, h)
+        if inter_space == "cross":
+            image = h[:, stage.prefix :].transpose(1, 2).unflatten(2, stage.grid)
+            pooled = functional.adaptive_avg_pool2d(image, 3).flatten(2).transpose(1, 2)
+            seen = [site.input(pooled) + site.positions]
+        else:
+            assert site.input is site.positions is site.pool is None
+            seen = None
+        z = inter(site.layer.inter, z, seen)
+        torch.testing.assert_close(found_z, z, rtol=1e-9, atol=1e-9)
+        assert torch.equal(z[0], z[1]) is (inter_space == "self")
+        keys, values = site.key_value(site.norm(z)).chunk(2, -1)
+        update = site.output(attention(site.query(h), keys, values))
+        torch.testing.assert_close(found_update, update, rtol=1e-9, atol=1e-9)
+
+
+def test_without_the_intra_space_read_none_of_its_weights_are_there(build):
+    options = {"write_back": 2, "layers": 1, "width": 16, "heads": 2}
+    whole = build("model_token", **options).state_dict()
+    kept = build("model_token", intra=False, **options).state_dict()
+    own = ("layer.norm.", "layer.attention.", "layer.mlp.", "layers.0.norm.",
+           "layers.0.attention.", "layers.0.mlp.", "input.", "inputs.", "positions",
+           "sites.1.pool.", "sites.2.pool.")  # fmt: skip
+    gone = {name for name in whole if any(part in name for part in own) and ".inter." not in name}
+    assert set(kept) == set(whole) - gone
+    crossing = build("model_token", intra=False, inter="cross", **options).state_dict()
+    assert {name for name in crossing if ".inter." not in name} == {
+        name
+        for name in whole
+        if ".inter." not in name and (name not in gone or any(part in name for part in own[6:]))
+    }
+
+
+def test_tokens_that_are_the_same_for_all_images_are_no_readout(build):
+    options = {"write_back": 1, "layers": 1}
+    assert "tokens" in build("model_token", **options).readouts
+    assert "tokens" in build("model_token", intra=False, inter="cross", **options).readouts
+    constant = build("model_token", intra=False, **options)
+    assert list(constant.readouts) == ["pooled", "spatial", "predictions"]
 
 
 def test_grouped_attention_is_each_groups_own():
