@@ -7,7 +7,7 @@ Every run is `preceptor train` on the bed's pool: the same steps, images, order 
 a seed. Its readouts are reduced to one width without labels, and probes, regularisation and readout
 are chosen on validation; docs/method.md has the protocol. A finished run is kept in --out and not
 done again, a begun one goes on, so the matrix can be collected over several sittings: with --report
-the table is made of what there is.
+the table is made of what there is. --time measures how long the students take at inference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from preceptor.benchmarks.comparison import report, stores
+from preceptor.benchmarks.comparison import report, stores, timing
 from preceptor.benchmarks.comparison.bed import Bed
 from preceptor.benchmarks.comparison.judge import WIDTH, judge
 from preceptor.benchmarks.comparison.plan import Plan
@@ -76,9 +76,10 @@ def teachers_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 def results(plan: Plan) -> dict[str, Any]:
     """Everything that is there, as JSON."""
-    runs, teachers = collect(plan), teachers_of(plan)
+    runs, teachers, times = collect(plan), teachers_of(plan), timing.collect(plan)
     summary: dict[str, Any] = {
-        student: report.summarise(own, teachers) for student, own in runs.items()
+        student: report.summarise(own, teachers, times.get(student))
+        for student, own in runs.items()
     }
     return {
         "protocol": {
@@ -99,6 +100,7 @@ def results(plan: Plan) -> dict[str, Any]:
             for student, by_variant in {**runs, "teachers": teachers}.items()
         },
         "stores": stores.collect(plan),
+        "times": times,
         "summary": summary,
     }
 
@@ -114,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--stores", default="", help="also of regression: fp16,int8,compact,int4,"
                         "views1,views2,views4,online")  # fmt: skip
+    parser.add_argument("--time", action="store_true", help="also time the students' inference, on "
+                        "a machine that does nothing else")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="run nothing: the table of what is")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--json", type=Path, default=None)
@@ -128,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         students = options.students.split(",")
         if unknown := set(students) - set(STUDENTS):
             raise ConfigError(f"--students {', '.join(unknown)}: there are {', '.join(STUDENTS)}")
+        if options.time:
+            timing.keep(plan, students, variants(bed.teachers))
         seeds = range(options.first_seed, options.first_seed + options.seeds)
         if not options.report:
             compare(plan, students, chosen, seeds)
@@ -139,6 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     for student, summary in found["summary"].items():
         show(f"{student}: mean over {len(bed.tasks)} tasks, %", COLUMNS, report.rows(summary))
+        if student in found["times"]:
+            times = found["times"][student]
+            columns = ("variant", *times["settings"])
+            show(f"{student}: ms of a pass (ratio to ours)", columns, timing.rows(times))
     if found["stores"]:
         columns = ("student", "store", "test", "difference", "to")
         show("what the cache costs", columns, stores.rows(found["stores"]))

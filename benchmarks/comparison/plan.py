@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from .bed import Bed
 
@@ -28,3 +31,8 @@ class Plan:
 
     def folder(self, student: str, name: str, seed: int) -> Path:
         return self.out / student / name / f"s{seed}"
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A part of a composed configuration as a plain mapping."""
+    return dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]

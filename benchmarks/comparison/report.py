@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from ...train.evaluation import over_seeds
 from .judge import chosen
+from .variants import OURS
 
 RESAMPLES = 10_000
-OURS = "model_token"
 
 Run = Mapping[str, Any]
 
@@ -94,13 +94,16 @@ def paired(
 
 
 def summarise(
-    runs: Mapping[str, Sequence[Run]], teachers: Mapping[str, Sequence[Run]]
+    runs: Mapping[str, Sequence[Run]],
+    teachers: Mapping[str, Sequence[Run]],
+    times: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary of one student's runs.
 
     Args:
         runs: by variant.
         teachers: by teacher, one "run" each.
+        times: what `timing` measured of this student.
     """
     kinds = {name: own[0]["kind"] for name, own in runs.items()}
     summary: dict[str, Any] = {
@@ -118,6 +121,8 @@ def summarise(
         "teachers": {name: mean(own, "test") for name, own in teachers.items()},
         "cost": {name: own[0]["cost"] for name, own in runs.items()},
     }
+    if times:
+        summary["inference_ms"] = times["settings"]
     # Before training and after it, of the student that all teachers teach by regression.
     summary["cosines"] = {
         when: _means([run["cosines"] for run in runs[name]])

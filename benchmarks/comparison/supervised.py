@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from ...train.data import normalise
 from ...train.optimizer import build_optimizer, learning_rate
 from ...train.students import Student, StudentOutput, build_student
 from .bed import Bed
-from .plan import Plan
+from .plan import Plan, plain
 from .variants import Variant
 
 
@@ -61,7 +59,7 @@ def train_supervised(
     """
     options = [*variant.all_options(student), "recipe=short", f"recipe.steps={plan.steps}"]
     config = compose_options("train", [f"cache={plan.store}", "data.shards=unused", *options])
-    model = build_student(_plain(config.student), seed)
+    model = build_student(plain(config.student), seed)
     taught = Taught(model, plan.bed)
     optimizer = build_optimizer(taught, config.recipe)
     random = np.random.default_rng(seed)
@@ -81,7 +79,7 @@ def train_supervised(
         optimizer.step()
     cache = Cache.open(plan.store)
     spaces = {name: cache[name].spec for name in cache.spaces}
-    return model, build_alignment(_plain(config.align), model, spaces)
+    return model, build_alignment(plain(config.align), model, spaces)
 
 
 def _truth(bed: Bed, task: str) -> Tensor:
@@ -100,9 +98,3 @@ def _outputs(bed: Bed, task: str, kind: str) -> int:
     if kind == "dense":
         return 1
     return labels.targets.shape[1] if kind == "regression" else int(labels.classes.max()) + 1
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    return dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]

@@ -21,6 +21,8 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """A ResNet with a 3 x 3 grid and a ViT with a 6 x 6 grid, both of 48 pixels."""
 
+OURS = "model_token"
+
 INSIDE = ("align=model_token", "align.write_back=3", "align.layers=0", "align.width=64")
 """Model tokens inside the backbone."""
 
@@ -33,7 +35,8 @@ class Variant:
         kind: ours | ablation | rival | control | teacher | reference; a rival is what ours has to
             beat, a control has ours' capacity, a teacher's variant learns from that teacher alone.
         options: of `preceptor train`, beside the student's and the recipe's.
-        of_student: further ones, by student.
+        of_student: further ones, by student. Times are those of 64 images on one thread; what they
+            were is in docs/method.md.
         says: what it is.
     """
 
@@ -66,6 +69,27 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             {
                 "cnn": ("student.options.channels=[32,64,128,256]",),
                 "vit": ("student.options.embed_dim=152", "student.options.num_heads=4"),
+            },
+        ),
+        "regression_same_cost": Variant(
+            "control",
+            ("align=regression",),
+            "regression, a deeper backbone with ours' parameters and time",
+            {
+                "cnn": (
+                    "student.options.channels=[24,48,96,184]",
+                    "+student.options.layers=[6,4,2,1]",
+                ),
+                "vit": ("student.options.depth=6", "student.options.embed_dim=124"),
+            },
+        ),
+        "regression_same_time": Variant(
+            "control",
+            ("align=regression",),
+            "regression, a backbone widened until it takes at least ours' time",
+            {
+                "cnn": ("student.options.channels=[52,104,208,416]",),
+                "vit": ("student.options.embed_dim=168",),
             },
         ),
         "after_backbone": Variant(

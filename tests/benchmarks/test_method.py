@@ -8,11 +8,15 @@ import math
 import numpy as np
 import pytest
 from preceptor.benchmarks import method
-from preceptor.benchmarks.comparison import judge, report
+from preceptor.benchmarks.comparison import judge, report, timing
 from preceptor.benchmarks.comparison.bed import Bed, Outputs
-from preceptor.benchmarks.comparison.variants import choose, variants
+from preceptor.benchmarks.comparison.runs import cost
+from preceptor.benchmarks.comparison.variants import STUDENTS, choose, variants
 from preceptor.errors import ConfigError
-from preceptor.train.alignment import ALIGNMENTS
+from preceptor.options import compose_options
+from preceptor.train.alignment import ALIGNMENTS, build_alignment
+from preceptor.train.alignment.base import Space
+from preceptor.train.students import build_student
 from scipy import stats
 from sklearn.decomposition import PCA
 
@@ -105,7 +109,48 @@ def test_every_alignment_is_compared():
         choose("modeltoken", known)
 
 
-def test_runs_are_made_once_and_reported(bed, tmp_path, capsys):
+OF_THE_BED = {
+    "efficientnet_lite0": (320, 3, 1280),
+    "vit_s_focus": (384, 6, 384),
+    "u2netp": (64, 8, 64),
+    "letters": (128, 6, 128),
+    "pose": (128, 6, 128),
+    "materials": (96, 6, 96),
+}
+"""Width of the map, its side, and width of the descriptor of the full bed's teachers."""
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_the_backbone_controls_have_the_parameters_that_they_state(student):
+    spaces = {}
+    for teacher, (dim, side, width) in OF_THE_BED.items():
+        spaces[f"{teacher}/map"] = Space(teacher, side * side, dim, (side, side))
+        spaces[f"{teacher}/mean"] = Space(teacher, 1, width, None)
+    found = {}
+    for name, variant in timing.timed(variants([])).items():
+        options = ["cache=unused", "data.shards=unused", *variant.all_options(student)]
+        config = compose_options("train", options)
+        model = build_student(dict(config.student), 0)
+        found[name] = cost(model, build_alignment(dict(config.align), model, spaces))
+    ours = found["model_token"]
+    assert found["regression_same_cost"]["student"] == pytest.approx(ours["student"], rel=0.02)
+    for name in ("regression_wide_backbone", "regression_same_time"):
+        assert found[name]["student"] > ours["student"]
+        assert found[name]["operations"] > ours["operations"]
+    assert found["regression"]["student"] < ours["student"]
+
+
+def test_times_are_summarised_as_by_hand():
+    found = timing._summary({"model_token": [1.0, 2.0, 4.0], "other": [3.0, 2.0, 2.0]})["other"]
+    assert found == {
+        "ms": 2000,
+        "quartiles_ms": [2000, 2500],
+        "ratio": 1.0,  # of 3, 1 and 0.5
+        "quartiles": [0.75, 2.0],
+    }
+
+
+def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
     arguments = [
         "--bed", str(bed), "--out", str(tmp_path), "--students", "cnn", "--seeds", "1",
         "--steps", "2", "--json", str(tmp_path / "method.json"),
@@ -132,12 +177,19 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys):
     # What is there is not done again; a new variant joins the table.
     before = (tmp_path / "cnn" / "regression" / "s0" / "result.json").stat().st_mtime_ns
     capsys.readouterr()
-    method.main([*arguments, "--variants", "regression,only_pose"])
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0)
+    method.main([*arguments, "--variants", "regression,only_pose", "--time"])
     printed = capsys.readouterr().out
     assert printed.count("$ preceptor train") == 1
     assert (tmp_path / "cnn" / "regression" / "s0" / "result.json").stat().st_mtime_ns == before
     again = json.loads((tmp_path / "method.json").read_text())["summary"]["cnn"]
     assert set(again["company"]["pose"]) == {"joint", "alone"}
+    assert len(again["inference_ms"]) == 4
+    for times in again["inference_ms"].values():
+        assert set(times) == set(timing.timed(variants([])))
+        assert times["model_token"]["ratio"] == 1
+        assert all(own["ms"] > 0 and own["quartiles_ms"][0] > 0 for own in times.values())
 
     with pytest.raises(SystemExit, match="not 3: choose another --out"):
         method.main([*arguments[:-4], "--steps", "3", "--report"])
