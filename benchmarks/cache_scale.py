@@ -28,9 +28,10 @@ from preceptor.cache import Cache, SpaceSpec, StorePlan, StoreWriter, TeacherRec
 from preceptor.cache.commit import Commit, Completion, FileRecord, completion_name, record_name
 from preceptor.cache.constants import constant_bytes, statistics_sha256
 from preceptor.cache.gather import by_group
-from preceptor.cache.layout import CRC, Layout, crc32c
+from preceptor.cache.layout import CRC, Layout
 from preceptor.cache.manifest import ROWS, digest
 from preceptor.cache.order import EpochOrder
+from preceptor.cache.sharding import alignment, crc32c
 from preceptor.cache.spare import write_twice
 from preceptor.measure import peak_memory_mb
 from preceptor.progress import ProgressLine
@@ -130,12 +131,12 @@ def make_teacher(path: Path, writer: StoreWriter, teacher: TeacherRecord) -> Non
         files = {}
         for array, spec in arrays.items():
             chunks = layout.chunks_in(spec, shard)
-            stored = spec.chunk_bytes + CRC
+            stored, step = spec.chunk_bytes + CRC, alignment(spec)
             index = np.full((spec.chunks_a_shard, 2), 2**64 - 1, "<u8")
-            index[:chunks, 0] = np.arange(chunks) * stored
+            index[:chunks, 0] = np.arange(chunks) * (-(-stored // step) * step)
             index[:chunks, 1] = stored
             raw = index.tobytes()
-            size = chunks * stored + spec.index_bytes
+            size = int(index[chunks - 1].sum()) + spec.index_bytes
             with (path / spec.file(shard)).open("wb") as file:
                 file.truncate(size)
                 file.seek(size - spec.index_bytes)

@@ -113,6 +113,7 @@ class BatchIterator(Iterator[Batch]):
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cache-read")
         self._ahead: deque[_Window] = deque()
         self._next = start_step // self._a_window
+        self._planned: tuple[np.ndarray, list[GroupRows]] | None = None
         self._current: _Window | None = None
         self._base = start_step  # step of the current window's first batch
         self._schedule()
@@ -124,18 +125,26 @@ class BatchIterator(Iterator[Batch]):
     def __iter__(self) -> BatchIterator:
         return self
 
-    def _schedule(self) -> None:
+    def _plan(self) -> None:
+        """Find the rows of the next window: costs a millisecond, in which others can read."""
         number = self._next
-        if number >= self._order.windows:
+        if self._planned is not None or number >= self._order.windows:
             return
         self._next += 1
         rows = self._order.window(number)
         skipped = max(0, self._base - number * self._a_window) * self._order.batch_size
         rows = rows[skipped:]
+        plan = self._layout.plan
+        self._planned = rows, list(by_group(rows, plan.shard_rows, plan.group_rows))
+
+    def _schedule(self) -> None:
+        self._plan()
+        if self._planned is None:
+            return
+        (rows, groups), self._planned = self._planned, None
         if not len(rows):
             return
-        size = self._order.batch_size
-        plan, layout = self._layout.plan, self._layout
+        size, layout = self._order.batch_size, self._layout
         spaces = {
             space: Destination(
                 space.teacher, layout.space_arrays(space), len(rows), size, self._pool
@@ -147,7 +156,6 @@ class BatchIterator(Iterator[Batch]):
             arrays = {PIXELS: layout.pixel_array()}
             pixels = Destination(PIXELS, arrays, len(rows), size, self._pool)
         wanted = [*spaces.values(), *([] if pixels is None else [pixels])]
-        groups = list(by_group(rows, plan.shard_rows, plan.group_rows))
         work = deque(tasks(wanted, groups))
         failed: list[tuple[GroupRows, StoreError]] = []
         # one task a thread: handing over every group would keep the interpreter's lock busy
@@ -186,6 +194,7 @@ class BatchIterator(Iterator[Batch]):
 
     def _advance(self) -> None:
         window = self._ahead.popleft()
+        self._plan()
         try:
             for read in window.reads:
                 read.result()

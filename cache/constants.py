@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import StoreError
-from .layout import CRC, ArraySpec, Layout, crc32c, shard_file
+from .layout import CRC, ArraySpec, Layout
 from .manifest import Calibration, SpaceSpec
+from .sharding import crc32c, shard_file
 
 
 def constant_bytes(spec: ArraySpec, values: np.ndarray) -> bytes:

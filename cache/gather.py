@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class GroupRows:
     Attributes:
         shard, chunk: where the group is.
         local: int64 ``[k]``: positions within the group.
-        places: int64 ``[k]``: positions in the sequence that was asked for.
+        places: int64 ``[k]``, ascending: positions in the sequence that was asked for.
     """
 
     shard: int
@@ -36,15 +37,14 @@ def by_group(rows: np.ndarray, shard_rows: int, group_rows: int) -> Iterator[Gro
     """Collect rows, int64 ``[n]`` in any order, by the group that holds them."""
     if not len(rows):
         return
-    order = np.argsort(rows, kind="stable")
-    ordered = rows[order]
-    groups = ordered // group_rows
-    cuts = np.flatnonzero(np.diff(groups)) + 1
+    groups, local = np.divmod(rows, group_rows)
+    order = np.argsort(groups, kind="stable")
+    groups, local = groups[order], local[order]
+    cuts = (np.flatnonzero(np.diff(groups)) + 1).tolist()
     a_shard = shard_rows // group_rows
-    for start, end in zip([0, *cuts], [*cuts, len(rows)], strict=True):
-        group = int(groups[start])
-        local = ordered[start:end] - group * group_rows
-        yield GroupRows(group // a_shard, group % a_shard, local, order[start:end])
+    for start, end in pairwise([0, *cuts, len(rows)]):
+        shard, chunk = divmod(int(groups[start]), a_shard)
+        yield GroupRows(shard, chunk, local[start:end], order[start:end])
 
 
 class Destination:
@@ -89,12 +89,13 @@ class Destination:
         numbers, within = (places // self.batch_size).tolist(), (places % self.batch_size).tolist()
         return [batches[batch][at] for batch, at in zip(numbers, within, strict=True)]
 
-    def store(self, name: str, places: np.ndarray, values: np.ndarray) -> None:
-        """Copy rows, uint8 ``[k, row_bytes]``, to their places."""
-        batches = places // self.batch_size
-        for batch in np.unique(batches):
-            here = batches == batch
-            self._bytes[name][batch][places[here] % self.batch_size] = values[here]
+    def store(self, name: str, places: np.ndarray, values: np.ndarray, local: np.ndarray) -> None:
+        """Copy the ``local`` ones of rows, uint8 ``[n, row_bytes]``, to their ascending places."""
+        batches, within = np.divmod(places, self.batch_size)
+        cuts = (np.flatnonzero(np.diff(batches)) + 1).tolist()
+        for start, end in pairwise([0, *cuts, len(places)]):
+            target = self._bytes[name][int(batches[start])]
+            target[within[start:end]] = values[local[start:end]]
 
     def pop(self, batch: int) -> dict[str, torch.Tensor]:
         """The arrays of one batch; the destination lets go of them."""
@@ -155,11 +156,9 @@ class Gatherer:
         raw = self._chunks.stored(unit, spec, group.shard, group.chunk, out)
         if not spec.fixed_size:
             values = self._chunks.decoded(unit, spec, group.shard, group.chunk, raw)
-            raw = np.ascontiguousarray(values[group.local]).view(np.uint8)
-            destination.store(name, group.places, raw.reshape(len(group.local), -1))
-            return
+            raw = np.ascontiguousarray(values).view(np.uint8)
         rows = raw.reshape(spec.chunk[0], spec.row_bytes)
-        destination.store(name, group.places, rows[group.local])
+        destination.store(name, group.places, rows, group.local)
 
     def _buffer(self, length: int) -> np.ndarray:
         buffer = getattr(self._scratch, "buffer", None)

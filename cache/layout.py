@@ -14,17 +14,12 @@ from typing import Any
 
 import numpy as np
 
-# (data, start=0): CRC-32C of a contiguous uint8 array or bytes, continuing ``start``. This library
-# lets other threads run meanwhile, and uses AVX-512 where the processor has it.
-from awscrt.checksums import crc32c
-
 from ..errors import StoreError
 from .encodings import encoding
 from .manifest import FORMAT, PIXELS, ROWS, VERSION, Json, SpaceSpec, StorePlan
 
 INDEX_ENTRY = 16  # offset and length, two little-endian uint64
 CRC = 4
-MISSING = 2**64 - 1
 ZSTD_LEVEL = 3
 
 # The inner codecs of a chunk by name; crc32c comes last in all.
@@ -171,65 +166,6 @@ def _zstd() -> Any:
     from numcodecs.zstd import Zstd
 
     return Zstd(level=ZSTD_LEVEL, checksum=True)
-
-
-def shard_file(spec: ArraySpec, values: np.ndarray) -> tuple[list[Any], list[int]]:
-    """The buffers whose concatenation is the file of one shard, and its chunks' checksums.
-
-    Args:
-        values: ``[n, ...]`` with n a whole number of chunks, filled up with the fill value.
-            Chunks after them are stated as missing in the shard's index.
-    """
-    rows = spec.chunk[0]
-    if len(values) % rows or not 0 < len(values) <= spec.shard[0]:
-        raise ValueError(f"{spec.path}: {len(values)} rows are not a whole number of chunks")
-    buffers: list[Any] = []
-    sums: list[int] = []
-    index = np.full((spec.chunks_a_shard, 2), MISSING, "<u8")
-    offset = 0
-    for number in range(len(values) // rows):
-        raw = spec.encode_chunk(values[number * rows : (number + 1) * rows])
-        sums.append(crc32c(raw))
-        buffers += [raw, sums[-1].to_bytes(CRC, "little")]
-        index[number] = offset, raw.nbytes + CRC
-        offset += raw.nbytes + CRC
-    if spec.group is not None:
-        raw = index.tobytes()
-        buffers += [raw, crc32c(raw).to_bytes(CRC, "little")]
-    return buffers, sums
-
-
-def parse_index(spec: ArraySpec, raw: bytes, file_bytes: int, chunks: int) -> np.ndarray:
-    """The index of a shard: int64 ``[chunks, 2]`` of offset and length, for its first ``chunks``.
-
-    Args:
-        raw: the last ``spec.index_bytes`` bytes of the file.
-        file_bytes: length of the file.
-        chunks: how many chunks hold rows; the others must be missing.
-
-    Raises:
-        ValueError: checksum, a hole where rows should be, or an entry outside the file.
-    """
-    body, stated = raw[:-CRC], int.from_bytes(raw[-CRC:], "little")
-    if len(raw) != spec.index_bytes or crc32c(body) != stated:
-        raise ValueError("the shard index does not match its checksum")
-    entries = np.frombuffer(body, "<u8").reshape(-1, 2)
-    if (entries[chunks:] != MISSING).any():
-        raise ValueError("the shard index lists chunks past the last row")
-    used = entries[:chunks]
-    end = file_bytes - spec.index_bytes
-    if (used > end).any() or (used.sum(1) > end).any():
-        raise ValueError("the shard index points outside the file, or a chunk is missing")
-    if (used[:, 1] < CRC).any():
-        raise ValueError("the shard index states an impossible length")
-    if spec.fixed_size and (used[:, 1] != spec.chunk_bytes + CRC).any():
-        raise ValueError("the shard index states a wrong length")
-    return used.astype(np.int64)
-
-
-def plain_index(spec: ArraySpec, file_bytes: int) -> np.ndarray:
-    """The same for a file that is one plain chunk."""
-    return np.array([[0, file_bytes]], np.int64)
 
 
 class Layout:

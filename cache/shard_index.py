@@ -13,8 +13,9 @@ import numpy as np
 
 from ..errors import StoreError
 from .commit import Commit, Completion, record_name
-from .layout import CRC, ArraySpec, Layout, crc32c, parse_index, plain_index
+from .layout import CRC, ArraySpec, Layout
 from .manifest import Manifest
+from .sharding import crc32c, parse_index, plain_index
 from .source import Source
 
 _SHARDS_KEPT = 16384

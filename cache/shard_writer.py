@@ -17,9 +17,10 @@ from .commit import COMMITS, Commit, FileRecord, read_commit, record_name
 from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
 from .encodings.base import to_numpy
-from .layout import Layout, pad_to_chunks, shard_file
+from .layout import Layout, pad_to_chunks
 from .manifest import PIXELS, ROWS, Manifest, SpaceSpec
 from .rows import RowBatch
+from .sharding import shard_file
 from .statistics import Accumulator
 
 PARTIAL = "partial"

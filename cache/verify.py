@@ -18,10 +18,11 @@ from ..progress import ProgressLine
 from . import spare
 from .commit import COMMITS, Commit, Completion, FileRecord, completion_name, record_name
 from .copies import best_completion, best_manifest, stray_units
-from .layout import CRC, ArraySpec, Layout, crc32c, node_bytes, parse_index, plain_index
+from .layout import CRC, ArraySpec, Layout, node_bytes
 from .manifest import MANIFEST, ROWS, Manifest
 from .rows import decode_keys
 from .shard_writer import partial_name
+from .sharding import LARGEST_GAP, crc32c, parse_index, plain_index
 from .verify_report import Problem, VerifyReport, fingerprint
 
 _BLOCK = 4 << 20
@@ -264,7 +265,7 @@ def _read_problems(
         except ValueError as error:
             problems.append(str(error))
             entries = np.zeros((0, 2), np.int64)
-    # Chunks lie one after another, as they were written; what is between or after them is hashed.
+    # Chunks lie one after another, as they were written, with gaps of a few zeros between them.
     whole, at = hashlib.sha256(), 0
     spans = sorted((int(o), int(n), number) for number, (o, n) in enumerate(entries.tolist()))
     buffer = np.empty(_BLOCK, np.uint8)
@@ -272,7 +273,10 @@ def _read_problems(
         if offset < at:
             problems.append(f"group {number} overlaps another")
             continue
-        at = _hash_span(fd, whole, at, offset - at, buffer, told)[0]
+        gap = offset - at
+        at, value = _hash_span(fd, whole, at, gap, buffer, told)
+        if gap > LARGEST_GAP or value != crc32c(bytes(gap)):
+            problems.append(f"has more than a few zeros before group {number}")
         at, value = _hash_span(fd, whole, at, length - CRC, buffer, told)
         stated = os.pread(fd, CRC, at)
         whole.update(stated)

@@ -202,17 +202,19 @@ def check_file(root: Path, path: str, shard: int, entry: dict[str, Any]) -> None
     sums = [int(entry["chunks"][at : at + 8], 16) for at in range(0, len(entry["chunks"]), 8)]
     offset = 0
     if path.startswith("rows/"):
-        ends = [len(raw)]
-    else:  # chunks lie in order without gaps, then the index
+        starts, ends = [0], [len(raw)]
+    else:  # chunks lie in order, with gaps of a few zeros, then the index
         codecs = json.loads((root / path / "zarr.json").read_text())["codecs"]
         metadata = json.loads((root / path / "zarr.json").read_text())
         outer = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
         chunks = outer // codecs[0]["configuration"]["chunk_shape"][0]
         index = np.frombuffer(raw[-16 * chunks - 4 : -4], "<u8").reshape(-1, 2)[: len(sums)]
-        ends = index.sum(1).tolist()
-        assert index[:, 0].tolist() == [0, *ends[:-1]]
-    for end, value in zip(ends, sums, strict=True):
-        assert google_crc32c.value(raw[offset : end - 4]) == value
+        starts, ends = index[:, 0].tolist(), index.sum(1).tolist()
+        assert ends[-1] == len(raw) - 16 * chunks - 4
+    for start, end, value in zip(starts, ends, sums, strict=True):
+        assert 0 <= start - offset < 4096
+        assert raw[offset:start] == bytes(start - offset)
+        assert google_crc32c.value(raw[start : end - 4]) == value
         assert int.from_bytes(raw[end - 4 : end], "little") == value
         offset = end
 

@@ -6,16 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preceptor.cache.layout import ArraySpec, node_bytes, parse_index, shard_file
+from preceptor.cache.layout import ArraySpec, node_bytes
+from preceptor.cache.sharding import alignment, parse_index, shard_file
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 SPECS = {
     "raw": ArraySpec("a", "int8", (16, 3, 5), (16, 3, 5), (4, 3, 5), -128),
     "scales": ArraySpec("a", "float16", (16, 3), (16, 3), (4, 3), float("nan")),
     "channel-zstd": ArraySpec("a", "int8", (16, 3, 5), (16, 3, 5), (4, 3, 5), -128, "channel-zstd"),
+    "large": ArraySpec("a", "int8", (16, 65, 253), (16, 65, 253), (4, 65, 253), -128),
+    "large zstd": ArraySpec(
+        "a", "int8", (16, 65, 253), (16, 65, 253), (4, 65, 253), -128, "channel-zstd"
+    ),
     "plain": ArraySpec("a", "int64", (16,), (16,), None, -(2**63)),
     "plain zstd": ArraySpec("a", "uint8", (16, 9), (16, 9), None, 255, "zstd"),
 }
@@ -54,14 +60,26 @@ def test_a_file_is_what_zarr_python_would_write(spec: ArraySpec, tmp_path: Path)
     if spec.group is None:
         assert ours == theirs
         return
-    # zarr-python may order the chunks otherwise: compare chunk by chunk
-    assert len(ours) == len(theirs)
+    # zarr-python may order the chunks otherwise and leaves no gaps: compare chunk by chunk
     indices = [
         parse_index(spec, raw[-spec.index_bytes :], len(raw), spec.chunks_a_shard)
         for raw in (ours, theirs)
     ]
+    at, gaps = 0, b""
     for mine, other in zip(*indices, strict=True):
         assert ours[mine[0] : mine.sum()] == theirs[other[0] : other.sum()]
+        assert mine[0] % alignment(spec) == 0
+        gaps += ours[at : mine[0]]
+        at = int(mine.sum())
+    assert gaps == bytes(len(ours) - len(theirs))
+    assert at == len(ours) - spec.index_bytes
+    assert bool(gaps) == (spec.chunk_bytes >= 1 << 16)
+    # and other libraries read a file with gaps
+    (tmp_path / spec.file(0)).write_bytes(ours)
+    kvstore = {"driver": "file", "path": str(tmp_path / "a")}
+    third = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+    for reader in (zarr.open_array(tmp_path / "a", mode="r"), third.read().result()):
+        assert (np.asarray(reader[...]) == values).all()
 
 
 @EACH
