@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..cache import Batch, Cache, Tokens
-from ..errors import DataError, PreceptorError
+from ..errors import ConfigError, DataError, PreceptorError
 from .photometric import ColorJitter
 from .students import IMAGENET_MEAN, IMAGENET_STD
 from .views import Problems, StoredViews, StorePixels, Views, choose_views, join
@@ -74,26 +74,36 @@ class EpochViews:
 
     Args:
         valid: bool [rows]; row r is view r mod `views` of image r // `views`.
-        views: stored views an image, V.
+        views: stored views an image.
         seed: of the offsets.
+        first: V, of which the first ones are used; None for all.
 
     Attributes:
-        images: how many images have a view with tokens.
+        images: how many images have such a view with tokens.
+
+    Raises:
+        ConfigError: there are no views, or more than are stored.
     """
 
-    def __init__(self, valid: NDArray[np.bool_], views: int, seed: int) -> None:
-        self._views, self._seed = views, seed
-        table = np.asarray(valid, bool).reshape(-1, views)
+    def __init__(
+        self, valid: NDArray[np.bool_], views: int, seed: int, first: int | None = None
+    ) -> None:
+        if first is not None and not 1 <= first <= views:
+            raise ConfigError(
+                f"views={first}: the store has {views} of every image, so 1 to {views} can be used"
+            )
+        self._stored, self._views, self._seed = views, first or views, seed
+        table = np.asarray(valid, bool).reshape(-1, views)[:, : self._views]
         self._counts = table.sum(1)
         self._kept = np.flatnonzero(self._counts)
         # The valid views of an image first, in their order.
-        self._order = np.argsort(~table, axis=1, kind="stable") if views > 1 else None
+        self._order = np.argsort(~table, axis=1, kind="stable") if self._views > 1 else None
         self.images = len(self._kept)
 
     def rows(self, epoch: int) -> NDArray[np.int64]:
         """One row of every image, ascending, int64 [images]."""
         if self._order is None:
-            return self._kept
+            return self._kept * self._stored
         cycle, turn = divmod(epoch, self._views)
         bits = np.random.Philox(np.random.SeedSequence([self._seed, cycle, 2])).random_raw(
             len(self._counts)
@@ -101,7 +111,7 @@ class EpochViews:
         counts = self._counts[self._kept].astype(np.uint64)
         places = (bits[self._kept] + np.uint64(turn)) % counts
         views = self._order[self._kept, places.astype(np.int64)]
-        return self._kept * self._views + views
+        return self._kept * self._stored + views
 
 
 class TrainData:
@@ -111,6 +121,9 @@ class TrainData:
     view of every image (see `EpochViews`). Step k of a run is the same batch whatever was run
     before it: rows come from the store's shuffled groups by (seed, epoch), so a run can go on at
     any step. Every rank gets the same number of batches an epoch.
+
+    With `first_views` only that many of the stored views of every image are used, the first ones,
+    which are those that a store of so many would hold.
 
     A group of the store is read whole and checked whole, so with V views an image an epoch reads
     up to V bytes for each that it uses; stores with small groups (`group_rows`) read less.
@@ -125,6 +138,7 @@ class TrainData:
             decodes in the thread that prepares batches.
         rank, world: this process among those that share the rows.
         pin: pinned memory, for copies to a CUDA device beside its work.
+        first_views: how many of the stored views of an image to use; None for all.
         on_damaged: "stop" raises what is wrong with a damaged shard or image when it is met;
             "skip" gives the place of a damaged row to a sound one of the same batch, so that
             steps stay equal on all ranks, and tells of it in `TrainBatch.skipped`.
@@ -134,6 +148,7 @@ class TrainData:
         left_over: images an epoch that fill no batch; other ones in every epoch.
 
     Raises:
+        ConfigError: `first_views` is more than the store has.
         DataError: the store has fewer images than one batch for every rank.
     """
 
@@ -149,6 +164,7 @@ class TrainData:
         rank: int = 0,
         world: int = 1,
         pin: bool = False,
+        first_views: int | None = None,
         on_damaged: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.cache, self.views, self.spaces = cache, views, list(spaces)
@@ -156,7 +172,8 @@ class TrainData:
         self.rank, self.world, self.pin = rank, world, pin
         self.skip = on_damaged == "skip"
         count = int(cache.plan.views.get("count", 1))
-        self.epoch_views = EpochViews(cache.valid, count, seed)
+        self.epoch_views = EpochViews(cache.valid, count, seed, first_views)
+        self._described = _views_in_words(count, first_views or count)
         images = self.epoch_views.images
         self.steps_per_epoch = images // (batch_size * world)
         self.left_over = images - self.steps_per_epoch * batch_size * world
@@ -171,9 +188,8 @@ class TrainData:
         """The length of an epoch in a sentence, with what it leaves out."""
         each = f" of {self.world} ranks" if self.world > 1 else ""
         count = int(self.cache.plan.views.get("count", 1))
-        views = f", one of {count} stored views each" if count > 1 else ""
         without = int(self.cache.plan.rows // count) - self.epoch_views.images
-        told = f"an epoch: {self.epoch_views.images:,} images{views}"
+        told = f"an epoch: {self.epoch_views.images:,} images{self._described}"
         if without:
             told += f" ({without:,} have no tokens)"
         told += f" in {self.steps_per_epoch:,} batches of {self.batch_size}{each}"
@@ -283,6 +299,15 @@ class TrainData:
             ):
                 yield epoch, batch
                 step += 1
+
+
+def _views_in_words(stored: int, used: int) -> str:
+    if stored == 1:
+        return ""
+    if used == stored:
+        return f", one of {stored} stored views each"
+    first = "the first" if used == 1 else f"one of the first {used}"
+    return f", {first} of {stored} stored views each"
 
 
 def normalise(pixels: Tensor, device: torch.device) -> Tensor:

@@ -130,6 +130,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         rank=fabric.global_rank,
         world=world,
         pin=fabric.device.type == "cuda",
+        first_views=config.get("views"),
         on_damaged=config.on_damaged,
     )
     images_a_step = recipe.batch_size * recipe.accumulate * world
@@ -343,6 +344,7 @@ def _identity(config: DictConfig, cache: Cache) -> dict[str, Any]:
         recipe.pop(key)
     return {
         "seed": config.seed,
+        "views": config.get("views"),
         "student": _plain(config.student),
         "align": _plain(config.align),
         "recipe": recipe,
@@ -363,6 +365,12 @@ def _validate(config: DictConfig) -> None:
     recipe, log, keep = config.recipe, config.log, config.keep
     if config.on_damaged not in ("stop", "skip"):
         raise ConfigError(f"on_damaged={config.on_damaged}: valid are stop, skip")
+    first = config.get("views")
+    if first is not None and (not isinstance(first, int) or first is True or first < 1):
+        raise ConfigError(
+            f"views={first}: how many of an image's stored views to train on, at least 1; "
+            "null for all"
+        )
     if lacking := sorted(_recipe_keys() - {"crop"} - set(recipe)):
         raise ConfigError(
             f"the recipe lacks {', '.join(lacking)}: a recipe has all the keys of "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
-from preceptor.errors import DataError
+from preceptor.errors import ConfigError, DataError
 from preceptor.train.data import (
     ColorJitter,
     StoredViews,
@@ -59,6 +59,24 @@ def test_any_step_is_reached_directly_and_epochs_differ(bed, cache):
     assert later == rows[13:]
     assert rows[:5] != rows[5:10]
     assert rows != [b.rows.tolist() for b in data(bed, cache, seed=4).batches(0, 20)]
+
+
+def test_an_epoch_of_the_first_view_has_the_pixels_and_tokens_of_no_other(bed, cache):
+    one = data(bed, cache, seed=3, first_views=1)
+    assert one.describe().startswith("an epoch: 40 images, the first of 2 stored views each in 5 b")
+    rows = []
+    for batch in one.batches(0, 10):
+        rows += batch.rows.tolist()
+        image = bed.index.image(rows[-1] // 2)
+        drawn = bed.policy.draw(bed.index.keys[rows[-1] // 2], 0, *image.size)
+        assert np.array_equal(batch.pixels[-1].numpy(), drawn.pixels(image, (24, 16)))
+    assert sorted(rows[:40]) == sorted(rows[40:]) == list(range(0, 80, 2))
+    assert rows[:40] != rows[40:]
+    both = data(bed, cache, seed=3, first_views=2)
+    expected = [b.rows.tolist() for b in data(bed, cache, seed=3).batches(0, 10)]
+    assert [b.rows.tolist() for b in both.batches(0, 10)] == expected
+    with pytest.raises(ConfigError, match=r"views=3: the store has 2 of every image, so 1 to 2"):
+        data(bed, cache, first_views=3)
 
 
 def test_ranks_share_the_rows_in_equal_steps(bed, cache):

@@ -60,6 +60,23 @@ def test_an_epoch_has_one_view_of_every_image_and_a_cycle_has_all(
     assert used == set(np.flatnonzero(valid).tolist())
 
 
+@settings(max_examples=60, deadline=None)
+@given(views=st.integers(1, 5), images=st.integers(1, 12), seed=st.integers(0, 3), data=st.data())
+def test_the_first_views_are_those_of_a_store_that_has_no_others(
+    views: int, images: int, seed: int, data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(1, views))
+    valid = np.array(
+        data.draw(st.lists(st.booleans(), min_size=views * images, max_size=views * images))
+    )
+    chosen = EpochViews(valid, views, seed, first)
+    alone = EpochViews(valid.reshape(images, views)[:, :first].ravel(), first, seed)
+    assert chosen.images == alone.images
+    for epoch in range(2 * first):
+        image, view = np.divmod(alone.rows(epoch), first)
+        assert chosen.rows(epoch).tolist() == (image * views + view).tolist()
+
+
 def test_images_differ_in_the_view_that_an_epoch_shows() -> None:
     chosen = EpochViews(np.ones(4000, bool), 4, 0)
     shares = np.bincount(chosen.rows(0) % 4, minlength=4) / 1000

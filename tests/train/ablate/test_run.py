@@ -144,6 +144,27 @@ def test_encodings_are_stores_converted_once(ablate, bed, tmp_path, monkeypatch)
     assert {converted[space].encoding for space in converted.spaces} == {"fp16"}
 
 
+def test_views_are_ablated_over_one_store_that_has_several(ablate, bed, tmp_path, monkeypatch):
+    used: dict[str, set[int]] = {}
+
+    def in_this_process(folder):
+        def noted(batch, device):
+            used.setdefault(folder.name, set()).update(row % 2 for row in batch.rows.tolist())
+            return to_device(batch, device)
+
+        monkeypatch.setattr(loop, "to_device", noted)
+        return job.read_failure(folder) if job.main(folder) else None
+
+    to_device = loop.to_device
+    monkeypatch.setattr(job, "run_apart", in_this_process)
+    assert ablate("views: [1, 2, 3]") == 1
+    assert used == {"views=1": {0}, "views=2": {0, 1}}
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert {row["variant"] for row in summary["rows"]} == {"views=1", "views=2"}
+    (failure,) = summary["failures"].values()
+    assert failure == "views=3: the store has 2 of every image, so 1 to 2 can be used"
+
+
 def test_mistakes_are_told_before_anything_runs(
     ablate, bed, test_bed, write_shard, tmp_path, capsys, monkeypatch
 ):
