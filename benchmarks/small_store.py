@@ -21,6 +21,7 @@ from preceptor.cache import (
     TeacherRecord,
     calibration,
 )
+from preceptor.cache.encodings.prediction import blocks
 
 ROWS, SHARD, GROUP = 14, 8, 4
 INVALID = 5
@@ -84,7 +85,17 @@ def calibrate(writer: StoreWriter) -> None:
         sums = Accumulator(torch.full((space.dim,), 2.0))
         sums.add(torch.from_numpy(tokens(space, np.arange(4))))
         mean, std = calibration(sums)
-        writer.calibrate(space.id, mean, std, rows_used=4)
+        weights = some_weights(space.dim) if space.predicted else None
+        writer.calibrate(space.id, mean, std, rows_used=4, weights=weights)
+
+
+def some_weights(dim: int) -> np.ndarray:
+    """int8 [dim, dim]: weights of a prediction, all that may be other than zero."""
+    weights = np.zeros((dim, dim), np.int8)
+    for start, end in blocks(dim):
+        shape = (end - start, start)
+        weights[start:end, :start] = np.random.default_rng(start).integers(-90, 91, shape)
+    return weights
 
 
 def fill(writer: StoreWriter, version: int = 0) -> None:

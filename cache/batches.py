@@ -93,6 +93,7 @@ class BatchIterator(Iterator[Batch]):
         layout: Layout,
         gatherer: Gatherer,
         spaces: Sequence[SpaceSpec],
+        weights: Mapping[str, torch.Tensor | None],
         order: EpochOrder,
         *,
         start_step: int,
@@ -102,7 +103,7 @@ class BatchIterator(Iterator[Batch]):
         pool: BufferPool,
     ) -> None:
         self._layout, self._gatherer = layout, gatherer
-        self._spaces = spaces
+        self._spaces, self._weights = spaces, weights
         self._pixels = pixels
         self._keep_going = keep_going
         self._order = order
@@ -179,7 +180,9 @@ class BatchIterator(Iterator[Batch]):
         size = self._order.batch_size
         rows = window.rows[number * size : (number + 1) * size]
         tokens = {
-            space.id: Tokens.from_parts(place.pop(number), space.encoding, space.dim)
+            space.id: Tokens.from_parts(
+                place.pop(number), space.encoding, space.dim, self._weights[space.id]
+            )
             for space, place in window.spaces.items()
         }
         pixels = None if window.pixels is None else window.pixels.pop(number)[PIXELS]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..errors import StoreError
+from .encodings.prediction import problem
 from .layout import CRC, ArraySpec, Layout
 from .manifest import Calibration, SpaceSpec
 from .sharding import crc32c, shard_file
@@ -26,36 +27,45 @@ def constant_values(spec: ArraySpec, raw: bytes) -> np.ndarray:
         StoreError: damage.
     """
     body, tail = raw[:-CRC], raw[-CRC:]
-    if len(body) != spec.chunk_bytes or crc32c(body) != int.from_bytes(tail, "little"):
-        raise StoreError(f"{spec.file(0)} is damaged: run `preceptor repair`")
-    return np.frombuffer(body, spec.dtype).reshape(spec.shape).copy()
+    try:
+        if crc32c(body) != int.from_bytes(tail, "little"):
+            raise ValueError("another checksum")
+        return spec.decode_chunk(np.frombuffer(body, np.uint8)).copy()
+    except ValueError:
+        raise StoreError(f"{spec.file(0)} is damaged: run `preceptor repair`") from None
 
 
 def calibration_files(layout: Layout, space: SpaceSpec) -> tuple[str, ...]:
-    """Paths of mean and std, in this order."""
+    """Paths of mean, std and, where the space is predicted, weights."""
     return tuple(spec.file(0) for spec in layout.calibration_arrays(space).values())
 
 
 def calibration_values(
     layout: Layout, space: SpaceSpec, raw: Mapping[str, bytes], frozen: Calibration
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation, float32 ``[D]``, from files by path.
+) -> dict[str, np.ndarray]:
+    """``mean`` and ``std``, float32 ``[D]``, and ``weights``, int8 ``[D, D]``, from files by path.
 
     Raises:
-        StoreError: they are not what was frozen.
+        StoreError: they are not what was frozen, or weights that no writer may freeze.
     """
     arrays = layout.calibration_arrays(space)
     values = {name: constant_values(spec, raw[spec.file(0)]) for name, spec in arrays.items()}
-    if calibration_sha256(values["mean"], values["std"]) != frozen.sha256:
+    if calibration_sha256(values) != frozen.sha256:
         raise StoreError(
             f"the calibration of {space.id} is not the one that was frozen: run `preceptor repair`"
         )
-    return values["mean"], values["std"]
+    if "weights" in values and (why := problem(values["weights"])):
+        raise StoreError(f"the weights of {space.id} {why}: the store cannot be read exactly")
+    return values
 
 
-def calibration_sha256(mean: np.ndarray, std: np.ndarray) -> str:
-    """Hash of float32 mean, then deviation."""
-    return hashlib.sha256(mean.astype("<f4").tobytes() + std.astype("<f4").tobytes()).hexdigest()
+def calibration_sha256(values: Mapping[str, np.ndarray]) -> str:
+    """Hash of float32 ``mean``, ``std`` and, where there are any, int8 ``weights``."""
+    whole = hashlib.sha256()
+    for name, dtype in (("mean", "<f4"), ("std", "<f4"), ("weights", "i1")):
+        if name in values:
+            whole.update(values[name].astype(dtype).tobytes())
+    return whole.hexdigest()
 
 
 def statistics_files(layout: Layout, space: SpaceSpec) -> tuple[str, ...]:

@@ -25,11 +25,13 @@ from .commit import (
 from .constants import statistics_files
 from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
+from .encodings.prediction import residuals
 from .layout import Layout
 from .manifest import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
 from .spare import write_twice
+from .statistics import prediction
 from .verify_report import fresh_report
 from .writer import StoreWriter
 
@@ -83,10 +85,8 @@ def convert_store(
     writer = StoreWriter.open_or_create(root, plan)
     for unit, shard in report.shards if report else ():
         discard(root, writer.manifest, unit, shard)
-    for name in cache.spaces:
-        space = cache[name]
-        rows = cache.manifest.calibrations[name].rows
-        writer.calibrate(name, space.mean.numpy(), space.std.numpy(), rows_used=rows)
+    for target in plan.spaces.values():
+        copy_calibration(cache, writer, target)
     same = {unit for unit in plan.units if _same_unit(cache.plan, plan, unit)}
     todo = writer.pending()
     if progress:
@@ -107,13 +107,36 @@ def _converted(plan: StorePlan, chosen: list[str], encoding_name: str) -> StoreP
     for teacher in plan.teachers:
         spaces, history = [], dict(teacher.identity.get("converted", {}))
         for space in teacher.spaces:
-            if space.id in chosen and space.encoding != encoding_name:
+            changed = replace(space, encoding=encoding_name, plain=False)
+            if space.id in chosen and space != changed:
                 history[space.name] = [*history.get(space.name, []), space.encoding]
-                space = replace(space, encoding=encoding_name)
+                space = changed
             spaces.append(space)
         identity = {**teacher.identity, **({"converted": history} if history else {})}
         teachers.append(TeacherRecord(teacher.name, tuple(spaces), identity))
     return replace(plan, teachers=tuple(teachers))
+
+
+def copy_calibration(cache: Cache, writer: StoreWriter, target: SpaceSpec) -> None:
+    """Freeze the calibration that a space has in another store, unless that was done.
+
+    Where the space is predicted here and not there, the prediction is fitted to the statistics of
+    all of that store's rows.
+
+    Raises:
+        StoreError: the space has another calibration already.
+    """
+    space = cache[target.id]
+    mean, std = space.mean.numpy(), space.std.numpy()
+    weights = None
+    if target.id in writer.manifest.calibrations:  # never fitted twice
+        weights = writer.calibration(target.id).get("weights")
+    elif target.predicted and space.spec.predicted:
+        weights = None if space.weights is None else space.weights.numpy()
+    elif target.predicted:
+        weights = prediction(space.statistics(), mean, std)
+    rows = cache.manifest.calibrations[target.id].rows
+    writer.calibrate(target.id, mean, std, rows_used=rows, weights=weights)
 
 
 def _same_unit(before: StorePlan, after: StorePlan, unit: str) -> bool:
@@ -132,23 +155,33 @@ def _convert_shard(
     if not changed:
         return
     targets = [space for unit in changed for space in writer.plan.teacher(unit).spaces]
+    weights = {space.id: writer.calibration(space.id).get("weights") for space in targets}
     with writer.shard(shard, changed) as out:
         for rows, facts in _facts(cache, shard):
-            out.append_encoded(facts, {space.id: _parts(cache, space, rows) for space in targets})
+            out.append_encoded(
+                facts, {s.id: _parts(cache, s, weights[s.id], rows) for s in targets}
+            )
 
 
-def _parts(cache: Cache, target: SpaceSpec, rows: np.ndarray) -> dict[str, np.ndarray]:
+def _parts(
+    cache: Cache, target: SpaceSpec, weights: np.ndarray | None, rows: np.ndarray
+) -> dict[str, np.ndarray]:
     """The components of valid rows in the target's encoding."""
     tokens = cache[target.id].read(rows)
-    if cache[target.id].encoding == target.encoding:
-        return {name: part.numpy() for name, part in tokens.parts.items()}
-    z, how = tokens.standardised(), encoding(target.encoding)
-    if bad := how.refused(z):
-        raise DataError(
-            f"token {bad[1]} of {target.id} in row {int(rows[bad[0]])} is too large for the "
-            f"encoding {how.name}: choose another one"
-        )
-    return {name: part.numpy() for name, part in how.encode(z).items()}
+    if tokens.encoding == target.encoding:
+        parts = tokens.restored().parts
+    else:
+        z, how = tokens.standardised(), encoding(target.encoding)
+        if bad := how.refused(z):
+            raise DataError(
+                f"token {bad[1]} of {target.id} in row {int(rows[bad[0]])} is too large for the "
+                f"encoding {how.name}: choose another one"
+            )
+        parts = how.encode(z)
+    found: dict[str, np.ndarray] = {name: part.numpy() for name, part in parts.items()}
+    if weights is not None:
+        found["codes"] = residuals(found["codes"], weights)
+    return found
 
 
 def _facts(cache: Cache, shard: int) -> Iterator[tuple[np.ndarray, RowBatch]]:

@@ -16,11 +16,13 @@ import numpy as np
 
 from ..errors import StoreError
 from .encodings import encoding
-from .manifest import FORMAT, PIXELS, ROWS, VERSION, Json, SpaceSpec, StorePlan
+from .manifest import FORMAT, PIXELS, ROWS, Json, SpaceSpec, StorePlan
 
 INDEX_ENTRY = 16  # offset and length, two little-endian uint64
 CRC = 4
 ZSTD_LEVEL = 3
+# Of residuals: they hold no repetitions, and those that a higher level finds make them larger.
+ZSTD_LEVEL_PREDICTED = 1
 
 # The inner codecs of a chunk by name; crc32c comes last in all.
 CODECS: dict[str, tuple[str, ...]] = {
@@ -43,6 +45,7 @@ class ArraySpec:
         fill: fill value.
         codec: key of CODECS.
         attributes: Zarr attributes.
+        level: of Zstandard, where the codec has it.
     """
 
     path: str
@@ -53,6 +56,7 @@ class ArraySpec:
     fill: float | int
     codec: str = "raw"
     attributes: Mapping[str, Json] = field(default_factory=dict)
+    level: int = ZSTD_LEVEL
 
     @property
     def chunk(self) -> tuple[int, ...]:
@@ -119,7 +123,7 @@ class ArraySpec:
         known: dict[str, Json] = {
             "transpose": {"name": "transpose", "configuration": {"order": self._order()}},
             "bytes": {"name": "bytes", "configuration": {"endian": "little"}},
-            "zstd": {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": True}},
+            "zstd": {"name": "zstd", "configuration": {"level": self.level, "checksum": True}},
         }
         return [known[name] for name in CODECS[self.codec]]
 
@@ -135,7 +139,7 @@ class ArraySpec:
             values = values.transpose(self._order())
         raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
         if "zstd" in codecs:
-            return np.frombuffer(_zstd().encode(raw), np.uint8)
+            return np.frombuffer(_zstd(self.level).encode(raw), np.uint8)
         return raw
 
     def decode_chunk(self, raw: np.ndarray) -> np.ndarray:
@@ -148,7 +152,7 @@ class ArraySpec:
         if "zstd" in codecs:
             out = np.empty(self.chunk_bytes, np.uint8)
             try:
-                _zstd().decode(raw, out)
+                _zstd(self.level).decode(raw, out)
             except RuntimeError as error:
                 raise ValueError(str(error)) from None
             raw = out
@@ -162,10 +166,10 @@ class ArraySpec:
         return stored.transpose(np.argsort(order))
 
 
-def _zstd() -> Any:
+def _zstd(level: int) -> Any:
     from numcodecs.zstd import Zstd
 
-    return Zstd(level=ZSTD_LEVEL, checksum=True)
+    return Zstd(level=level, checksum=True)
 
 
 class Layout:
@@ -233,16 +237,22 @@ class Layout:
                 part.fill,
                 part.codec,
                 attributes,
+                ZSTD_LEVEL_PREDICTED if space.predicted else ZSTD_LEVEL,
             )
             for part in encoding(space.encoding).components(space.tokens, space.dim)
         }
 
     def calibration_arrays(self, space: SpaceSpec) -> dict[str, ArraySpec]:
-        """``mean`` and ``std`` of the standardisation: float32 ``[D]``."""
-        return {
-            name: self._constant(f"{space_path(space)}/{name}", "float32", space.dim)
-            for name in ("mean", "std")
+        """``mean`` and ``std`` of the standardisation, float32 ``[D]``; ``weights`` of the
+        prediction, int8 ``[D, D]``, where the space is predicted."""
+        path, dim = space_path(space), space.dim
+        arrays = {
+            name: self._constant(f"{path}/{name}", "float32", dim) for name in ("mean", "std")
         }
+        if space.predicted:
+            both = (dim, dim)
+            arrays["weights"] = ArraySpec(f"{path}/weights", "int8", both, both, None, -128, "zstd")
+        return arrays
 
     def statistics_arrays(self, space: SpaceSpec) -> dict[str, ArraySpec]:
         """Exact moments over all valid rows: float64 mean ``[D]`` and covariance ``[D, D]``."""
@@ -294,7 +304,7 @@ class Layout:
 
     def root_nodes(self) -> Iterator[tuple[str, Json]]:
         """(node path, zarr.json) of the groups that belong to no unit."""
-        yield "", group_metadata({"format": FORMAT, "version": VERSION})
+        yield "", group_metadata({"format": FORMAT, "version": self.plan.version})
         yield "spaces", group_metadata({})
 
     def chunks_in(self, spec: ArraySpec, shard: int) -> int:

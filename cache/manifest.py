@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from .encodings import encoding
 
 Json = Any  # what json.loads gives: dict, list, str, int, float, bool, None
 
 FORMAT = "preceptor-cache"
-VERSION = 1
+VERSIONS = (1, 2)  # that this program reads; a store states the least that it needs
 MANIFEST = "manifest.json"
 ROWS = "rows"  # the unit that holds the facts about rows
 PIXELS = "pixels"  # the unit that holds the pixels of the views, where a store has them
@@ -91,6 +92,8 @@ class SpaceSpec:
         dim: number of dimensions D a token.
         grid: (height, width) of the token grid, row-major; None for a global descriptor (N = 1).
         encoding: name of the encoding (see ``cache.encodings``).
+        plain: codes are stored without a prediction though the encoding has one, as all stores of
+            version 1 do.
     """
 
     teacher: str
@@ -99,6 +102,7 @@ class SpaceSpec:
     dim: int
     grid: tuple[int, int] | None
     encoding: str = "int8"
+    plain: bool = False
 
     def __post_init__(self) -> None:
         _checked_name(self.teacher, "teacher")
@@ -118,6 +122,11 @@ class SpaceSpec:
         """``teacher/space``."""
         return f"{self.teacher}/{self.name}"
 
+    @property
+    def predicted(self) -> bool:
+        """Whether its codes are stored as what a prediction leaves."""
+        return encoding(self.encoding).predicts and not self.plain
+
     def as_json(self) -> Json:
         grid = None if self.grid is None else list(self.grid)
         return {
@@ -126,7 +135,22 @@ class SpaceSpec:
             "dim": self.dim,
             "grid": grid,
             "encoding": self.encoding,
+            **({"predicted": True} if self.predicted else {}),
         }
+
+    @classmethod
+    def from_json(cls, teacher: str, entry: Mapping[str, Json]) -> SpaceSpec:
+        """The inverse of :meth:`as_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: members that are missing or cannot be.
+        """
+        grid = None if entry["grid"] is None else (entry["grid"][0], entry["grid"][1])
+        name, predicted = entry["encoding"], entry.get("predicted", False)
+        if predicted not in (True, False) or (predicted and not encoding(name).predicts):
+            raise ValueError(f"predicted is {predicted!r} in a space of the encoding {name}")
+        plain = encoding(name).predicts and not predicted
+        return cls(teacher, entry["name"], entry["tokens"], entry["dim"], grid, name, plain)
 
 
 @dataclass(frozen=True)
@@ -231,6 +255,11 @@ class StorePlan:
     def spaces(self) -> dict[str, SpaceSpec]:
         return {space.id: space for teacher in self.teachers for space in teacher.spaces}
 
+    @property
+    def version(self) -> int:
+        """The first version of the format whose readers can read the store."""
+        return 2 if any(space.predicted for space in self.spaces.values()) else 1
+
     def spaces_of(self, unit: str) -> tuple[SpaceSpec, ...]:
         """The spaces of a unit: none unless it is a teacher."""
         if unit == ROWS or (unit == PIXELS and self.pixels is not None):
@@ -265,9 +294,9 @@ class StorePlan:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The frozen standardisation of a space: how many rows it came from and its hash.
+    """The frozen calibration of a space: how many rows it came from and its hash.
 
-    ``sha256`` is over the float32 little-endian bytes of mean, then of std.
+    ``sha256`` is over the little-endian bytes of mean, then of std, then of weights if there are.
     """
 
     rows: int
@@ -295,7 +324,8 @@ class Manifest:
 
     def configuration(self, unit: str) -> str:
         """SHA-256 of all that determines a unit's contents; commit records carry it."""
-        rows = digest({"format": FORMAT, "version": VERSION, **self.plan.rows_json()})
+        # of every version alike: adding a teacher may raise the store's, and the rows stay
+        rows = digest({"format": FORMAT, "version": VERSIONS[0], **self.plan.rows_json()})
         if unit == ROWS:
             return rows
         if unit == PIXELS and self.plan.pixels is not None:
@@ -306,7 +336,7 @@ class Manifest:
         return sealed(
             {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": self.plan.version,
                 "writer": self.writer,
                 **self.plan.rows_json(),
                 **self.plan.pixels_json(),
@@ -328,16 +358,20 @@ class Manifest:
             raise StoreError(f"{where} is not the manifest of a {FORMAT} store") from None
         if name != FORMAT:
             raise StoreError(f"{where} states the format {name!r}, not {FORMAT!r}")
-        if version != VERSION:
+        if version not in VERSIONS:
+            known = " and ".join(map(str, VERSIONS))
             raise StoreError(
-                f"{where} has format version {version!r} and this program reads version {VERSION}: "
+                f"{where} has format version {version!r} and this program reads versions {known}: "
                 "use the preceptor release that wrote it, or a newer one"
             )
         body = unsealed(raw, where)
         try:
-            return cls._from_json(body)
+            manifest = cls._from_json(body)
+            if manifest.plan.version != version:
+                raise ValueError(f"version is {version} and should be {manifest.plan.version}")
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{where} lacks or misstates a member: {error}") from None
+        return manifest
 
     @classmethod
     def _from_json(cls, body: Mapping[str, Json]) -> Manifest:
@@ -345,15 +379,7 @@ class Manifest:
         for member in body["teachers"]:
             spaces = []
             for entry in member["spaces"]:
-                grid = None if entry["grid"] is None else (entry["grid"][0], entry["grid"][1])
-                space = SpaceSpec(
-                    member["name"],
-                    entry["name"],
-                    entry["tokens"],
-                    entry["dim"],
-                    grid,
-                    entry["encoding"],
-                )
+                space = SpaceSpec.from_json(member["name"], entry)
                 spaces.append(space)
                 if entry["calibration"] is not None:
                     found = entry["calibration"]

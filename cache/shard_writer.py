@@ -17,6 +17,7 @@ from .commit import COMMITS, Commit, FileRecord, read_commit, record_name
 from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
 from .encodings.base import to_numpy
+from .encodings.prediction import residuals
 from .layout import Layout, pad_to_chunks
 from .manifest import PIXELS, ROWS, Manifest, SpaceSpec
 from .rows import RowBatch
@@ -41,7 +42,7 @@ class ShardWriter:
         manifest: Manifest,
         shard: int,
         units: tuple[str, ...],
-        calibrations: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        calibrations: Mapping[str, Mapping[str, np.ndarray]],
     ) -> None:
         self._path = path
         self._manifest = manifest
@@ -68,11 +69,11 @@ class ShardWriter:
             for space in self._spaces
         }
         self._calibrations = {
-            space.id: tuple(torch.from_numpy(side) for side in calibrations[space.id])
+            space.id: {n: torch.from_numpy(side) for n, side in calibrations[space.id].items()}
             for space in self._spaces
         }
         self._moments = {
-            space.id: Accumulator(self._calibrations[space.id][0]) for space in self._spaces
+            space.id: Accumulator(self._calibrations[space.id]["mean"]) for space in self._spaces
         }
 
     @property
@@ -172,8 +173,8 @@ class ShardWriter:
     def _encode_block(
         self, space: SpaceSpec, x: torch.Tensor, at: np.ndarray, keys: list[str]
     ) -> None:
-        mean, std = (side.to(x.device) for side in self._calibrations[space.id])
-        z = (x - mean) / std
+        frozen = {name: side.to(x.device) for name, side in self._calibrations[space.id].items()}
+        z = (x - frozen["mean"]) / frozen["std"]
         how = encoding(space.encoding)
         if bad := how.refused(z):
             row, token = bad
@@ -187,7 +188,10 @@ class ShardWriter:
                 f"token {token} of {space.id} {problem} for row key {keys[row]!r}: check the "
                 "image and the teacher's precision"
             )
-        for name, encoded in how.encode(z).items():
+        parts = how.encode(z)
+        if "weights" in frozen:
+            parts["codes"] = residuals(parts["codes"], frozen["weights"])
+        for name, encoded in parts.items():
             self._values[space.id][name][at] = to_numpy(encoded)
         self._moments[space.id].add(x)
 

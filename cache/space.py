@@ -125,6 +125,7 @@ class Space:
     Attributes:
         spec: name, tokens, dim, grid, encoding.
         mean, std: float32 ``[D]``: the frozen standardisation.
+        weights: int8 ``[D, D]`` of the prediction; None where nothing is predicted.
     """
 
     def __init__(self, store: OpenStore, spec: SpaceSpec) -> None:
@@ -133,8 +134,10 @@ class Space:
         self._arrays = store.layout.space_arrays(spec)
         frozen = store.manifest.calibrations[spec.id]
         raw = read_files(store.source, calibration_files(store.layout, spec))
-        mean, std = calibration_values(store.layout, spec, raw, frozen)
-        self.mean, self.std = torch.from_numpy(mean), torch.from_numpy(std)
+        values = calibration_values(store.layout, spec, raw, frozen)
+        self.mean, self.std = torch.from_numpy(values["mean"]), torch.from_numpy(values["std"])
+        predicts = "weights" in values and values["weights"].any()
+        self.weights = torch.from_numpy(values["weights"]) if predicts else None
 
     @property
     def id(self) -> str:
@@ -176,7 +179,7 @@ class Space:
             StoreError: a row outside the store or without tokens, or damage by shard and group.
         """
         parts = self._store.read(self.spec.teacher, self._arrays, rows, threads)
-        return Tokens.from_parts(parts, self.spec.encoding, self.spec.dim)
+        return Tokens.from_parts(parts, self.spec.encoding, self.spec.dim, self.weights)
 
     def decode(self, tokens: Tokens) -> torch.Tensor:
         """Tokens in the teacher's own units: float32 ``[b, N, D]``."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .encodings.prediction import fitted
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -126,3 +128,18 @@ def calibration(sums: Accumulator) -> tuple[np.ndarray, np.ndarray]:
     floor = 1e-4 * np.sqrt(np.mean(deviation**2))
     deviation = np.maximum(deviation, floor) if floor > 0 else np.ones_like(deviation)
     return centre.astype(np.float32), deviation.astype(np.float32)
+
+
+def prediction(moments: Moments, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Weights that predict codes of a space from each other, from a sample of its tokens.
+
+    Args:
+        moments: of the tokens, in the teacher's units.
+        mean, std: float32 ``[D]``: the calibration that standardises them.
+
+    Returns:
+        int8 ``[D, D]``, see :func:`encodings.prediction.fitted`; a dimension whose centre is zero,
+        as :func:`calibration` has it for a rectified one, is not predicted.
+    """
+    scale = std.astype(np.float64)
+    return fitted(moments.covariance / np.outer(scale, scale), moments.count, mean == 0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .encodings import encoding
+from .encodings.prediction import restored
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,24 @@ class Tokens:
         scales: float16 ``[b, N]`` (a further axis of groups for ``int4``); None for ``fp16``.
         encoding: its name.
         dim: D.
+        weights: int8 ``[D, D]`` where the codes are what a prediction leaves; None: they are codes.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor | None
     encoding: str
     dim: int
+    weights: torch.Tensor | None = None
 
     @classmethod
-    def from_parts(cls, parts: Mapping[str, torch.Tensor], name: str, dim: int) -> Tokens:
-        return cls(parts["codes"], parts.get("scales"), name, dim)
+    def from_parts(
+        cls,
+        parts: Mapping[str, torch.Tensor],
+        name: str,
+        dim: int,
+        weights: torch.Tensor | None = None,
+    ) -> Tokens:
+        return cls(parts["codes"], parts.get("scales"), name, dim, weights)
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
@@ -37,20 +46,29 @@ class Tokens:
 
     def standardised(self) -> torch.Tensor:
         """The tokens in units of the calibrated deviation: float32 ``[b, N, D]``."""
-        values: torch.Tensor = encoding(self.encoding).decode(self.parts, self.dim)
+        values: torch.Tensor = encoding(self.encoding).decode(self.restored().parts, self.dim)
         return values
+
+    def restored(self) -> Tokens:
+        """The same tokens, with codes where the store has what a prediction left of them."""
+        if self.weights is None:
+            return self
+        return replace(self, codes=restored(self.codes, self.weights), weights=None)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
         """The same codes on another device."""
         moved = {
             name: part.to(device, non_blocking=non_blocking) for name, part in self.parts.items()
         }
-        return Tokens.from_parts(moved, self.encoding, self.dim)
+        weights = self.weights
+        if weights is not None:
+            weights = weights.to(device, non_blocking=non_blocking)
+        return Tokens.from_parts(moved, self.encoding, self.dim, weights)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Tokens:
         """Some of the rows."""
         taken = {name: part[rows] for name, part in self.parts.items()}
-        return Tokens.from_parts(taken, self.encoding, self.dim)
+        return Tokens.from_parts(taken, self.encoding, self.dim, self.weights)
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -15,6 +15,7 @@ from .commit import COMMITS, committed, read_commit
 from .constants import calibration_files, calibration_sha256, calibration_values, constant_bytes
 from .durable import TEMPORARY, directory_lock, remove_torn, sync_directory, write_whole
 from .encodings import encoding
+from .encodings.prediction import problem
 from .finish import finish_unit
 from .layout import Layout, node_bytes
 from .manifest import (
@@ -111,17 +112,25 @@ class StoreWriter:
         return [space for name, space in spaces.items() if name not in self.manifest.calibrations]
 
     def calibrate(
-        self, space_id: str, mean: np.ndarray, std: np.ndarray, *, rows_used: int
+        self,
+        space_id: str,
+        mean: np.ndarray,
+        std: np.ndarray,
+        *,
+        rows_used: int,
+        weights: np.ndarray | None = None,
     ) -> None:
-        """Freeze the standardisation of a space.
+        """Freeze the standardisation of a space and, where it is predicted, the prediction.
 
         Args:
             mean, std: ``[D]``, kept as float32; see ``statistics.calibration``.
             rows_used: how many rows they were measured on.
+            weights: int8 ``[D, D]`` of a predicted space; see ``statistics.prediction``. None:
+                zeros, every code is stored as it is.
 
         Raises:
-            StoreError: an unknown space, values that cannot standardise, or a second, other
-                calibration.
+            StoreError: an unknown space, values that cannot standardise or predict, or a second,
+                other calibration.
         """
         space = self.plan.spaces.get(space_id)
         if space is None:
@@ -136,7 +145,8 @@ class StoreWriter:
         if not (sides["std"] > 0).all():
             dims = np.flatnonzero(~(sides["std"] > 0))[:5].tolist()
             raise StoreError(f"{space_id}: the deviation of dimension {dims} is not positive")
-        frozen = Calibration(rows_used, calibration_sha256(sides["mean"], sides["std"]))
+        sides |= _weights(space, weights)
+        frozen = Calibration(rows_used, calibration_sha256(sides))
         with directory_lock(self.path):
             self.manifest = read_manifest(self.path)  # another process may have calibrated
             present = self.manifest.calibrations.get(space_id)
@@ -152,8 +162,9 @@ class StoreWriter:
             self.manifest = self.manifest.calibrated(space_id, frozen)
             write_twice(self.path, MANIFEST, self.manifest.to_bytes())
 
-    def calibration(self, space_id: str) -> tuple[np.ndarray, np.ndarray]:
-        """Frozen mean and deviation of a space, float32 ``[D]`` each.
+    def calibration(self, space_id: str) -> dict[str, np.ndarray]:
+        """What is frozen of a space: ``mean`` and ``std``, float32 ``[D]``, and, where it is
+        predicted, ``weights``, int8 ``[D, D]``.
 
         Raises:
             StoreError: not calibrated, or the arrays are damaged.
@@ -287,9 +298,24 @@ class StoreWriter:
         write_twice(self.path, MANIFEST, manifest.to_bytes())
         self.manifest = manifest
         self._layout = Layout(manifest.plan)
+        _make_nodes(self.path, list(self._layout.root_nodes()))  # they state the version
 
 
 _OURS = {"zarr.json", "spaces", ROWS, PIXELS, COMMITS, PARTIAL, SPARE, MANIFEST}
+
+
+def _weights(space: SpaceSpec, given: np.ndarray | None) -> dict[str, np.ndarray]:
+    if not space.predicted:
+        if given is not None:
+            raise StoreError(f"{space.id} is not predicted and takes no weights")
+        return {}
+    shape = (space.dim, space.dim)
+    weights = np.zeros(shape, np.int8) if given is None else given
+    if weights.shape != shape or weights.dtype != np.int8:
+        raise StoreError(f"{space.id}: weights must be int8 of shape {shape}")
+    if why := problem(weights):
+        raise StoreError(f"{space.id}: the weights {why}")
+    return {"weights": weights}
 
 
 def _make_unit(path: Path, layout: Layout, unit: str) -> None:

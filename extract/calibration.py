@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..cache import SpaceSpec
-from ..cache.statistics import Accumulator, calibration
+from ..cache.statistics import Accumulator, calibration, prediction
 from ..errors import DataError
 
 
@@ -21,8 +22,9 @@ def sample_rows(rows: int, wanted: int, seed: int) -> list[int]:
 
 def measure(
     specs: Sequence[SpaceSpec], batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
-    """Centre and deviation (float32 [D]) of each space and the number of rows they come from.
+) -> dict[str, dict[str, Any]]:
+    """What ``StoreWriter.calibrate`` takes for each space: ``mean``, ``std``, ``rows_used`` and,
+    where the space is predicted, ``weights``.
 
     Args:
         specs: the spaces to measure.
@@ -43,10 +45,12 @@ def measure(
                     batch.reshape(-1, spec.dim).mean(0, dtype=torch.float32)
                 )
             sums[spec.id].add(batch)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for spec in specs:
         if spec.id not in sums:
             raise DataError("the calibration sample holds no readable image; check the shards")
         rows = sums[spec.id].count // spec.tokens
-        found[spec.id] = (*calibration(sums[spec.id]), rows)
+        mean, std = calibration(sums[spec.id])
+        weights = prediction(sums[spec.id].moments(), mean, std) if spec.predicted else None
+        found[spec.id] = {"mean": mean, "std": std, "rows_used": rows, "weights": weights}
     return found

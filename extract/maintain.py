@@ -326,7 +326,9 @@ def _refuse_other_teacher(
 ) -> None:
     theirs, mine = stored.as_json(), ours.as_json()
     for record in (theirs, mine):  # the encoding is the store's affair, not the teacher's
-        record["spaces"] = [{**space, "encoding": None} for space in record["spaces"]]
+        record["spaces"] = [
+            {**space, "encoding": None, "predicted": None} for space in record["spaces"]
+        ]
         if not strict:
             record["identity"] = {}
     if found := difference(theirs, mine):

@@ -30,6 +30,7 @@ from ..cache import (
     ViewPolicy,
     class_sorted,
 )
+from ..cache.convert import copy_calibration
 from ..cache.manifest import PIXELS
 from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
@@ -225,8 +226,8 @@ def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) ->
                 yield runner.tokens(batch, teachers)
                 line.advance(len(batch.rows.keys))
 
-    for space, (mean, std, used) in measure(specs, tokens()).items():
-        writer.calibrate(space, mean, std, rows_used=used)
+    for space, found in measure(specs, tokens()).items():
+        writer.calibrate(space, **found)
 
 
 def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: str) -> None:
@@ -244,13 +245,7 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
                     f"calibration.store={path} was made by another {spec.teacher}: its {part} is "
                     f"{theirs.get(part)} there and {ours.get(part)} here"
                 )
-        space = other[spec.id]
-        writer.calibrate(
-            spec.id,
-            np.asarray(space.mean),
-            np.asarray(space.std),
-            rows_used=other.manifest.calibrations[spec.id].rows,
-        )
+        copy_calibration(other, writer, spec)
 
 
 def _sample_index(config: DictConfig) -> SampleIndex:

@@ -47,11 +47,13 @@ class Encoding(ABC):
         name: the word that manifests use.
         levels: in words, for tables.
         limit: the largest |z| that can be encoded.
+        predicts: whether its codes are stored as what a prediction leaves (see ``prediction``).
     """
 
     name: str
     levels: str
     limit: float
+    predicts: bool = False
 
     @abstractmethod
     def components(self, tokens: int, dim: int) -> tuple[Component, ...]:

@@ -28,12 +28,14 @@ class Compact(Encoding):
 
     The step follows each token's root mean square, not its largest value, so every token has
     about the same relative error, step / sqrt(12), whatever its outliers. Most codes need under
-    6 bits; the chunk is stored channels first and compressed with Zstandard.
+    6 bits. What is stored is what their prediction leaves (``prediction``), channels first and
+    compressed with Zstandard.
     """
 
     name = "compact"
     levels = "steps of 1/8 rms, zstd"
     limit = LEVELS * LARGEST_SCALE
+    predicts = True
 
     def components(self, tokens: int, dim: int) -> tuple[Component, ...]:
         return (

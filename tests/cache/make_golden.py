@@ -1,6 +1,7 @@
-"""Writes the golden store of format version 1. Run once for a version, never again:
+"""Writes the golden store of a format version. Run once for a version, never again:
 
-python tests/cache/make_golden.py tests/cache/golden
+python tests/cache/make_golden.py 1 tests/cache/golden
+python tests/cache/make_golden.py 2 tests/cache/golden_2
 """
 
 from __future__ import annotations
@@ -18,17 +19,26 @@ from preceptor.cache import (
     StoreWriter,
     TeacherRecord,
 )
+from small_stores import some_weights
 
-SPACES = (
-    SpaceSpec("vit", "patch", 2, 5, (1, 2), "int8"),
-    SpaceSpec("vit", "cls", 1, 3, None, "fp16"),
-    SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact"),
-    SpaceSpec("vit", "small", 1, 9, None, "int4"),
-)
+SPACES = {
+    1: (
+        SpaceSpec("vit", "patch", 2, 5, (1, 2), "int8"),
+        SpaceSpec("vit", "cls", 1, 3, None, "fp16"),
+        SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact", plain=True),
+        SpaceSpec("vit", "small", 1, 9, None, "int4"),
+    ),
+    2: (
+        SpaceSpec("vit", "patch", 2, 10, (1, 2), "compact"),
+        SpaceSpec("vit", "cls", 1, 3, None, "compact"),
+        SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact", plain=True),
+        SpaceSpec("vit", "small", 1, 9, None, "int8"),
+    ),
+}
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
+    spaces, path = SPACES[int(sys.argv[1])], Path(sys.argv[2])
     rng = np.random.default_rng(2024)
     plan = StorePlan(
         samples={"count": 5, "sha256": "0" * 64, "shards": []},
@@ -36,13 +46,14 @@ def main() -> None:
         rows=5,
         shard_rows=4,
         group_rows=2,
-        teachers=(TeacherRecord("vit", SPACES, {"source": "golden"}),),
+        teachers=(TeacherRecord("vit", spaces, {"source": "golden"}),),
         key_bytes=16,
     )
     writer = StoreWriter.open_or_create(path / "store", plan)
-    for space in SPACES:
-        mean = rng.standard_normal(space.dim)
-        writer.calibrate(space.id, mean, rng.random(space.dim) + 0.5, rows_used=5)
+    for space in spaces:
+        mean, std = rng.standard_normal(space.dim), rng.random(space.dim) + 0.5
+        weights = some_weights(space.dim, 127, rng) if space.predicted else None
+        writer.calibrate(space.id, mean, std, rows_used=5, weights=weights)
     valid = np.array([True, True, True, False, True])
     for shard, units in writer.pending():
         rows = np.arange(shard * 4, shard * 4 + plan.rows_in(shard))
@@ -57,7 +68,7 @@ def main() -> None:
                     rows % 2 == 1,
                     valid[rows],
                 ),
-                {s.id: rng.standard_normal((seen, s.tokens, s.dim)) * 3 for s in SPACES},
+                {s.id: rng.standard_normal((seen, s.tokens, s.dim)) * 3 for s in spaces},
             )
     writer.finish()
     cache = Cache.open(path / "store")

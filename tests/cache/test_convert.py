@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from preceptor.benchmarks.faults import flip
-from preceptor.benchmarks.small_store import TEACHERS, contents, extract, tokens
-from preceptor.cache import Cache
+from preceptor.benchmarks.small_store import TEACHERS, contents, extract, some_weights, tokens
+from preceptor.cache import Cache, StorePlan, StoreWriter
 from preceptor.cache.convert import convert_store
 from preceptor.cache.encodings import encoding
 from preceptor.cache.verify import verify_store
 from preceptor.errors import StoreError
+
+GOLDEN = Path(__file__).parent / "golden" / "store"
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +41,10 @@ def test_every_token_is_the_decoded_one_encoded_again(store: Path, tmp_path: Pat
         for space in after.spaces:
             assert after[space].encoding == name
             z = before[space].read(rows).standardised().numpy()
-            expected = before[space].read(rows).parts
+            expected = before[space].read(rows).restored().parts
             if before[space].encoding != name:
                 expected = how.encode(z)
-            for part, values in after[space].read(rows).parts.items():
+            for part, values in after[space].read(rows).restored().parts.items():
                 np.testing.assert_array_equal(values.numpy(), np.asarray(expected[part]))
             live = tokens(after[space].spec, rows)
             error = np.abs(after[space].decode(after[space].read(rows)).numpy() - live)
@@ -67,6 +72,63 @@ def test_chosen_spaces_alone_change_and_other_teachers_keep_their_bytes(
     assert after["spaces/vit/cls/codes/c.0.0.0"] == before["spaces/vit/cls/codes/c.0.0.0"]
     identity = Cache.open(out).plan.teacher("vit").identity
     assert identity == {**TEACHERS[0].identity, "converted": {"patch": ["int8"]}}
+
+
+def test_an_unpredicted_store_becomes_a_predicted_one_without_loss(tmp_path: Path) -> None:
+    before = Cache.open(GOLDEN)
+    assert json.loads((GOLDEN / "manifest.json").read_text())["version"] == 1
+    out = tmp_path / "out"
+    convert_store(GOLDEN, out, "compact", ["vit/dense"])
+    convert_store(GOLDEN, out, "compact", ["vit/dense"])  # once more does nothing
+    assert verify_store(out).whole
+    assert json.loads((out / "manifest.json").read_text())["version"] == 2
+    after, rows = Cache.open(out), np.flatnonzero(before.valid)
+    assert after["vit/dense"].spec.predicted
+    for name, space in before.spaces.items():
+        ours, theirs = (one[name].decode(one[name].read(rows)) for one in (after, before))
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes(), name
+        assert space.encoding == after[name].encoding
+
+
+def test_weights_are_kept_and_never_fitted_twice(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    extract(source)
+    convert_store(source, tmp_path / "one", "fp16", ["cnn/cls"])
+    theirs, ours = Cache.open(source)["cnn/patch"], Cache.open(tmp_path / "one")["cnn/patch"]
+    assert theirs.weights is not None
+    assert ours.weights is not None
+    assert (ours.weights == theirs.weights).all()
+    files = [contents(tmp_path / "one"), contents(source)]
+    name = "spaces/cnn/patch/codes/c.0.0.0"
+    assert files[0][name] == files[1][name]
+    # another program, or another machine, may have rounded a weight to another integer
+    mine = some_weights(10)
+    out = tmp_path / "two"
+    writer = StoreWriter.open_or_create(out, replace_encoding(source, "vit/patch"))
+    space = Cache.open(source)["vit/patch"]
+    sides = space.mean.numpy(), space.std.numpy()
+    writer.calibrate("vit/patch", *sides, rows_used=4, weights=mine)
+    convert_store(source, out, "compact", ["vit/patch"])
+    found = Cache.open(out)["vit/patch"]
+    assert (found.weights == torch.from_numpy(mine)).all()
+    bound = encoding("compact").bound(space.read([0, 1]).standardised())
+    error = found.read([0, 1]).standardised() - space.read([0, 1]).standardised()
+    assert (error.abs() <= bound).all()
+
+
+def replace_encoding(source: Path, name: str) -> StorePlan:
+    """The plan of a conversion to compact."""
+    plan = Cache.open(source).plan
+    teachers = []
+    for teacher in plan.teachers:
+        spaces = tuple(
+            replace(space, encoding="compact") if space.id == name else space
+            for space in teacher.spaces
+        )
+        history = {s.name: ["int8"] for s, t in zip(teacher.spaces, spaces, strict=True) if s != t}
+        identity = {**teacher.identity, **({"converted": history} if history else {})}
+        teachers.append(replace(teacher, spaces=spaces, identity=identity))
+    return replace(plan, teachers=tuple(teachers))
 
 
 KILLED_FIVE_TIMES = """

@@ -25,7 +25,7 @@ from preceptor.cache.encodings import ENCODINGS
 from preceptor.cache.layout import Layout
 from small_stores import CORRUPT, ROWS, tokens_of
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = {1: Path(__file__).parent / "golden", 2: Path(__file__).parent / "golden_2"}
 DOCUMENT = (Path(__file__).parents[2] / "cache_format.md").read_text()
 VALID = np.array([row for row in range(ROWS) if row not in CORRUPT])
 
@@ -48,6 +48,8 @@ def decode(space: Path, read: ReadArray) -> np.ndarray:
     """float32 ``[rows, N, D]``; rows that are holes come out as NaN or nonsense."""
     attributes = json.loads((space / "zarr.json").read_text())["attributes"]
     codes, dim = read(space / "codes"), attributes["dim"]
+    if attributes.get("predicted"):
+        codes = restored(codes, read(space / "weights"))
     f32 = np.float32
     with np.errstate(invalid="ignore"):
         if attributes["encoding"] == "fp16":
@@ -62,6 +64,21 @@ def decode(space: Path, read: ReadArray) -> np.ndarray:
                 nibble = byte // 16 if d % 2 else byte % 16
                 z[..., d] = (nibble.astype(f32) - 8) * scales[..., d // 64]
         return z * read(space / "std") + read(space / "mean")
+
+
+def predicted(codes: np.ndarray, weights: np.ndarray, d: int) -> np.ndarray:
+    """int64 ``[rows, N]``: what is predicted of dimension d, from codes before its block."""
+    block = -(-codes.shape[-1] // 4)
+    before = slice(0, block * (d // block))
+    total = (codes[..., before].astype(np.int64) * weights[d, before].astype(np.int64)).sum(-1)
+    return np.clip(np.rint(total / 128).astype(np.int64), -127, 127)
+
+
+def restored(stored: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    codes = stored.astype(np.int64)
+    for d in range(codes.shape[-1]):
+        codes[..., d] = (codes[..., d] + predicted(codes, weights, d) + 127) % 255 - 127
+    return codes
 
 
 # -- the document's section 5, encoders, in plain loops over float32 ------------------------------
@@ -100,13 +117,16 @@ def encode(name: str, z: np.ndarray) -> tuple[np.ndarray, Any]:
 
 
 READERS = pytest.mark.parametrize("read", [by_zarr, by_tensorstore])
+EACH_VERSION = pytest.mark.parametrize("version", GOLDEN)
 
 
+@EACH_VERSION
 @READERS
-def test_the_golden_store_decodes_by_the_document(read: ReadArray) -> None:
-    expected = json.loads((GOLDEN / "expected.json").read_text())
+def test_the_golden_store_decodes_by_the_document(read: ReadArray, version: int) -> None:
+    expected = json.loads((GOLDEN[version] / "expected.json").read_text())
     valid = np.array(expected["valid"])
-    store = GOLDEN / "store"
+    store = GOLDEN[version] / "store"
+    assert json.loads((store / "manifest.json").read_text())["version"] == version
     assert (read(store / "rows/valid") == valid).all()
     keys = [bytes(key).rstrip(b"\0").decode() for key in read(store / "rows/key")]
     assert keys == [f"clé{row}" for row in range(5)]
@@ -115,11 +135,15 @@ def test_the_golden_store_decodes_by_the_document(read: ReadArray) -> None:
         assert (decode(store / "spaces" / name, read)[valid] == np.array(values)).all(), name
 
 
-def test_the_golden_store_is_read(tmp_path: Path) -> None:
-    expected = json.loads((GOLDEN / "expected.json").read_text())
-    cache = Cache.open(GOLDEN / "store")
+@EACH_VERSION
+def test_the_golden_store_is_read(version: int) -> None:
+    expected = json.loads((GOLDEN[version] / "expected.json").read_text())
+    cache = Cache.open(GOLDEN[version] / "store")
     assert cache.valid.tolist() == expected["valid"]
-    assert {space.encoding for space in cache.spaces.values()} == set(ENCODINGS)
+    used = {space.encoding for space in cache.spaces.values()}
+    assert used == (set(ENCODINGS) if version == 1 else {"compact", "int8"})
+    forms = {space.spec.predicted for space in cache.spaces.values() if space.encoding == "compact"}
+    assert forms == ({False} if version == 1 else {False, True})
     for name, values in expected["decoded"].items():
         tokens = cache[name].read(np.flatnonzero(cache.valid))
         assert (cache[name].decode(tokens).numpy() == np.array(values)).all(), name
@@ -145,6 +169,10 @@ def test_the_document_s_encoders_give_the_stored_bits(finished: Path) -> None:
         for row in range(3):
             for token in range(space.spec.tokens):
                 codes, scales = encode(space.encoding, z[row, token])
+                if space.spec.predicted:
+                    weights = by_zarr(finished / "spaces" / name / "weights")
+                    told = [predicted(codes, weights, d) for d in range(len(codes))]
+                    codes = ((codes - np.array(told) + 127) % 255 - 127).astype(np.int8)
                 stored = tokens.codes[row, token].numpy()
                 assert codes[: len(stored)].tobytes() == stored.tobytes(), name
                 if tokens.scales is not None:
@@ -158,11 +186,12 @@ def canonical_sha256(document: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("kind", ["golden", "fresh", "pixels"])
+@pytest.mark.parametrize("kind", ["golden 1", "golden 2", "fresh", "pixels"])
 def test_hashes_and_checksums_are_those_of_the_document(
     kind: str, finished: Path, tmp_path: Path
 ) -> None:
-    root = {"golden": GOLDEN / "store", "fresh": finished, "pixels": tmp_path / "store"}[kind]
+    root = {"fresh": finished, "pixels": tmp_path / "store"}.get(kind)
+    root = root or GOLDEN[int(kind[-1])] / "store"
     if kind == "pixels":
         extract(root)
     schemas = {
@@ -190,8 +219,9 @@ def test_hashes_and_checksums_are_those_of_the_document(
     for teacher in manifest["teachers"]:
         for space in teacher["spaces"]:
             folder = root / "spaces" / teacher["name"] / space["name"]
-            both = by_zarr(folder / "mean").tobytes() + by_zarr(folder / "std").tobytes()
-            assert hashlib.sha256(both).hexdigest() == space["calibration"]["sha256"]
+            names = ("mean", "std", *(["weights"] if "predicted" in space else []))
+            raw = b"".join(by_zarr(folder / name).tobytes() for name in names)
+            assert hashlib.sha256(raw).hexdigest() == space["calibration"]["sha256"]
 
 
 def check_file(root: Path, path: str, shard: int, entry: dict[str, Any]) -> None:
@@ -220,9 +250,8 @@ def check_file(root: Path, path: str, shard: int, entry: dict[str, Any]) -> None
 
 
 def test_the_document_names_every_array_and_encoding() -> None:
-    manifest = Cache.open(GOLDEN / "store").manifest
-    layout = Layout(manifest.plan)
-    for name in [*layout.row_arrays(), "codes", "scales", "mean", "std", "covariance"]:
+    layout = Layout(Cache.open(GOLDEN[2] / "store").plan)
+    for name in [*layout.row_arrays(), "codes", "scales", "mean", "std", "weights", "covariance"]:
         assert name in DOCUMENT
     for name in ENCODINGS:
         assert f"- **{name}**:" in DOCUMENT

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preceptor.cache.commit import Commit, Completion, FileRecord
+from preceptor.cache.encodings import ENCODINGS
 from preceptor.cache.manifest import (
     Calibration,
     Manifest,
@@ -19,10 +21,11 @@ from preceptor.cache.manifest import (
     canonical,
     difference,
     digest,
+    sealed,
 )
 from preceptor.cache.rows import decode_keys
 from preceptor.errors import StoreError
-from small_stores import facts_of, make_plan
+from small_stores import SPACES, facts_of, make_plan
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,12}", fullmatch=True).filter(
     lambda name: name != "rows"
@@ -47,7 +50,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         for space in draw(st.lists(NAMES, min_size=1, max_size=3, unique=True)):
             grid = draw(st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)))
             tokens = grid[0] * grid[1] if grid else 1
-            spaces.append(SpaceSpec(name, space, tokens, draw(st.integers(1, 2000)), grid))
+            dim, how = draw(st.integers(1, 2000)), draw(st.sampled_from(list(ENCODINGS)))
+            plain = draw(st.booleans()) and how == "compact"
+            spaces.append(SpaceSpec(name, space, tokens, dim, grid, how, plain))
             if draw(st.booleans()):
                 calibrations[spaces[-1].id] = Calibration(draw(st.integers(1, 99)), draw(HEX))
         identity = draw(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
@@ -75,6 +80,42 @@ def test_a_manifest_round_trips(manifest: Manifest) -> None:
     )
     for unit in manifest.plan.units:
         assert again.configuration(unit) == manifest.configuration(unit)
+
+
+def edited(manifest: Manifest, **changes: object) -> bytes:
+    """Its bytes with other members of the last space, or another version, sealed again."""
+    body = json.loads(manifest.to_bytes())
+    body.pop("sha256")
+    version = changes.pop("version", body["version"])
+    body["teachers"][-1]["spaces"][0].update(changes)
+    return sealed({**body, "version": version})
+
+
+def test_a_store_states_the_least_version_that_reads_it() -> None:
+    plain = [replace(space, plain=space.encoding == "compact") for space in SPACES]
+    assert not any(space.predicted for space in plain)
+    old, new = Manifest(make_plan(plain)), Manifest(make_plan())
+    assert [json.loads(one.to_bytes())["version"] for one in (old, new)] == [1, 2]
+    assert old.configuration("rows") == new.configuration("rows")
+    assert old.configuration("vit") == new.configuration("vit")
+    assert old.configuration("cnn") != new.configuration("cnn")
+    assert Manifest.from_bytes(edited(old, predicted=True, version=2), "here").plan == new.plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": 1}, "version is 1 and should be 2"),
+        ({"version": 3}, "reads versions 1 and 2"),
+        ({"predicted": "yes"}, "predicted is 'yes'"),
+        ({"encoding": "int8"}, "predicted is True in a space of the encoding int8"),
+        ({"encoding": "int5"}, "no encoding 'int5'"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(changes: dict, why: str) -> None:
+    raw = edited(Manifest(make_plan()), **changes)
+    with pytest.raises(StoreError, match=why):
+        Manifest.from_bytes(raw, "here")
 
 
 @settings(max_examples=80, deadline=None)
@@ -122,8 +163,9 @@ def test_what_is_no_document_is_refused(raw: bytes) -> None:
 def test_the_configuration_hash_is_the_documented_one() -> None:
     manifest = Manifest(make_plan())
     body = json.loads(manifest.to_bytes())
-    members = ("format", "version", "samples", "views", "rows", "shard_rows", "group_rows")
-    rows = {name: body[name] for name in (*members, "key_bytes")}
+    assert body["version"] == 2
+    members = ("format", "samples", "views", "rows", "shard_rows", "group_rows", "key_bytes")
+    rows = {"version": 1, **{name: body[name] for name in members}}
     text = json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()
     assert manifest.configuration("rows") == hashlib.sha256(text).hexdigest()
     teacher = {"rows": manifest.configuration("rows"), "teacher": body["teachers"][0]}

@@ -238,7 +238,7 @@ def test_another_format_or_version_is_refused(store: Path) -> None:
     manifest = store / "manifest.json"
     body = json.loads(manifest.read_text())
     for member, value, words in (
-        ("version", 2, "format version 2 and this program reads version 1"),
+        ("version", 3, "format version 3 and this program reads versions 1 and 2"),
         ("format", "other", "states the format 'other'"),
     ):
         manifest.write_text(json.dumps({**body, member: value}))

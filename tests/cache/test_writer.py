@@ -25,6 +25,7 @@ from small_stores import (
     calibrate,
     facts_of,
     make_plan,
+    some_weights,
     tokens_of,
     write_shard,
     write_store,
@@ -204,7 +205,31 @@ def test_a_calibration_is_frozen(tmp_path: Path) -> None:
         writer.calibrate("vit/patch", mean, std + 1, rows_used=3)
     again = StoreWriter.open_or_create(tmp_path / "store", make_plan(SPACES[:1]))
     assert again.uncalibrated == []
-    assert (again.calibration("vit/patch")[1] == std.astype(np.float32)).all()
+    assert (again.calibration("vit/patch")["std"] == std.astype(np.float32)).all()
+
+
+def test_weights_of_a_prediction_are_frozen_with_the_calibration(tmp_path: Path) -> None:
+    writer = StoreWriter.open_or_create(tmp_path / "store", make_plan())
+    ones = np.ones(9, np.float32)
+    weights = some_weights(9, 100, np.random.default_rng(0))
+    for bad, why in (
+        (weights.astype(np.int16), "int8 of shape"),
+        (weights[:8], "int8 of shape"),
+        (weights.T.copy(), "earlier block"),
+    ):
+        with pytest.raises(StoreError, match=f"cnn/map.*{why}"):
+            writer.calibrate("cnn/map", ones, ones, rows_used=3, weights=bad)
+    with pytest.raises(StoreError, match="cnn/small is not predicted"):
+        writer.calibrate("cnn/small", np.ones(129), np.ones(129), rows_used=3, weights=weights)
+    writer.calibrate("cnn/map", ones, ones, rows_used=3, weights=weights)
+    writer.calibrate("cnn/map", ones, ones, rows_used=3, weights=weights)
+    with pytest.raises(StoreError, match="frozen"):
+        writer.calibrate("cnn/map", ones, ones, rows_used=3)
+    again = StoreWriter.open(tmp_path / "store")
+    assert (again.calibration("cnn/map")["weights"] == weights).all()
+    other = StoreWriter.open_or_create(tmp_path / "other", make_plan())
+    other.calibrate("cnn/map", ones, ones, rows_used=3)
+    assert not other.calibration("cnn/map")["weights"].any()
 
 
 def test_tokens_of_other_rows_than_the_store_has_are_refused(store: Path) -> None:
@@ -291,7 +316,7 @@ def test_kept_files_and_their_copies_mend_each_other(store: Path, finished: Path
     whole = contents(finished)
     assert problems(store) == []
     kept = [name for name in whole if f"spare/{name}" in whole]
-    assert len(kept) == 1 + 3 + 4 * 4
+    assert len(kept) == 1 + 3 + 4 * 4 + 1  # the weights of the predicted space
     for number, name in enumerate([*kept, *(f"spare/{name}" for name in kept)]):
         if number % 3:
             (store / name).write_bytes(whole[name][:-7])

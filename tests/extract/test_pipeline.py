@@ -27,7 +27,8 @@ COUNT, SIZE = 11, 64
 def options(shards: str, teachers: Sequence[str], store: Path, *more: str) -> list[str]:
     return [
         *teachers, f"data.shards='{shards}'", f"cache={store}", "shard_rows=4", "group_rows=2",
-        "batch_size=3", "workers=0", "calibration.images=6", "engine=cpu", *more,
+        "batch_size=3", "workers=0", "calibration.images=10", "engine=cpu",
+        "+teachers.vit.encoding=compact", *more,
     ]  # fmt: skip
 
 
@@ -67,6 +68,10 @@ def live(shards: str, model: str, weights: Path) -> tuple[torch.Tensor, torch.Te
     return tokens, descriptor
 
 
+def vit_weights(teachers: Sequence[str]) -> Path:
+    return Path(teachers[1]).parent / "vit_tiny_patch16_224.safetensors"
+
+
 def test_every_row_decodes_within_the_bound_of_the_live_features(
     shards: str, teachers: list[str], store: Path
 ) -> None:
@@ -85,6 +90,27 @@ def test_every_row_decodes_within_the_bound_of_the_live_features(
             half = read.scales.double().unsqueeze(-1) * space.std.double() / 2
             slack = 1e-4 * expected.double().abs().max()
             assert bool((error <= half + slack).all()), space.spec.id
+
+
+def test_the_prediction_is_fitted_to_the_calibration_sample(
+    shards: str, teachers: list[str], store: Path
+) -> None:
+    cache = Cache.open(store)
+    tokens, _ = live(shards, "vit_tiny_patch16_224", vit_weights(teachers))
+    chosen = np.sort(np.random.default_rng([0, 0xCA11]).permutation(COUNT)[:10])
+    x = tokens[chosen].double().numpy().reshape(-1, tokens.shape[-1])
+    z = (x - x.mean(0)) / x.std(0)
+    weights = cache["vit/patch"].weights
+    assert weights is not None
+    predicted = np.flatnonzero(weights.any(1))
+    assert len(predicted) > 5
+    for d in predicted:
+        known = z[:, : 48 * (d // 48)]
+        ridge = known.T @ known / len(z) + 0.03 * np.eye(known.shape[1])
+        exact = np.linalg.solve(ridge, known.T @ z[:, d] / len(z))
+        # the store's sample came in other batches: a value near a half may round either way
+        assert np.abs(weights[d, : known.shape[1]].numpy() - 128 * exact).max() < 0.51
+    assert cache["cnn/map"].weights is None
 
 
 def test_plain_zarr_sees_the_same_numbers(store: Path) -> None:

@@ -1,0 +1,237 @@
+"""Predicted codes against the document's formulas in integers, and the fit against regression."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from preceptor.cache.encodings.prediction import (
+    LARGEST_SUM,
+    blocks,
+    fitted,
+    problem,
+    residuals,
+    restored,
+)
+from preceptor.cache.statistics import Accumulator, calibration, prediction
+from small_stores import some_weights
+
+DIMS = st.sampled_from([1, 2, 3, 4, 5, 7, 64, 65, 130])
+
+
+def by_the_document(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Section 5, one number after another."""
+    stored = np.zeros_like(codes)
+    block = -(-codes.shape[-1] // 4)
+    for place in np.ndindex(codes.shape):
+        token, d = codes[place[:-1]].tolist(), place[-1]
+        total = sum(int(weights[d, e]) * token[e] for e in range(block * (d // block)))
+        whole, rest = divmod(total, 128)
+        up = rest > 64 or (rest == 64 and whole % 2 == 1)
+        predicted = min(max(whole + up, -127), 127)
+        stored[place] = (token[d] - predicted + 127) % 255 - 127
+    return stored
+
+
+@st.composite
+def codes_and_weights(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of any kind, and weights of any that may be frozen: small, or as large as can be."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    dim, tokens = draw(DIMS), draw(st.integers(1, 5))
+    largest = draw(st.sampled_from([1, 10, 127]))
+    codes = rng.integers(-largest, largest + 1, (2, tokens, dim))
+    if draw(st.booleans()):
+        codes = np.where(rng.random(codes.shape) < 0.5, largest, -largest)
+    return codes.astype(np.int8), some_weights(dim, draw(st.sampled_from([3, 40, 127])), rng)
+
+
+@settings(max_examples=60, deadline=None)
+@given(codes_and_weights())
+def test_stored_are_the_document_s_numbers_and_nothing_is_lost(
+    case: tuple[np.ndarray, np.ndarray],
+) -> None:
+    codes, weights = case
+    assert problem(weights) is None
+    stored = residuals(codes, weights)
+    assert stored.tobytes() == by_the_document(codes, weights).tobytes()
+    assert (stored != -128).all()  # the fill value
+    assert restored(stored, weights).tobytes() == codes.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(codes_and_weights())
+def test_torch_gives_the_same_bits(case: tuple[np.ndarray, np.ndarray]) -> None:
+    codes, weights = case
+    stored = residuals(torch.from_numpy(codes), torch.from_numpy(weights))
+    assert stored.dtype == torch.int8
+    assert stored.numpy().tobytes() == residuals(codes, weights).tobytes()
+    again = restored(stored, torch.from_numpy(weights))
+    assert again.numpy().tobytes() == codes.tobytes()
+
+
+@pytest.fixture
+def imprecise() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def largest_sums() -> tuple[np.ndarray, np.ndarray]:
+    """Codes and weights whose sums reach the greatest magnitude that is allowed, and odd ones."""
+    dim = 700
+    rng = np.random.default_rng(0)
+    weights = some_weights(dim, 127, rng)
+    weights[-1, :516] = 127
+    weights[-1, 516:] = 0
+    weights[-1, 516] = LARGEST_SUM - 127 * 516
+    codes = rng.integers(-127, 128, (1, 300, dim)).astype(np.int8)
+    codes[0, :100] = 127
+    codes[0, 100:200] = -127
+    return codes, weights
+
+
+def test_the_largest_sums_are_exact_in_every_precision(imprecise: None) -> None:
+    codes, weights = largest_sums()
+    assert np.abs(weights[-1].astype(int)).sum() == LARGEST_SUM
+    exact = codes.reshape(-1, 700).astype(np.int64) @ weights.T.astype(np.int64)
+    predicted = np.clip(np.rint(exact / 128), -127, 127).astype(int).reshape(codes.shape)
+    expected = (codes - predicted + 127) % 255 - 127
+    given = torch.from_numpy(codes), torch.from_numpy(weights)
+    for kind in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", kind):
+            stored = residuals(*given)
+            again = restored(stored, given[1])
+        np.testing.assert_array_equal(stored.numpy(), expected)
+        np.testing.assert_array_equal(again.numpy(), codes)
+    np.testing.assert_array_equal(residuals(codes, weights), expected)
+
+
+def test_more_tokens_than_are_taken_at_once() -> None:
+    rng = np.random.default_rng(1)
+    codes = rng.integers(-127, 128, (3, 700, 8)).astype(np.int8)
+    weights = some_weights(8, 90, rng)
+    stored = residuals(codes, weights)
+    np.testing.assert_array_equal(stored[1, 690:], by_the_document(codes[1, 690:], weights))
+    np.testing.assert_array_equal(restored(stored, weights), codes)
+    nothing = codes[:0]
+    assert residuals(nothing, weights).shape == restored(nothing, weights).shape == (0, 700, 8)
+
+
+# -- the fit ---------------------------------------------------------------------------------------
+
+
+def sample(tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
+    """Tokens that lie near a subspace of a third of the dimensions, of different spread."""
+    random = torch.Generator().manual_seed(seed)
+    basis = torch.randn(max(1, dim // 3), dim, generator=torch.Generator().manual_seed(5))
+    x = torch.randn(tokens, max(1, dim // 3), generator=random) @ basis
+    x += 0.3 * torch.randn(tokens, dim, generator=random)
+    return x * torch.logspace(-1, 1, dim) + 5
+
+
+def weights_of(x: torch.Tensor, parts: int = 1) -> np.ndarray:
+    sums = Accumulator(x[0])
+    for part in x.chunk(parts):
+        sums.add(part)
+    return prediction(sums.moments(), *calibration(sums))
+
+
+def test_weights_are_those_of_a_ridge_regression_of_the_tokens() -> None:
+    x = sample(4000, 24)
+    found = weights_of(x)
+    z = x.double().numpy()
+    z = (z - z.mean(0)) / z.std(0)
+    for start, end in blocks(24):
+        ridge = np.sqrt(0.03 * len(z)) * np.eye(start)
+        sides = np.concatenate([z[:, :start], ridge])
+        targets = np.concatenate([z[:, start:end], np.zeros((start, end - start))])
+        exact = np.linalg.lstsq(sides, targets, rcond=None)[0].T * 128
+        assert np.abs(found[start:end, :start] - np.clip(exact, -127, 127)).max() < 0.501
+        assert (found[start:end, start:] == 0).all()
+    assert (found[6:] != 0).any(1).all()
+    assert (found[:6] == 0).all()
+
+
+def test_the_same_sample_gives_the_same_weights_however_it_comes_in() -> None:
+    x = sample(3000, 40)
+    expected = weights_of(x)
+    assert expected.any()
+    for parts in (3, 50):
+        assert (weights_of(x.flip(0), parts) == expected).all()
+
+
+def test_other_tokens_need_fewer_bits() -> None:
+    weights = weights_of(sample(4000, 48))
+    other = sample(2000, 48, seed=1)
+    z = (other - other.mean(0)) / other.std(0)
+    codes = (z * 8).round().clamp(-127, 127).to(torch.int8)
+    left = residuals(codes, torch.from_numpy(weights))
+    assert bits(left.numpy()) < bits(codes.numpy()) - 0.8
+
+
+def bits(codes: np.ndarray) -> float:
+    """Mean entropy of a dimension's codes."""
+    total = 0.0
+    for column in codes.reshape(-1, codes.shape[-1]).T:
+        share = np.unique(column, return_counts=True)[1] / len(column)
+        total -= float((share * np.log2(share)).sum())
+    return total / codes.shape[-1]
+
+
+def test_nothing_is_predicted_where_it_does_not_pay() -> None:
+    assert not weights_of(torch.randn(9000, 32, generator=torch.Generator().manual_seed(1))).any()
+    assert not weights_of(sample(10, 48)).any()  # fewer tokens than dimensions
+    assert not weights_of(torch.ones(50, 12)).any()  # nothing moves
+    assert weights_of(sample(50, 1)).shape == (1, 1)
+    x = sample(4000, 24)
+    x[:, 7] = 3.0
+    x[:, 9] = (x[:, 9] - x[:, 9].quantile(0.6)).clamp_min(0)
+    rows = np.flatnonzero((weights_of(x) != 0).any(1))
+    assert not {7, 9} & set(rows.tolist())
+    assert {8, 10, 23} <= set(rows.tolist())
+
+
+def test_a_few_tokens_more_than_dimensions_do_not_make_codes_larger() -> None:
+    random = torch.Generator().manual_seed(3)
+    x = torch.randn(60, 48, generator=random)  # most of which 36 dimensions explain, by chance
+    codes = (torch.randn(4000, 48, generator=random) * 8).round().clamp(-127, 127).to(torch.int8)
+    left = residuals(codes, torch.from_numpy(weights_of(x)))
+    assert bits(left.numpy()) < bits(codes.numpy()) + 0.02
+
+
+def test_weights_that_would_not_be_exact_are_not_fitted() -> None:
+    dim, known = 720, 540
+    covariance = np.eye(dim)
+    for target, share in ((600, 1.0), (601, 0.9)):  # the sum of all dimensions before its block
+        covariance[target, :known] = covariance[:known, target] = share
+        covariance[target, target] = known * share**2
+    weights = fitted(covariance, 10**6, np.zeros(dim, bool))
+    assert problem(weights) is None
+    assert (weights[601, :known] == round(0.9 / 1.03 * 128)).all()
+    assert round(1 / 1.03 * 128) * known > LARGEST_SUM
+    assert not weights[600].any()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "why"),
+    [((0, 0), 1, "earlier block"), ((5, 7), 1, "earlier block"), ((9, 0), -128, "within 127")],
+)
+def test_weights_that_cannot_be_undone_are_named(
+    place: tuple[int, int], value: int, why: str
+) -> None:
+    weights = some_weights(16, 50, np.random.default_rng(0))
+    assert problem(weights) is None
+    weights[place] = value
+    assert why in str(problem(weights))
+
+
+def test_weights_with_too_large_a_sum_are_named() -> None:
+    _, weights = largest_sums()
+    assert problem(weights) is None
+    weights[-1, 517] = -1
+    assert "add up to more than 65536" in str(problem(weights))
