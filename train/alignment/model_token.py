@@ -60,6 +60,14 @@ class ModelToken(Alignment):
         l(U_t vec(LN m'_t), d_t)              trains P', U and the layers; label SPACE:stream
         l(LN m_t, stop(LN m'_t))              draws the student's tokens;  label TEACHER:tokens
 
+    `alone`: in training each descriptor has one term more, weighted by `alone`, in which the tokens
+    predict without the pooled feature,
+
+        l(V_t vec(LN m_t), d_t)               label DESCRIPTOR:alone
+
+    W_t and O of `WriteBack` start from zero, so that without it the tokens' modules begin without
+    a gradient and go on to learn what the pooled feature leaves over.
+
     The reading of the model token is this project's own, after the abstract of "Unified
     Multi-Teacher Distillation Across Hybrid Neural Architectures": intra-space and inter-space
     modules in alternation. Its alternation is that of frame-wise and global attention in VGGT (Wang
@@ -79,6 +87,7 @@ class ModelToken(Alignment):
         write_back: how many stages of the backbone, or their numbers; see `stages.choose_stages`.
         pool: most rows and columns of a stage's map that the tokens read.
         teacher_stream: weight of the teacher-side stream; 0 for none.
+        alone: weight of the descriptors that tokens predict alone; 0 for none.
         hidden: width of the descriptor projectors' hidden layer.
         **options: those of `Alignment`.
     """
@@ -107,6 +116,7 @@ class ModelToken(Alignment):
         write_back: int | Sequence[int] = 0,
         pool: int = 8,
         teacher_stream: float = 0.0,
+        alone: float = 0.0,
         hidden: int = 512,
         **options: Any,
     ) -> None:
@@ -123,19 +133,19 @@ class ModelToken(Alignment):
             least_layers=0 if visited else 1,
         )
         if not reads(intra, inter):
-            _check_constants(bool(visited), residual, teacher_stream)
+            _check_constants(bool(visited), residual, teacher_stream, alone)
             self.readouts = Alignment.readouts
-        if pool < 1 or not teacher_stream >= 0:
+        if pool < 1 or not teacher_stream >= 0 or not alone >= 0:
             raise ConfigError(
-                f"align: pool={pool} must be at least 1 and teacher_stream={teacher_stream} a "
-                "weight of at least 0"
+                f"align: pool={pool} must be at least 1, and teacher_stream={teacher_stream} and "
+                f"alone={alone} weights of at least 0"
             )
         if teacher_stream and not layers:
             raise ConfigError(
                 "align.teacher_stream reads the cached tokens with the layers after the backbone: "
                 "it needs align.layers of at least 1"
             )
-        self.residual, self.teacher_stream = residual, teacher_stream
+        self.residual, self.teacher_stream, self.alone = residual, teacher_stream, alone
         self.streams = _streams(spaces)
         count = student.grid[0] * student.grid[1]
         modules = (len(self.streams), width, heads, mlp_ratio, inter, gamma, intra)
@@ -161,6 +171,7 @@ class ModelToken(Alignment):
         self.heads = nn.ModuleDict()
         self.token_heads = nn.ModuleDict()
         self.stream_heads = nn.ModuleDict()
+        self.alone_heads = nn.ModuleDict()
         self._streams_of: dict[str, list[int]] = {}
         for label, space in self.descriptors.items():
             key, dim = module_key(label), spaces[space].dim
@@ -174,6 +185,8 @@ class ModelToken(Alignment):
             self.token_heads[key] = read
             if teacher_stream:
                 self.stream_heads[key] = nn.Linear(size, dim)
+            if alone:
+                self.alone_heads[key] = nn.Linear(size, dim)
         self.stream_inputs = nn.ModuleList(
             nn.Linear(spaces[name].dim, width) for name in (self.streams if teacher_stream else ())
         )
@@ -228,23 +241,42 @@ class ModelToken(Alignment):
         tokens = self.attend(output)
         predicted = self._predict(output, tokens, dense=bool(self.dense_weight))
         yield from self.compared(predicted, targets)
-        if not (self.teacher_stream and self.training):
+        if not self.training:
             return
+        if self.alone:
+            yield from self._said(self.alone_heads, tokens, targets, "alone", self.alone)
+        if self.teacher_stream:
+            yield from self._streamed(output, tokens, targets)
+
+    def _streamed(
+        self, output: StudentOutput, tokens: Tensor, targets: Mapping[str, Target]
+    ) -> Iterator[Term]:
+        """The terms of the teacher-side stream."""
         assert self.reader is not None
         batch = output.tokens.shape[0]
         start = self.model_tokens.expand(batch, -1, -1, -1)
         stream = self.norm(self.reader(start, self._stream_sees(targets)))
-        for label, space in self.descriptors.items():
-            teacher, own = self.spaces[space].teacher, self._streams_of[label]
-            said = self.stream_heads[module_key(label)](stream[:, own].flatten(1))
-            target = self.descriptor_target(label, targets)
-            loss = self.descriptor_loss(label, said.unsqueeze(1), target)
-            yield Term(f"{label}:stream", teacher, self.teacher_stream, loss)
+        yield from self._said(self.stream_heads, stream, targets, "stream", self.teacher_stream)
         for teacher in dict.fromkeys(space.teacher for space in self.spaces.values()):
             own = self._owned(teacher)
             goal = stream[:, own].flatten(1, 2).detach()
             loss = token_loss(tokens[:, own].flatten(1, 2), goal)
             yield Term(f"{teacher}:tokens", teacher, self.teacher_stream, loss)
+
+    def _said(
+        self,
+        heads: nn.ModuleDict,
+        tokens: Tensor,
+        targets: Mapping[str, Target],
+        kind: str,
+        weight: float,
+    ) -> Iterator[Term]:
+        """The terms of descriptors that tokens [B, S, M, d] alone predict, by heads for that."""
+        for label, space in self.descriptors.items():
+            own = tokens[:, self._streams_of[label]].flatten(1)
+            said = heads[module_key(label)](own).unsqueeze(1)
+            loss = self.descriptor_loss(label, said, self.descriptor_target(label, targets))
+            yield Term(f"{label}:{kind}", self.spaces[space].teacher, weight, loss)
 
     def _predict(self, output: StudentOutput, tokens: Tensor, dense: bool) -> Predictions:
         descriptors = {}
@@ -351,12 +383,14 @@ def _streams(spaces: Mapping[str, SpaceTarget]) -> list[str]:
     ]
 
 
-def _check_constants(write_back: bool, residual: bool, teacher_stream: float) -> None:
+def _check_constants(write_back: bool, residual: bool, teacher_stream: float, alone: float) -> None:
     """Refuse model tokens that read nothing where they would have no part in the student either."""
     reason = "align.intra=false with align.inter=self makes model tokens the same for all images"
     if not write_back:
         raise ConfigError(f"{reason}: without align.write_back nothing of them is left to learn")
-    if not residual:
-        raise ConfigError(f"{reason}: they cannot predict alone, as align.residual=false asks")
+    if not residual or alone:
+        raise ConfigError(
+            f"{reason}: they cannot predict alone, as align.residual=false and align.alone ask"
+        )
     if teacher_stream:
         raise ConfigError(f"{reason}: align.teacher_stream={teacher_stream} would read nothing")

@@ -190,6 +190,33 @@ def test_the_teachers_stream_is_the_same_modules_over_the_cached_tokens(
     assert set(alignment.eval()(output, wanted).losses) == set(targets)
 
 
+def test_tokens_that_predict_alone_have_terms_and_a_gradient_from_the_start(
+    build, double, run, targets
+):
+    alignment, student = double(alone=0.5)
+    output = run(alignment, student)
+    wanted = {name: t.double() for name, t in targets.items()}
+    found, own = alignment(output, wanted), alignment.attend(output)
+    extra = 0.0
+    for i, label in enumerate(("cnn/pool", "vit/cls")):
+        head = alignment.alone_heads[label]
+        said, target = own[:, i].flatten(1) @ head.weight.T + head.bias, wanted[label][:, 0]
+        cosine = functional.cosine_similarity(said, target, dim=-1)
+        expected = 0.9 * (1 - cosine).mean() + 0.1 * functional.smooth_l1_loss(said, target)
+        torch.testing.assert_close(found.losses[f"{label}:alone"], expected.detach())
+        extra = extra + 0.5 * expected
+    alignment.alone = 0.0
+    torch.testing.assert_close(found.loss, alignment(output, wanted).loss + extra)
+    assert set(alignment.eval()(output, wanted).losses) == set(targets)
+
+    for weight in (0.0, 1.0):
+        alignment = build("model_token", alone=weight)
+        output = run(alignment)
+        alignment(output, targets).loss.backward()
+        grad = alignment.model_tokens.grad
+        assert (grad is not None and bool(grad.any())) == bool(weight)
+
+
 def test_the_teachers_stream_is_a_target_and_not_pulled_to_the_student(build, run, targets):
     alignment = build("model_token", teacher_stream=1.0)
     output = run(alignment)
