@@ -389,8 +389,7 @@ def _check_constants(write_back: bool, residual: bool, teacher_stream: float, al
     if not write_back:
         raise ConfigError(f"{reason}: without align.write_back nothing of them is left to learn")
     if not residual or alone:
-        raise ConfigError(
-            f"{reason}: they cannot predict alone, as align.residual=false and align.alone ask"
-        )
+        asked = f"align.alone={alone}" if residual else "align.residual=false"
+        raise ConfigError(f"{reason}: they cannot predict alone, as {asked} asks")
     if teacher_stream:
         raise ConfigError(f"{reason}: align.teacher_stream={teacher_stream} would read nothing")

@@ -353,6 +353,11 @@ def test_spaces_are_chosen_by_name_or_teacher(spaces):
             "cannot predict alone, as align.residual=false asks",
         ),
         (
+            {"name": "model_token", "intra": False, "write_back": 1, "alone": 0.5},
+            "cannot predict alone, as align.alone=0.5 asks",
+        ),
+        ({"name": "model_token", "alone": -1}, "alone=-1 weights of at least 0"),
+        (
             {"name": "model_token", "intra": False, "write_back": 1, "teacher_stream": 0.5},
             "teacher_stream=0.5 would read nothing",
         ),
