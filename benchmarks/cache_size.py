@@ -4,7 +4,8 @@ Images: the Fashion-MNIST of examples/data, and where they are installed the sol
 of elpv-dataset and random crops of the ImageNet photographs in foolbox (their packages are read,
 never imported). Teachers: examples/teachers.py. Every encoding is measured on a store that was
 written for it and calibrated on all of its rows; `unseen` is the size of the half of the rows that
-had no part in the calibration, where that decides it.
+had no part in the calibration, where that decides it. Sizes are those of codes and scales; what a
+space has once (mean, deviation, weights, statistics) does not grow with the rows.
 
     pip install 'preceptor[demo]' elpv-dataset==1.0.0.post1 foolbox==3.3.4
     python benchmarks/cache_size.py --json benchmarks/results/cache_size.json

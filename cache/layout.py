@@ -21,6 +21,7 @@ from .manifest import FORMAT, PIXELS, ROWS, Json, SpaceSpec, StorePlan
 INDEX_ENTRY = 16  # offset and length, two little-endian uint64
 CRC = 4
 ZSTD_LEVEL = 3
+_PANEL = 256
 # Of residuals: they hold no repetitions, and those that a higher level finds make them larger.
 ZSTD_LEVEL_PREDICTED = 1
 
@@ -161,9 +162,25 @@ class ArraySpec:
         values = raw.view(self.dtype)
         if "transpose" not in codecs:
             return values.reshape(self.chunk)
-        order = self._order()
-        stored = values.reshape([self.chunk[axis] for axis in order])
-        return stored.transpose(np.argsort(order))
+        return _channels_last(values.reshape(self.chunk[-1], -1)).reshape(self.chunk)
+
+
+def _channels_last(stored: np.ndarray) -> np.ndarray:
+    """``[D, n]`` as contiguous ``[n, D]``, some columns at a time.
+
+    The columns are copied to rows of another length first: where rows lie a power of two of bytes
+    apart, as they do for 32 rows of 256 tokens, all values of a column share a few lines of the
+    processor's cache, and transposing takes eight times as long.
+    """
+    dim, count = stored.shape
+    out = np.empty((count, dim), stored.dtype)
+    panel = np.empty((dim, _PANEL + 8), stored.dtype)
+    for start in range(0, count, _PANEL):
+        part = out[start : start + _PANEL]
+        columns = panel[:, : len(part)]
+        columns[:] = stored[:, start : start + _PANEL]
+        part[:] = columns.T
+    return out
 
 
 def _zstd(level: int) -> Any:

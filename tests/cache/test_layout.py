@@ -22,6 +22,9 @@ SPECS = {
     "large zstd": ArraySpec(
         "a", "int8", (16, 65, 253), (16, 65, 253), (4, 65, 253), -128, "channel-zstd"
     ),
+    "zstd of level 1": ArraySpec(
+        "a", "int8", (16, 3, 5), (16, 3, 5), (4, 3, 5), -128, "channel-zstd", level=1
+    ),
     "plain": ArraySpec("a", "int64", (16,), (16,), None, -(2**63)),
     "plain zstd": ArraySpec("a", "uint8", (16, 9), (16, 9), None, 255, "zstd"),
 }
