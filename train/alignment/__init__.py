@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,8 +75,18 @@ def build_alignment(
             raise ConfigError(
                 f"align.{option}: {method} has no such option; it has {', '.join(known)}"
             )
+        if options[option] is None and option not in _may_be_none(kind):
+            raise ConfigError(f"align.{option}=null: it needs a value, such as {known[option]}")
     chosen = select_spaces(available, [spaces] if isinstance(spaces, str) else spaces)
     return kind(student, chosen, stored=stored, **options)
+
+
+def _may_be_none(kind: type[Alignment]) -> set[str]:
+    """Options that take None."""
+    found: dict[str, Any] = {}
+    for owner in (Alignment, kind):
+        found |= typing.get_type_hints(owner.__init__)
+    return {name for name, hint in found.items() if type(None) in typing.get_args(hint)}
 
 
 def alignment_options(kind: type[Alignment]) -> dict[str, Any]:

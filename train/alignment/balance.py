@@ -27,6 +27,11 @@ class Balance(nn.Module, ABC):
     def __init__(self, teachers: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
         super().__init__()
         self.teachers = list(teachers)
+        if weights is not None and not isinstance(weights, Mapping):
+            raise ConfigError(
+                f"align.weights={weights}: expected a number by teacher, such as "
+                f"{{{self.teachers[0]}: 2}}"
+            )
         given = dict(weights or {})
         for name, value in given.items():
             if name not in self.teachers:
@@ -34,7 +39,7 @@ class Balance(nn.Module, ABC):
                     f"align.weights names {name!r}, which is no teacher of this run; there are "
                     f"{', '.join(self.teachers)}"
                 )
-            if not 0 <= float(value) < float("inf"):
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ConfigError(f"align.weights.{name}={value}: a weight is at least 0")
         values = [float(given.get(name, 1.0)) for name in self.teachers]
         if not any(values):
@@ -114,7 +119,8 @@ class Drop(Balance):
 
     From UNIC (Sariyildiz et al. 2024, arXiv:2408.05088), which draws for every image; here one draw
     serves the batch, because each teacher's loss is one number. Draws come from torch's generator,
-    whose state checkpoints keep. Nothing is dropped outside training.
+    whose state checkpoints keep; where several ranks train, each draws for its own part of the
+    batch. Nothing is dropped outside training.
 
     Args:
         p: probability of being dropped.

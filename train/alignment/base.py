@@ -187,7 +187,7 @@ class Alignment(nn.Module, ABC):
             raise ConfigError("an alignment needs at least one space; align.spaces names none")
         if match not in ("teacher", "student"):
             raise ConfigError(f"align.match={match}: valid are teacher, student")
-        if not dense_weight >= 0:
+        if not 0 <= dense_weight < float("inf"):
             raise ConfigError(f"align.dense_weight={dense_weight}: a weight is at least 0")
         self.student_dim, self.student_grid = student.token_dim, student.grid
         self.pooled_dim = student.pooled_dim

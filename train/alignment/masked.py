@@ -65,7 +65,7 @@ class Masked(Regression):
                 f"align.mask_ratio={mask_ratio}: of the student's {student.grid[0]} x "
                 f"{student.grid[1]} cells some must be hidden and some not"
             )
-        if not mask_weight > 0:
+        if not 0 < mask_weight < float("inf"):
             raise ConfigError(f"align.mask_weight={mask_weight}: must be positive")
         if not self.dense:
             raise ConfigError(

@@ -130,12 +130,13 @@ class ModelToken(Alignment):
             inter,
             mlp_ratio,
             intra=intra,
+            gamma=gamma,
             least_layers=0 if visited else 1,
         )
         if not reads(intra, inter):
             _check_constants(bool(visited), residual, teacher_stream, alone)
             self.readouts = Alignment.readouts
-        if pool < 1 or not teacher_stream >= 0 or not alone >= 0:
+        if pool < 1 or not all(0 <= weight < float("inf") for weight in (teacher_stream, alone)):
             raise ConfigError(
                 f"align: pool={pool} must be at least 1, and teacher_stream={teacher_stream} and "
                 f"alone={alone} weights of at least 0"

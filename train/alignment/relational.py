@@ -32,7 +32,8 @@ class Relational(Regression):
     teachers, each with its memory; descriptor projectors with a hidden layer as in the other
     alignments; and, until the memory is full, only the entries that are there count.
 
-    The memory is saved with the weights; with several ranks it is rank 0's (buffers are broadcast).
+    The memory is saved with the weights. Of several ranks each compares with its own part of the
+    batch, and the memory is rank 0's (buffers are broadcast).
 
     Args:
         queue: descriptors a teacher that are remembered; 0: the batch alone.
@@ -52,7 +53,7 @@ class Relational(Regression):
         **options: Any,
     ) -> None:
         super().__init__(student, spaces, hidden=hidden, **options)
-        if queue < 0 or not temperature > 0:
+        if queue < 0 or not 0 < temperature < float("inf"):
             raise ConfigError(
                 f"align: queue={queue} must be at least 0 and temperature={temperature} positive"
             )

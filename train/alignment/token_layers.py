@@ -119,6 +119,7 @@ def check_tokens(
     mlp_ratio: float,
     *,
     intra: bool = True,
+    gamma: float | None = None,
     least_layers: int = 1,
 ) -> None:
     """Refuse what no layer can be built of.
@@ -138,7 +139,9 @@ def check_tokens(
             f"align: layers={layers} must be at least {least_layers}, tokens={tokens} at least 1 "
             f"and width={width} a multiple of heads={heads}"
         )
-    if not mlp_ratio >= 0:
+    if gamma is not None and not abs(gamma) < float("inf"):
+        raise ConfigError(f"align.gamma={gamma}: a finite number, or null for no gates")
+    if not 0 <= mlp_ratio < float("inf"):
         raise ConfigError(f"align.mlp_ratio={mlp_ratio}: at least 0; 0 leaves the MLPs out")
 
 

@@ -15,20 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError
-from .base import (
-    Classes,
-    Features,
-    Maps,
-    Measurement,
-    Protocol,
-    Score,
-    Spaces,
-    Suite,
-    Targets,
-    Truth,
-)
+from .base import Features, Measurement, Protocol, Score, Suite
 from .cka import CKA
 from .dense import Dense
+from .dense_regression import DenseRegression
 from .fewshot import FewShot
 from .intervals import Bootstrap, Interval, over_seeds
 from .knn import KNN
@@ -37,6 +27,7 @@ from .reduction import reduce_width
 from .regression import Regression
 from .retrieval import Retrieval
 from .robustness import Robustness
+from .truths import Classes, Maps, Spaces, Targets, Truth, ValueMaps
 
 PROTOCOLS: dict[str, type[Protocol[Any]]] = {
     "knn": KNN,
@@ -45,6 +36,7 @@ PROTOCOLS: dict[str, type[Protocol[Any]]] = {
     "retrieval": Retrieval,
     "regression": Regression,
     "dense": Dense,
+    "dense_regression": DenseRegression,
     "cka": CKA,
     "robustness": Robustness,
 }
@@ -63,6 +55,7 @@ __all__ = [
     "Suite",
     "Targets",
     "Truth",
+    "ValueMaps",
     "build_suite",
     "over_seeds",
     "reduce_width",

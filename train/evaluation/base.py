@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from sklearn.model_selection import train_test_split
 
 from ...errors import ConfigError, DataError
 from .intervals import Bootstrap, Statistic
+from .truths import Truth
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -72,75 +73,6 @@ class Features:
             test=self.test[test],
             corrupted={key: part[test] for key, part in self.corrupted.items()},
         )
-
-
-class Truth(ABC):
-    """What is to be read off the features of the same images, in the same order.
-
-    Attributes:
-        name: of the task, for people.
-    """
-
-    name: str
-
-    @abstractmethod
-    def labelled(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
-        """Which images of either side have a label; None where labels are not the question."""
-
-    @abstractmethod
-    def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Self:
-        """Some of the images of either side."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Labels(Truth):
-    name: str
-    train: NDArray[Any]
-    test: NDArray[Any]
-
-    def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Self:
-        return replace(self, train=self.train[train], test=self.test[test])
-
-
-@dataclass(frozen=True, eq=False)
-class Classes(_Labels):
-    """One class an image: ``train`` int64 [n] and ``test`` int64 [m]; -1 where unknown."""
-
-    def labelled(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        return self.train >= 0, self.test >= 0
-
-
-@dataclass(frozen=True, eq=False)
-class Targets(_Labels):
-    """Numbers an image: ``train`` float64 [n, T] and ``test`` float64 [m, T]; NaN where unknown."""
-
-    def labelled(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        return np.isfinite(self.train).all(1), np.isfinite(self.test).all(1)
-
-
-@dataclass(frozen=True, eq=False)
-class Maps(_Labels):
-    """A class a pixel: ``train`` int64 [n, H, W] and ``test`` [m, H, W]; -1 where unknown.
-
-    H and W are free: the labels of patches are maps of the size of the grid.
-    """
-
-    def labelled(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        return _any_pixel(self.train), _any_pixel(self.test)
-
-
-@dataclass(frozen=True, eq=False)
-class Spaces(Truth):
-    """Other representations of the test images, to compare with: ``test`` float32 [m, D] each."""
-
-    name: str
-    test: Mapping[str, Array]
-
-    def labelled(self) -> None:
-        return None
-
-    def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Self:
-        return replace(self, test={name: part[test] for name, part in self.test.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -394,10 +326,6 @@ class Suite:
                 )
             )
         return scores
-
-
-def _any_pixel(maps: Labels) -> NDArray[np.bool_]:
-    return np.asarray((maps >= 0).any(axis=(1, 2)), dtype=bool)
 
 
 def correct(predicted: NDArray[Any], truth: NDArray[Any]) -> NDArray[np.float64]:

@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Array, Features, Measurement, Protocol, Spaces
+from .base import Array, Features, Measurement, Protocol
+from .truths import Spaces
 
 GRAM = 4096
 """Most images of which intervals are computed: they need the images' Gram matrices."""

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from ...errors import ConfigError
-from .base import Array, Features, Labels, Maps, Measurement, Protocol, choose
+from .base import Array, Features, Labels, Measurement, Protocol, choose
 from .intervals import MeanIoU
 from .linear import STRENGTHS, check_strengths
+from .token_ridge import TokenProbe, TokenRidge, cell_means
+from .truths import Maps
 
 _CHUNK = 4_000_000  # class scores of pixels that are held at once
 
@@ -53,7 +55,7 @@ class Dense(Protocol[Maps]):
         assert features.grid is not None
         classes = int(max(truth.train.max(), truth.test.max())) + 1
         fit, held = self.split(len(truth.train))
-        part = _Normal(features.train[fit], features.grid, truth.train[fit], classes)
+        part = _ridge(features.train[fit], features.grid, truth.train[fit], classes)
 
         held_tokens, grid = features.train[held], features.grid
 
@@ -63,7 +65,7 @@ class Dense(Protocol[Maps]):
 
         scores = {(strength,): score(strength) for strength in self.strengths}
         best = choose(scores)
-        whole = _Normal(features.train, features.grid, truth.train, classes)
+        whole = _ridge(features.train, features.grid, truth.train, classes)
         statistic, accuracy = _judge(whole.solve(best[0]), features.test, features.grid, truth.test)
         shared, joined = statistic.intersection.sum(0), statistic.union.sum(0)
         return [
@@ -82,63 +84,12 @@ class Dense(Protocol[Maps]):
         ]
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Class scores of tokens: (x - mean) / scale @ weight + bias."""
-
-    weight: NDArray[np.float64]
-    bias: NDArray[np.float64]
-
-    def scores(self, tokens: Array) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = tokens @ self.weight.astype(np.float32) + self.bias.astype(
-            np.float32
-        )
-        return found
-
-
-class _Normal:
-    """Weighted ridge regression of all tokens, gathered once and solved for any strength.
-
-    float64 sums over images, so that no copy of the tokens is made.
-    """
-
-    def __init__(self, tokens: Array, grid: tuple[int, int], maps: Labels, classes: int) -> None:
-        width = tokens.shape[-1]
-        self.total = 0.0
-        first, second = np.zeros(width), np.zeros((width, width))
-        cross, target = np.zeros((width, classes)), np.zeros(classes)
-        for part in _parts(maps, classes):
-            shares, weight = cell_shares(maps[part], grid, classes)
-            x = tokens[part].reshape(-1, width).astype(np.float64)
-            y, w = shares.reshape(-1, classes), weight.reshape(-1)
-            weighted = x * w[:, None]
-            self.total += float(w.sum())
-            first += weighted.sum(0)
-            second += weighted.T @ x
-            cross += weighted.T @ y
-            target += w @ y
-        mean, self.target = first / self.total, target / self.total
-        covariance = second / self.total - np.outer(mean, mean)
-        deviation = np.sqrt(np.maximum(np.diag(covariance), 0.0))
-        scale = np.where(deviation > 1e-12 * (1 + np.abs(mean)), deviation, 1.0)
-        self.mean, self.scale = mean, scale
-        self.covariance = covariance / np.outer(scale, scale)
-        self.cross = (cross / self.total - np.outer(mean, self.target)) / scale[:, None]
-
-    def solve(self, strength: float) -> _Probe:
-        """Least squares with the L2 penalty `strength` against the mean squared error."""
-        penalised = self.covariance + strength * np.eye(len(self.mean))
-        weight = np.linalg.solve(penalised, self.cross) / self.scale[:, None]
-        return _Probe(weight, self.target - self.mean @ weight)
-
-
 def cell_shares(
     maps: Labels, grid: tuple[int, int], classes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What the cells of a grid hold: shares of the classes, and the labelled share of each cell.
 
-    A cell is the area that belongs to a token where the grid covers the whole map; pixels on a
-    border between cells count for each by their area.
+    See `cell_means`.
 
     Args:
         maps: int64 [b, H, W]; -1 where unlabelled.
@@ -147,19 +98,14 @@ def cell_shares(
         float64 [b, rows * columns, classes], which sum to one in cells with labelled pixels, and
         float64 [b, rows * columns] from 0 to 1.
     """
-    rows, columns = (_areas(edge, cells) for edge, cells in zip(maps.shape[1:], grid, strict=True))
     one_hot = (maps[..., None] == np.arange(classes)).astype(np.float64)
-    shares = np.einsum("rh,bhwk,cw->brck", rows, one_hot, columns, optimize=True)
-    weight = shares.sum(-1, keepdims=True)
-    shares = np.divide(shares, weight, out=np.zeros_like(shares), where=weight > 0)
-    return shares.reshape(len(maps), -1, classes), weight.reshape(len(maps), -1)
+    return cell_means(one_hot, maps >= 0, grid)
 
 
-def _areas(edge: int, cells: int) -> NDArray[np.float64]:
-    """[cells, edge]: the share of each cell's length that each pixel takes; rows sum to one."""
-    pixel, cell = np.arange(edge) / edge, np.arange(cells)[:, None] / cells
-    low, high = np.maximum(pixel, cell), np.minimum(pixel + 1 / edge, cell + 1 / cells)
-    return np.maximum(high - low, 0.0) * cells
+def _ridge(tokens: Array, grid: tuple[int, int], maps: Labels, classes: int) -> TokenRidge:
+    parts = _parts(maps, classes)
+    cells = ((part, *cell_shares(maps[part], grid, classes)) for part in parts)
+    return TokenRidge(tokens, cells, classes)
 
 
 def _parts(maps: Labels, classes: int) -> list[slice]:
@@ -168,7 +114,7 @@ def _parts(maps: Labels, classes: int) -> list[slice]:
 
 
 def _judge(
-    probe: _Probe, tokens: Array, grid: tuple[int, int], maps: Labels
+    probe: TokenProbe, tokens: Array, grid: tuple[int, int], maps: Labels
 ) -> tuple[MeanIoU, float]:
     """Intersections and unions of each image, and the share of labelled pixels that are right."""
     classes = len(probe.bias)

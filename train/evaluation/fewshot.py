@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ConfigError
-from .base import Array, Classes, Features, Labels, Measurement, Protocol, correct
+from .base import Array, Features, Labels, Measurement, Protocol, correct
 from .intervals import MeanOf
+from .truths import Classes
 
 
 @dataclass(frozen=True)

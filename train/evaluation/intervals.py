@@ -159,6 +159,29 @@ class R2:
 
 
 @dataclass(frozen=True, eq=False)
+class PooledR2:
+    """Coefficient of determination of all pixels of all images together.
+
+    Attributes:
+        residual: float64 [m], sum of (y - p)^2 over the pixels of an image.
+        first, second: float64 [m], sums of y and of y^2; of y around about its mean, since their
+            difference is taken.
+        count: float64 [m], pixels.
+    """
+
+    residual: NDArray[np.float64]
+    first: NDArray[np.float64]
+    second: NDArray[np.float64]
+    count: NDArray[np.float64]
+
+    def __call__(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            spread = weights @ self.second - (weights @ self.first) ** 2 / (weights @ self.count)
+            found: NDArray[np.float64] = 1 - (weights @ self.residual) / spread
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class MeanIoU:
     """Intersection over union, pooled over pixels, averaged over the classes that occur.
 

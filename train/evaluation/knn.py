@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import ConfigError
-from .base import Array, Classes, Features, Labels, Measurement, Protocol, choose, correct, several
+from .base import Array, Features, Labels, Measurement, Protocol, choose, correct, several
 from .intervals import MeanOf
+from .truths import Classes
 
 _CHUNK = 1024
 

@@ -17,12 +17,13 @@ from PIL import Image
 from ...cache import Cache
 from ...cache.samples import MAX_PIXELS, SampleIndex
 from ...errors import ConfigError, DataError
-from .base import Classes, Maps, Targets, Truth
+from .truths import Classes, Maps, Targets, Truth, ValueMaps
 
 KINDS: dict[str, type[Truth]] = {
     "classification": Classes,
     "regression": Targets,
     "dense": Maps,
+    "dense_regression": ValueMaps,
 }
 UNLABELLED = {"L": 255, "P": 255, "I;16": 65535}
 """By the mode of a map, the value of pixels without a label."""
@@ -42,13 +43,16 @@ class Task:
       several regression targets. An absent or null field is no label;
     - ``NAME.png``: the class numbers of pixels in ``KEY.NAME.png``, 8 bits (grey or palette; 255 is
       no label) or 16 bits grey (65535 is none), of the image's own framing at any resolution. It is
-      cut and mirrored as the image was, without interpolation.
+      cut and mirrored as the image was, without interpolation. For ``dense_regression`` they are
+      numbers, 8 or 16 bits grey, all of them values but `unknown`.
 
     Attributes:
         name: for people; ``class`` is left out of the names of scores.
-        kind: ``classification``, ``regression`` or ``dense``.
+        kind: ``classification``, ``regression``, ``dense`` or ``dense_regression``.
         label: see above.
         size: side in pixels of the maps of a dense task.
+        unknown: of ``dense_regression``, the number in a map that stands for no value, such as 0 in
+            maps of depth; None where all are values.
 
     Raises:
         ConfigError: an unknown kind, or a source that does not suit it.
@@ -58,6 +62,7 @@ class Task:
     kind: str
     label: str | Sequence[str]
     size: int = 56
+    unknown: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -69,13 +74,15 @@ class Task:
         suits = {
             "classification": self.label == "cls" or (self._is_json and len(self.fields) == 1),
             "regression": self._is_json and bool(self.fields),
-            "dense": isinstance(self.label, str) and self.label.endswith(".png"),
+            "dense": self._is_map,
+            "dense_regression": self._is_map,
         }
         if not suits[self.kind]:
             expected = {
                 "classification": "cls or json:FIELD",
                 "regression": "json:FIELD or a list of such",
                 "dense": "the ending of a PNG member, such as mask.png",
+                "dense_regression": "the ending of a PNG member, such as depth.png",
             }
             raise ConfigError(
                 f"tasks.{self.name}.label={self.label}: a {self.kind} task takes "
@@ -83,20 +90,25 @@ class Task:
             )
         if self.size < 1:
             raise ConfigError(f"tasks.{self.name}.size={self.size}: expected a positive number")
+        if self.unknown is not None and self.kind != "dense_regression":
+            raise ConfigError(
+                f"tasks.{self.name}.unknown={self.unknown}: only a dense_regression task has it"
+            )
 
     @classmethod
     def parse(cls, name: str, options: Any) -> Task:
-        """A task from a configuration: keys ``kind``, ``label`` and optionally ``size``.
+        """A task from a configuration: keys ``kind``, ``label`` and optionally ``size`` and
+        ``unknown``.
 
         Raises:
             ConfigError: a key is missing or unknown, or as for `Task`.
         """
         if not isinstance(options, Mapping) or not {"kind", "label"} <= set(options):
             raise ConfigError(f"tasks.{name}={options}: give it a kind and a label")
-        if unknown := set(options) - {"kind", "label", "size"}:
+        if unknown := set(options) - {"kind", "label", "size", "unknown"}:
             raise ConfigError(
                 f"tasks.{name} has no option {', '.join(map(str, sorted(unknown)))}: valid are "
-                "kind, label, size"
+                "kind, label, size, unknown"
             )
         return cls(name, **options)
 
@@ -117,6 +129,10 @@ class Task:
         """Names of the JSON fields."""
         labels = [self.label] if isinstance(self.label, str) else list(self.label)
         return [str(label).removeprefix("json:") for label in labels]
+
+    @property
+    def _is_map(self) -> bool:
+        return isinstance(self.label, str) and self.label.endswith(".png")
 
     @property
     def _is_json(self) -> bool:
@@ -143,7 +159,7 @@ class Task:
         """
         if self.label == "cls":
             return np.asarray(cache.labels, dtype=np.int64)[rows]
-        if self.kind == "dense":
+        if self._is_map:
             return np.stack(
                 [
                     self._map(cache, index, int(row), int(sample), max_pixels)
@@ -192,11 +208,15 @@ class Task:
 
     def _map(
         self, cache: Cache, index: SampleIndex, row: int, sample: int, max_pixels: int
-    ) -> NDArray[np.int64]:
-        raw = index.member(sample, str(self.member), _MAP_BYTES)
+    ) -> NDArray[Any]:
+        raw, numbers = index.member(sample, str(self.member), _MAP_BYTES), self.kind != "dense"
         if raw is None:
-            return np.full((self.size, self.size), -1, dtype=np.int64)
-        image = _decode(raw, f"member .{self.member} of sample {index.where(sample)}", max_pixels)
+            shape = (self.size, self.size)
+            return np.full(shape, math.nan) if numbers else np.full(shape, -1, dtype=np.int64)
+        where = f"member .{self.member} of sample {index.where(sample)}"
+        image = _decode(raw, where, max_pixels)
+        if numbers and image.mode == "P":
+            raise DataError(f"{where} has a palette: numbers are 8 or 16 bits grey")
         height, width = (float(edge) for edge in cache.sizes[row])
         scale = np.array([image.width / width, image.height / height] * 2)
         left, top, right, bottom = (float(edge) for edge in cache.boxes[row] * scale)
@@ -204,9 +224,13 @@ class Task:
         # Not by Pillow's resize: it refuses boxes of some modes, and nearest needs no filter.
         columns = _nearest(box[0], box[2], self.size, image.width)
         lines = _nearest(box[1], box[3], self.size, image.height)
-        unlabelled = UNLABELLED[image.mode]
-        found = np.asarray(image).astype(np.int64)[lines][:, columns]
-        found = np.where(found == unlabelled, -1, found)
+        found: NDArray[Any] = np.asarray(image).astype(np.int64)[lines][:, columns]
+        if numbers:
+            found = found.astype(np.float64)
+            if self.unknown is not None:
+                found[found == self.unknown] = math.nan
+        else:
+            found = np.where(found == UNLABELLED[image.mode], -1, found)
         return found[:, ::-1].copy() if cache.flips[row] else found
 
 

@@ -13,8 +13,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ...errors import ConfigError
-from .base import Classes, Features, Measurement, Protocol, correct, split
+from .base import Features, Measurement, Protocol, correct, split
 from .intervals import MeanOf
+from .truths import Classes
 
 PROBES = ("ridge", "logistic")
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)

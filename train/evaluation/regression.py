@@ -14,9 +14,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ...errors import ConfigError
-from .base import Array, Features, Measurement, Protocol, Targets, choose
+from .base import Array, Features, Measurement, Protocol, choose
 from .intervals import R2
 from .linear import STRENGTHS, check_strengths
+from .truths import Targets
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from .base import Array, Classes, Features, Labels, Measurement, Protocol
+from .base import Array, Features, Labels, Measurement, Protocol
 from .intervals import MeanOf
+from .truths import Classes
 
 _CHUNK = 4_000_000  # similarities that are sorted at once
 

@@ -9,10 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import ConfigError
-from .base import Classes, Features, Measurement, correct
+from .base import Features, Measurement, correct
 from .corruptions import CORRUPTIONS, SEVERITIES, Corruption
 from .intervals import MeanOf
 from .linear import Linear
+from .truths import Classes
 
 
 @dataclass(frozen=True)

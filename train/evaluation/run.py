@@ -19,7 +19,7 @@ from ...errors import ConfigError, DataError
 from ...measure import peak_memory_mb
 from ..checkpoint import write_json
 from . import PROTOCOLS, build_suite
-from .base import Spaces, Suite, Truth
+from .base import Suite
 from .feature_cache import FeatureCache
 from .features import LabelledRows, space_features
 from .intervals import Bootstrap
@@ -27,6 +27,7 @@ from .labels import KINDS, Task
 from .reduction import reduce_width
 from .subjects import Run, check_same_teachers, choose_readouts, subjects
 from .table import Row, print_seeds, print_tables, seed_means
+from .truths import Spaces, Truth
 
 RESULT = "summary.json"
 RESAMPLES = "resamples.safetensors"

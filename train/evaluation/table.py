@@ -158,7 +158,14 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-NAMES = {"knn": "k-NN", "linear": "linear", "retrieval": "mAP", "regression": "R²", "dense": "mIoU"}
+NAMES = {
+    "knn": "k-NN",
+    "linear": "linear",
+    "retrieval": "mAP",
+    "regression": "R²",
+    "dense": "mIoU",
+    "dense_regression": "map R²",
+}
 """Of columns, where the protocol's own name is not the clearest."""
 
 

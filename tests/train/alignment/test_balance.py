@@ -137,6 +137,33 @@ def test_several_ends_are_one_gradient(build, run, student, targets):
         torch.testing.assert_close(parameter.grad, surgical[name].grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_projection_in_half_precision_is_that_in_float32(build, run, given_student, targets, dtype):
+    """Features in half precision under autocast and a gradient scale, of very small losses."""
+    options = {"balance": "pcgrad", "weights": {"cnn": 1e-4, "vit": 1e-4}}
+    ends = {}
+    for kind, scale in ((torch.float32, 1.0), (dtype, 2.0**12)):
+        alignment = build("regression", **options)
+        output = run(alignment, given_student(dtype=kind))
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=dtype, enabled=kind != torch.float32):
+            loss = alignment(output, targets).loss
+        assert loss.dtype == torch.float32
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(loss).backward()
+        ends[kind] = [end.grad.double() / scale for end in (output.tokens, output.pooled)]
+        heads = torch.cat([p.grad.flatten() for p in alignment.parameters()])
+        assert heads.isfinite().all()
+    plain = build("regression", **{**options, "balance": "fixed"})
+    output = run(plain)
+    plain(output, targets).loss.backward()
+    unprojected = (output.tokens.grad, output.pooled.grad)
+    for found, expected, without in zip(ends[dtype], ends[torch.float32], unprojected, strict=True):
+        error = (found - expected).norm() / expected.norm()
+        assert error < 0.02
+        assert error < 0.5 * (without - expected).norm() / expected.norm()
+
+
 def test_one_teacher_or_no_gradient_is_the_plain_sum():
     balance = build_balance("pcgrad", ["a"], None, momentum=0.9, drop=0.5)
     hidden = torch.ones(2, requires_grad=True)

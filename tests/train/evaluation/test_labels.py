@@ -74,6 +74,31 @@ def test_maps_may_have_another_resolution_and_sixteen_bits(tmp_path, one_row):
     assert np.array_equal(images.truths["parts"][0], expected)
 
 
+def test_maps_of_numbers_keep_all_values_but_the_unknown_one(tmp_path, one_row):
+    depth = np.arange(100, dtype=np.uint16).reshape(10, 10) * 655
+    depth[3, 3] = 65535
+    grey = np.full((10, 10), 255, np.uint8)
+    palette = Image.fromarray(grey).convert("P")
+    parts = {"depth.png": depth, "all.png": grey}
+    parts = {name: encoded(Image.fromarray(pixels)) for name, pixels in parts.items()}
+    shards = write_tar(tmp_path / "x.tar", {"a": IMAGE | parts | {"p.png": encoded(palette)}})
+
+    def read(label, **more):
+        task = Task("t", "dense_regression", label, size=10, **more)
+        return LabelledRows.open(one_row, shards, [task]).truths["t"][0]
+
+    assert np.array_equal(read("depth.png"), depth.astype(float))
+    known = np.where(depth == 0, np.nan, depth.astype(float))
+    assert np.array_equal(read("depth.png", unknown=0), known, equal_nan=True)
+    assert (read("all.png") == 255).all()
+    with pytest.raises(DataError, match=r"no image has a label \(\.no\.png\) of task t"):
+        read("no.png")
+    with pytest.raises(
+        DataError, match=r"\.p\.png of sample 'a' .* has a palette: numbers are 8 or"
+    ):
+        read("p.png")
+
+
 def test_images_without_any_label_are_left_out(scenes):
     learn, _ = scenes
     images = LabelledRows.open(learn.cache, learn.shards, TASKS[2:])
@@ -150,6 +175,8 @@ def test_maps_that_are_none_are_told(tmp_path, one_row):
         ({"kind": "classification", "label": ["json:a", "json:b"]}, "takes cls or json:FIELD"),
         ({"kind": "dense", "label": "json:x"}, r"such as mask\.png"),
         ({"kind": "dense", "label": "mask.png", "size": 0}, "expected a positive number"),
+        ({"kind": "dense_regression", "label": "json:x"}, r"such as depth\.png"),
+        ({"kind": "dense", "label": "m.png", "unknown": 0}, "only a dense_regression task has it"),
         ({"kind": "dense", "label": "mask.png", "sise": 3}, "no option sise: valid are kind"),
     ],
 )

@@ -17,11 +17,12 @@ from preceptor.train.evaluation import (
     Maps,
     Spaces,
     Targets,
+    ValueMaps,
     build_suite,
 )
 from preceptor.train.evaluation.base import split
 from preceptor.train.evaluation.cka import Alignment, linear_cka
-from preceptor.train.evaluation.dense import _Normal, cell_shares
+from preceptor.train.evaluation.dense import _ridge, cell_shares
 from preceptor.train.evaluation.fewshot import FewShot
 from preceptor.train.evaluation.knn import KNN
 from preceptor.train.evaluation.regression import Regression
@@ -178,7 +179,7 @@ def test_the_dense_probe_is_weighted_ridge_regression():
     x, y, w = tokens.reshape(-1, 4).astype(np.float64), shares.reshape(-1, 3), weight.ravel()
     scaler = StandardScaler().fit(x, sample_weight=w)
     judge = Ridge(alpha=0.2 * w.sum()).fit(scaler.transform(x), y, sample_weight=w)
-    probe = _Normal(tokens, (2, 3), maps, 3).solve(0.2)
+    probe = _ridge(tokens, (2, 3), maps, 3).solve(0.2)
     np.testing.assert_allclose(
         probe.scores(tokens).reshape(-1, 3), judge.predict(scaler.transform(x)), atol=1e-5
     )
@@ -198,7 +199,7 @@ def test_dense_scores_are_scikit_learns_jaccard_score():
     (x, maps), (queries, truth) = segmented(40, 1), segmented(25, 2)
     features = Features(x, queries, grid=(4, 4))
     (score,) = one("dense", features, Maps("parts", maps, truth), strengths=[0.01])
-    probe = _Normal(x, (4, 4), maps, 3).solve(0.01)
+    probe = _ridge(x, (4, 4), maps, 3).solve(0.01)
     scores = torch.from_numpy(probe.scores(queries)).transpose(1, 2).unflatten(2, (4, 4))
     resized = torch.nn.functional.interpolate(scores, (8, 8), mode="bilinear")
     predicted, known = resized.argmax(1).numpy(), truth >= 0
@@ -297,6 +298,74 @@ def test_dense_does_not_learn_from_test_or_validation_images():
     (score,) = one("dense", features, Maps("parts", maps, truth))
     assert score.value < 0.4
     assert score.validation < 0.4
+
+
+def slopes(count: int, seed: int, side: int = 8, grid: int = 4):
+    """Maps far from zero whose cells have one value each but noise, and tokens that tell it."""
+    random = np.random.default_rng(seed)
+    cells = random.normal(size=(count, grid, grid))
+    tokens = cells.reshape(count, -1, 1) * [1.0, -2.0] + random.normal(0, 0.3, (count, grid**2, 2))
+    maps = 5000 + 3 * np.repeat(np.repeat(cells, side // grid, 1), side // grid, 2)
+    maps += random.normal(0, 0.2, maps.shape)
+    maps[random.random(maps.shape) < 0.1] = np.nan
+    maps[0] = np.nan
+    return tokens.astype(np.float32), maps
+
+
+def test_dense_regression_is_scikit_learns_ridge_and_its_r2():
+    (x, maps), (queries, truth) = slopes(60, 1), slopes(30, 2)
+    strengths = [1e-3, 0.3, 30.0]
+    suite = build_suite(["dense_regression"], {"dense_regression": {"strengths": strengths}})
+    (score,) = suite.score(Features(x, queries, grid=(4, 4)), [ValueMaps("depth", maps, truth)])
+    assert (score.key, score.images) == ("dense_regression@depth", 29)  # one has no pixel
+    x, maps, queries, truth = x[1:], maps[1:], queries[1:], truth[1:]
+
+    def pixels(strength, fit, asked):
+        blocks = maps[fit].reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 4)
+        known = np.isfinite(blocks)
+        w = known.mean(1)
+        y = np.where(known, blocks, 0).sum(1) / np.maximum(known.sum(1), 1)
+        rows = x[fit].reshape(-1, 2).astype(np.float64)
+        scaler = StandardScaler().fit(rows, sample_weight=w)
+        judge = Ridge(alpha=strength * w.sum())
+        judge.fit(scaler.transform(rows), y, sample_weight=w)
+        said = judge.predict(scaler.transform(asked.reshape(-1, 2).astype(np.float64)))
+        said = torch.from_numpy(said).view(-1, 1, 4, 4)
+        return torch.nn.functional.interpolate(said, (8, 8), mode="bilinear")[:, 0].numpy()
+
+    def r2(said, true):
+        known = np.isfinite(true)
+        return r2_score(true[known], said[known])
+
+    fit, held = split(59, 0.2, 0)
+    found = {s: r2(pixels(s, fit, x[held]), maps[held]) for s in strengths}
+    best = max(found, key=lambda s: found[s])
+    assert score.chosen == {"strength": best}
+    assert score.validation == pytest.approx(found[best], abs=1e-5)
+    said = pixels(best, slice(None), queries)
+    assert score.value == pytest.approx(r2(said, truth), abs=1e-5)
+    assert 0.5 < score.value < 1
+    error = (said - truth)[np.isfinite(truth)]
+    assert score.details["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
+    assert score.details["mae"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
+    counts = np.random.default_rng(0).integers(0, 3, size=29)
+    again = np.repeat(np.arange(29), counts)
+    expected = r2(said[again], truth[again])
+    assert score.statistic(counts[None].astype(float))[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_dense_regression_does_not_learn_from_test_or_validation_images():
+    (x, maps), (queries, truth) = slopes(60, 1), slopes(40, 2)
+    noise = np.random.default_rng(9).normal(size=x.shape).astype(np.float32)
+    features = Features(noise, queries, grid=(4, 4))
+    (score,) = one("dense_regression", features, ValueMaps("depth", maps, truth))
+    assert score.value < 0.1
+    assert score.validation < 0.1
+    flat = np.where(np.isfinite(truth), 7.0, np.nan)
+    with pytest.raises(ConfigError, match="depth: all pixels of the test maps have one value"):
+        build_suite(["dense_regression"]).check([ValueMaps("depth", maps, flat)])
+    with pytest.raises(ConfigError, match="no test image has a label"):
+        build_suite(["dense_regression"]).check([ValueMaps("depth", maps, truth * np.nan)])
 
 
 def test_robustness_judges_the_clean_probe_on_corrupted_features():

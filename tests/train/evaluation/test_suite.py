@@ -30,6 +30,7 @@ from sklearn.preprocessing import StandardScaler
 TASKS = (
     "+tasks.position={kind: regression, label: ['json:x', 'json:y']}",
     "+tasks.square={kind: dense, label: mask.png, size: 16}",
+    "+tasks.height={kind: dense_regression, label: mask.png, size: 16, unknown: 255}",
 )
 ALL = (
     "protocols=all", "fewshot.shots=[1,5]", "knn.k=5", "intervals.resamples=50", *TASKS,
@@ -91,6 +92,7 @@ def test_every_protocol_has_its_rows(whole, runs):
         "knn", "linear", "fewshot/1-shot", "fewshot/5-shot", "retrieval", "regression@position",
         "cka/vit/patch", "cka/vit/cls",
     }  # fmt: skip
+    maps = {"dense@square", "dense_regression@height"}
     robust = {"robustness/mean", "robustness/contrast", "robustness/jpeg"}
     named = {"kind", "name", "readout", "dim", "reduced", "scores"}
     student = row(result, name="cnn-s0", readout="pooled")
@@ -98,9 +100,9 @@ def test_every_protocol_has_its_rows(whole, runs):
     assert set(row(result, kind="untrained", readout="pooled", name="resnet_micro-s1")) >= robust
     # A teacher's cached features cannot see corruption: no figure, rather than an invented one.
     assert set(row(result, name="vit/cls")) - named == vectors
-    assert set(row(result, kind="teacher", readout="map")) - named == {"dense@square"}
+    assert set(row(result, kind="teacher", readout="map")) - named == maps
     assert row(result, kind="teacher", readout="map")["name"] == "vit/patch"
-    assert set(row(result, name="cnn-s1", readout="map")) - named == {"dense@square"}
+    assert set(row(result, name="cnn-s1", readout="map")) - named == maps
     assert row(result, name="vit/cls")["cka/vit/cls"] == pytest.approx(1)
     for one in student["scores"]:
         assert one["low"] <= one["high"]

@@ -1,0 +1,121 @@
+"""Dense regression probe: a number of every pixel, such as a depth, from the tokens of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from ...errors import ConfigError
+from .base import Array, Features, Measurement, Protocol, choose
+from .intervals import PooledR2
+from .linear import STRENGTHS, check_strengths
+from .token_ridge import TokenProbe, TokenRidge, cell_means
+from .truths import ValueMaps
+
+_CHUNK = 4_000_000  # pixels that are held at once
+
+
+@dataclass(frozen=True)
+class DenseRegression(Protocol[ValueMaps]):
+    """R^2 of a linear map from each token to the mean of its cell, over pixels.
+
+    `Dense` for numbers: a token's target is the mean of the known pixels of its cell, and it weighs
+    as much as its known share; features are standardised; the L2 strength s (``alpha = s`` times
+    the total weight) is chosen by R^2 on held-out training images, and the probe is then fitted on
+    all of them. Predictions are resized bilinearly from the grid to the maps, so that models with
+    different grids are judged on the same pixels. R^2 is that of all known pixels of the test
+    images together: 1 for exact predictions, 0 for the mean of those pixels, negative for worse.
+
+    Attributes:
+        strengths: L2 strengths to choose from; the first of the best.
+    """
+
+    truth: ClassVar[type[ValueMaps]] = ValueMaps
+    on_grid: ClassVar[bool] = True
+
+    strengths: Sequence[float] = STRENGTHS
+
+    def __post_init__(self) -> None:
+        check_strengths("dense_regression", self.strengths)
+
+    def check(self, truth: ValueMaps) -> None:
+        for side, values in (("training", truth.train), ("test", truth.test)):
+            if not np.nanmax(values) > np.nanmin(values):
+                raise ConfigError(
+                    f"task {truth.name}: all pixels of the {side} maps have one value, so there is "
+                    "nothing to predict"
+                )
+
+    def measure(self, features: Features, truth: ValueMaps) -> list[Measurement]:
+        self.check(truth)
+        assert features.grid is not None
+        grid = features.grid
+        fit, held = self.split(len(truth.train))
+        # Sums of squares do not cancel where numbers are far from zero and close to each other.
+        centre = float(np.nanmean(truth.train))
+        train, test = truth.train - centre, truth.test - centre
+        part = _ridge(features.train[fit], grid, train[fit])
+        held_tokens, held_maps = features.train[held], train[held]
+
+        def score(strength: float) -> float:
+            found, _ = _judge(part.solve(strength), held_tokens, grid, held_maps)
+            return float(found(np.ones((1, len(held))))[0])
+
+        scores = {(strength,): score(strength) for strength in self.strengths}
+        best = choose(scores)
+        probe = _ridge(features.train, grid, train).solve(best[0])
+        statistic, absolute = _judge(probe, features.test, grid, test)
+        count = statistic.count.sum()
+        return [
+            Measurement(
+                metric="R2",
+                statistic=statistic,
+                validation=scores[best],
+                chosen={"strength": best[0]},
+                details={
+                    "rmse": float(np.sqrt(statistic.residual.sum() / count)),
+                    "mae": float(absolute / count),
+                },
+            )
+        ]
+
+
+def _ridge(tokens: Array, grid: tuple[int, int], maps: NDArray[np.float64]) -> TokenRidge:
+    def cells(part: slice) -> tuple[slice, NDArray[np.float64], NDArray[np.float64]]:
+        known = np.isfinite(maps[part])
+        return part, *cell_means(np.where(known, maps[part], 0.0)[..., None], known, grid)
+
+    return TokenRidge(tokens, map(cells, _parts(maps)), 1)
+
+
+def _parts(maps: NDArray[np.float64]) -> list[slice]:
+    images = max(1, _CHUNK // (maps.shape[1] * maps.shape[2]))
+    return [slice(start, start + images) for start in range(0, len(maps), images)]
+
+
+def _judge(
+    probe: TokenProbe, tokens: Array, grid: tuple[int, int], maps: NDArray[np.float64]
+) -> tuple[PooledR2, float]:
+    """Sums over the known pixels of each image, and the sum of all absolute errors."""
+    sums, absolute = [], 0.0
+    for part in _parts(maps):
+        truth = maps[part]
+        said = torch.from_numpy(probe.scores(tokens[part])).transpose(1, 2).unflatten(2, grid)
+        resized = functional.interpolate(said, truth.shape[1:], mode="bilinear")[:, 0].numpy()
+        known = np.isfinite(truth)
+        error = np.where(known, resized - truth, 0.0)
+        values = np.where(known, truth, 0.0)
+        absolute += float(np.abs(error).sum())
+        axes = (1, 2)
+        sums.append(
+            np.stack(
+                [(error**2).sum(axes), values.sum(axes), (values**2).sum(axes), known.sum(axes)]
+            )
+        )
+    return PooledR2(*np.concatenate(sums, axis=1)), absolute
