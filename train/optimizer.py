@@ -49,6 +49,11 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
     Raises:
         ConfigError: timm has no such optimiser, or it does not take an option.
     """
+    if not isinstance(recipe.optimizer_options, DictConfig):
+        raise ConfigError(
+            f"recipe.optimizer_options={recipe.optimizer_options}: expected options by name, such "
+            "as '{betas: [0.9, 0.98]}'"
+        )
     options = dict(OmegaConf.to_container(recipe.optimizer_options, resolve=True))  # type: ignore[arg-type]
     if fused and recipe.optimizer in FUSED:
         options.setdefault("fused", True)

@@ -123,6 +123,7 @@ def test_other_optimisers_learn_too(train_config, tmp_path, name):
     [
         ({"optimizer": "adamv"}, "timm has no such optimiser"),
         ({"optimizer_options": {"beta": 1}}, "adamw does not take them"),
+        ({"optimizer_options": "betas:0.9"}, "optimizer_options=betas:0.9: expected options by"),
     ],
 )
 def test_an_optimiser_that_cannot_be_made_is_told(distiller, options, message):
