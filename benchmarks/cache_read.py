@@ -8,6 +8,7 @@ Shuffled groups: an epoch, groups of rows in random order, batches of 256 rows. 
 row numbers from anywhere at once. Each contender is measured with one and with two threads (for
 WebDataset: in this process, and with two loader processes), in turns, median of the rounds; the
 summary compares the better of the two. Warm: all files were read from the disk once, in order.
+A warm measurement that shared the machine with other processes is taken again.
 Checksums are verified by ours, zarr-python and tensorstore.
 
     python benchmarks/cache_read.py --json benchmarks/results/cache_read.json
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -41,9 +43,25 @@ from preceptor.benchmarks.feature_readers import (
     Contender,
     TensorStore,
 )
-from preceptor.benchmarks.harness import cold, machine, median, rate, save, show
+from preceptor.benchmarks.harness import (
+    Patience,
+    cold,
+    machine,
+    median,
+    rate,
+    save,
+    show,
+    undisturbed,
+)
 from preceptor.cache import Cache, RowBatch, SpaceSpec, StorePlan, StoreWriter, TeacherRecord
 from preceptor.cache.verify import verify_store
+
+WORKLOADS = (
+    "shuffled groups, warm",
+    "random rows, warm",
+    "shuffled groups, cold",
+    "random rows, cold",
+)
 
 
 def main() -> None:
@@ -53,13 +71,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3072)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.7, help="a measurement, at least")
+    parser.add_argument(
+        "--patience", type=float, default=60, help="seconds to measure again in, while others work"
+    )
     parser.add_argument("--folder", type=Path, help="keep the data here, and use what is there")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*WORKLOADS, "verify"],
+        default=[*WORKLOADS, "verify"],
+        help="measure these and keep the others of --json",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="cache-read-"))
     try:
         make(folder, arguments.rows)
-        save(arguments.json, measure(folder, arguments))
+        before = {}
+        if arguments.json is not None and arguments.json.exists():
+            before = json.loads(arguments.json.read_text(encoding="utf-8"))
+        save(arguments.json, measure(folder, arguments, before))
     finally:
         if arguments.folder is None:
             shutil.rmtree(folder)
@@ -145,16 +176,23 @@ def check(folder: Path) -> None:
         raise SystemExit("tensorstore does not read the same codes")
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, arguments: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     check(folder)
+    missing = {"shuffled groups, warm", "verify"} - set(arguments.only)
+    if missing and not before:
+        raise SystemExit(f"--only leaves out {', '.join(missing)}, which --json does not hold yet")
     made = {
         (kind.name, threads): kind(folder, threads)  # type: ignore[attr-defined]
         for kind in CONTENDERS
         for threads in (1, 2)
     }
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    patience = Patience(arguments.patience)
+    found: dict[str, dict[str, dict[str, float]]] = dict(before.get("rows_per_second", {}))
+    disturbed: dict[str, int] = dict(before.get("disturbed_measurements", {}))
     for workload, work in workloads(made):
+        if workload not in arguments.only:
+            continue
         rounds: dict[tuple[str, int], list[float]] = {key: [] for key in work}
         warm = workload.endswith("warm")
         if warm:
@@ -165,10 +203,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                     zarr.config.set({"threading.max_workers": threads})
                 if not warm:
                     forget(folder, made.values())
-                speed = rate(one, arguments.seconds if warm else 0.0)
+                speed = undisturbed(one, arguments.seconds, patience) if warm else rate(one, 0.0)
                 if turn or not warm:  # the first warm turn is for warming
                     rounds[name, threads].append(speed)
-        found[workload] = {}
+        found[workload], disturbed[workload] = {}, patience.disturbed
+        patience.disturbed = 0
         for (name, threads), speeds in rounds.items():
             found[workload].setdefault(name, {})[str(threads)] = median(speeds)
         show(
@@ -183,7 +222,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": arguments.rows,
         "row_bytes": TOKENS * DIM + 2 * TOKENS,
         "rows_per_second": found,
-        "verify": verify_speed(folder / "store"),
+        "disturbed_measurements": disturbed,
+        "verify": verify_speed(folder / "store")
+        if "verify" in arguments.only
+        else before["verify"],
         "summary": {
             "vs_memmap": best["preceptor"] / best["np.memmap"],
             "vs_tensorstore": best["preceptor"] / best["tensorstore"],
@@ -217,10 +259,8 @@ def workloads(
 ) -> Iterator[tuple[str, dict[tuple[str, int], Callable[[], int]]]]:
     groups = {key: one.groups for key, one in made.items()}
     single = {key: one.single for key, one in made.items() if key[0] != "webdataset"}
-    yield "shuffled groups, warm", groups
-    yield "random rows, warm", single
-    yield "shuffled groups, cold", groups
-    yield "random rows, cold", single
+    for name in WORKLOADS:
+        yield name, groups if "groups" in name else single
 
 
 def verify_speed(store: Path) -> dict[str, float]:

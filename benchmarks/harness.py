@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,52 @@ def rate(work: Callable[[], int], seconds: float) -> float:
         spent = time.perf_counter() - start
         if spent >= seconds:
             return done / spent
+
+
+def undisturbed(
+    work: Callable[[], int], seconds: float, patience: Patience, most: float = 0.05
+) -> float:
+    """As `rate`, measured again while other processes took over ``most`` of the cores meanwhile.
+
+    What cannot be had within the patience is taken as it is; `Patience.disturbed` counts it.
+    """
+    while True:
+        before, start = patience.others(), time.perf_counter()
+        speed = rate(work, seconds)
+        spent = time.perf_counter() - start
+        share = (patience.others() - before) / spent / (os.cpu_count() or 1)
+        if share <= most:
+            return speed
+        if patience.left <= 0:
+            patience.disturbed += 1
+            return speed
+        patience.left -= spent
+
+
+@dataclass
+class Patience:
+    """How long a benchmark measures again, in all, while it shares the machine.
+
+    Attributes:
+        left: seconds.
+        disturbed: measurements that were taken although others were at work.
+    """
+
+    left: float
+    disturbed: int = 0
+
+    @staticmethod
+    def others() -> float:
+        """CPU seconds of all processes but this one and its finished children since the start;
+        of none where the system does not tell."""
+        try:
+            fields = Path("/proc/stat").read_text(encoding="ascii").split()[1:9]
+        except OSError:
+            return 0.0
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return busy - (own.user + own.system + own.children_user + own.children_system)
 
 
 def median(values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import StoreError
 from .buffers import BufferPool
-from .gather import Destination, Gatherer, GroupRows, by_group, tasks
+from .gather import Destination, Gatherer, GroupRows, Task, by_group, tasks
 from .layout import Layout
 from .manifest import PIXELS, SpaceSpec
 from .order import EpochOrder
@@ -52,7 +52,7 @@ class _Window:
     rows: np.ndarray
     spaces: dict[SpaceSpec, Destination]
     pixels: Destination | None
-    work: deque[tuple[Destination, GroupRows]]
+    work: deque[Task]
     reads: list[Future[None]]
     failed: list[tuple[GroupRows, StoreError]]
     damaged: dict[int, str] = field(default_factory=dict)
@@ -60,26 +60,27 @@ class _Window:
 
 def _read(
     gatherer: Gatherer,
-    work: deque[tuple[Destination, GroupRows]],
+    work: deque[Task],
     failed: list[tuple[GroupRows, StoreError]] | None,
 ) -> None:
-    """Fill groups until none is left; several threads share the work.
+    """Do tasks until none is left; several threads share the work.
 
     Args:
         failed: gets the damaged groups; None: the first of them ends the work and is raised.
     """
     while True:
         try:
-            destination, group = work.popleft()
+            task = work.popleft()
         except IndexError:
             return
-        try:
-            gatherer.fill(destination, group)
-        except BaseException as error:
-            if failed is None or not isinstance(error, StoreError):
-                work.clear()
-                raise
-            failed.append((group, error))
+        for group in task.groups:
+            try:
+                gatherer.fill(task.destination, group, task.names)
+            except BaseException as error:
+                if failed is None or not isinstance(error, StoreError):
+                    work.clear()
+                    raise
+                failed.append((group, error))
 
 
 class BatchIterator(Iterator[Batch]):
@@ -114,7 +115,6 @@ class BatchIterator(Iterator[Batch]):
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="cache-read")
         self._ahead: deque[_Window] = deque()
         self._next = start_step // self._a_window
-        self._planned: tuple[np.ndarray, list[GroupRows]] | None = None
         self._current: _Window | None = None
         self._base = start_step  # step of the current window's first batch
         self._schedule()
@@ -126,26 +126,18 @@ class BatchIterator(Iterator[Batch]):
     def __iter__(self) -> BatchIterator:
         return self
 
-    def _plan(self) -> None:
-        """Find the rows of the next window: costs a millisecond, in which others can read."""
+    def _schedule(self) -> None:
         number = self._next
-        if self._planned is not None or number >= self._order.windows:
+        if number >= self._order.windows:
             return
         self._next += 1
         rows = self._order.window(number)
         skipped = max(0, self._base - number * self._a_window) * self._order.batch_size
         rows = rows[skipped:]
-        plan = self._layout.plan
-        self._planned = rows, list(by_group(rows, plan.shard_rows, plan.group_rows))
-
-    def _schedule(self) -> None:
-        self._plan()
-        if self._planned is None:
-            return
-        (rows, groups), self._planned = self._planned, None
         if not len(rows):
             return
-        size, layout = self._order.batch_size, self._layout
+        size = self._order.batch_size
+        plan, layout = self._layout.plan, self._layout
         spaces = {
             space: Destination(
                 space.teacher, layout.space_arrays(space), len(rows), size, self._pool
@@ -157,6 +149,7 @@ class BatchIterator(Iterator[Batch]):
             arrays = {PIXELS: layout.pixel_array()}
             pixels = Destination(PIXELS, arrays, len(rows), size, self._pool)
         wanted = [*spaces.values(), *([] if pixels is None else [pixels])]
+        groups = list(by_group(rows, plan.shard_rows, plan.group_rows))
         work = deque(tasks(wanted, groups))
         failed: list[tuple[GroupRows, StoreError]] = []
         # one task a thread: handing over every group would keep the interpreter's lock busy
@@ -197,7 +190,7 @@ class BatchIterator(Iterator[Batch]):
 
     def _advance(self) -> None:
         window = self._ahead.popleft()
-        self._plan()
+        self._schedule()  # before waiting: the threads go on to it at once, and all was handed out
         try:
             for read in window.reads:
                 read.result()
@@ -210,7 +203,6 @@ class BatchIterator(Iterator[Batch]):
         window.reads.clear()
         self._base = self._step
         self._current = window
-        self._schedule()
 
     def close(self) -> None:
         """Stop reading ahead; no further batch comes."""

@@ -14,7 +14,8 @@ from .buffers import BufferPool, aligned_empty
 from .layout import ArraySpec
 from .shard_index import ChunkReader
 
-_DIRECT = 8192  # rows of at least so many bytes are read straight into their place
+_LARGE = 8192  # rows of at least so many bytes are read straight into their place
+_TOGETHER = 32  # groups whose small rows one thread reads
 
 
 @dataclass(frozen=True)
@@ -23,28 +24,32 @@ class GroupRows:
 
     Attributes:
         shard, chunk: where the group is.
-        local: int64 ``[k]``: positions within the group.
-        places: int64 ``[k]``, ascending: positions in the sequence that was asked for.
+        local: int64 ``[k]``, ascending: positions within the group.
+        places: int64 ``[k]``: positions in the sequence that was asked for.
+        whole: every row of the group is wanted, and once.
     """
 
     shard: int
     chunk: int
     local: np.ndarray
     places: np.ndarray
+    whole: bool
 
 
 def by_group(rows: np.ndarray, shard_rows: int, group_rows: int) -> Iterator[GroupRows]:
     """Collect rows, int64 ``[n]`` in any order, by the group that holds them."""
     if not len(rows):
         return
-    groups, local = np.divmod(rows, group_rows)
-    order = np.argsort(groups, kind="stable")
-    groups, local = groups[order], local[order]
+    order = np.argsort(rows, kind="stable")
+    ordered = rows[order]
+    groups, local = np.divmod(ordered, group_rows)
+    distinct = bool((np.diff(ordered) > 0).all())
     cuts = (np.flatnonzero(np.diff(groups)) + 1).tolist()
     a_shard = shard_rows // group_rows
     for start, end in pairwise([0, *cuts, len(rows)]):
         shard, chunk = divmod(int(groups[start]), a_shard)
-        yield GroupRows(shard, chunk, local[start:end], order[start:end])
+        whole = distinct and end - start == group_rows
+        yield GroupRows(shard, chunk, local[start:end], order[start:end], whole)
 
 
 class Destination:
@@ -71,7 +76,10 @@ class Destination:
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._bytes: dict[str, list[np.ndarray]] = {}
         for name, spec in self.arrays.items():
-            counts = [min(batch_size, rows - at) for at in range(0, max(rows, 1), batch_size)]
+            # a buffer for each batch, so that its memory is free when the batch is; small rows
+            # share one, into which those of a group are copied at once
+            step = batch_size if spec.row_bytes >= _LARGE else max(rows, 1)
+            counts = [min(step, rows - at) for at in range(0, max(rows, 1), step)]
             buffers = [pool.take(count * spec.row_bytes) for count in counts]
             dtype = getattr(torch, spec.dtype)
             self._bytes[name] = [
@@ -79,8 +87,9 @@ class Destination:
                 for buffer, count in zip(buffers, counts, strict=True)
             ]
             self._parts[name] = [
-                buffer.view(dtype).view(count, *spec.shape[1:])
+                part
                 for buffer, count in zip(buffers, counts, strict=True)
+                for part in buffer.view(dtype).view(count, *spec.shape[1:]).split(batch_size)
             ]
 
     def rows(self, name: str, places: np.ndarray) -> list[np.ndarray]:
@@ -89,19 +98,24 @@ class Destination:
         numbers, within = (places // self.batch_size).tolist(), (places % self.batch_size).tolist()
         return [batches[batch][at] for batch, at in zip(numbers, within, strict=True)]
 
-    def store(self, name: str, places: np.ndarray, values: np.ndarray, local: np.ndarray) -> None:
-        """Copy the ``local`` ones of rows, uint8 ``[n, row_bytes]``, to their ascending places."""
+    def store(self, name: str, places: np.ndarray, values: np.ndarray) -> None:
+        """Copy rows, uint8 ``[k, row_bytes]``, to their places."""
+        buffers = self._bytes[name]
+        if len(buffers) == 1:
+            buffers[0][places] = values
+            return
         batches, within = np.divmod(places, self.batch_size)
-        cuts = (np.flatnonzero(np.diff(batches)) + 1).tolist()
-        for start, end in pairwise([0, *cuts, len(places)]):
-            target = self._bytes[name][int(batches[start])]
-            target[within[start:end]] = values[local[start:end]]
+        for batch in np.unique(batches):
+            here = batches == batch
+            buffers[batch][within[here]] = values[here]
 
     def pop(self, batch: int) -> dict[str, torch.Tensor]:
         """The arrays of one batch; the destination lets go of them."""
         parts = {name: buffers[batch] for name, buffers in self._parts.items()}
         for name in parts:
-            self._parts[name][batch] = self._bytes[name][batch] = None  # type: ignore[call-overload]
+            self._parts[name][batch] = None  # type: ignore[call-overload]
+            if batch < len(self._bytes[name]):
+                self._bytes[name][batch] = None  # type: ignore[call-overload]
         return parts
 
 
@@ -118,14 +132,20 @@ class Gatherer:
     def __setstate__(self, state: dict[str, ChunkReader]) -> None:
         Gatherer.__init__(self, **state)
 
-    def fill(self, destination: Destination, group: GroupRows) -> None:
+    def fill(
+        self, destination: Destination, group: GroupRows, names: Iterable[str] | None = None
+    ) -> None:
         """Read one group of one space and put its rows in their places.
+
+        Args:
+            names: of its arrays; None: all.
 
         Raises:
             StoreError: damage, by shard and group.
         """
-        for name, spec in destination.arrays.items():
-            if spec.fixed_size and spec.row_bytes >= _DIRECT:
+        for name in destination.arrays if names is None else names:
+            spec = destination.arrays[name]
+            if spec.fixed_size and spec.row_bytes >= _LARGE:
                 self._direct(destination, name, spec, group)
             else:
                 self._copied(destination, name, spec, group)
@@ -133,18 +153,23 @@ class Gatherer:
     def _direct(
         self, destination: Destination, name: str, spec: ArraySpec, group: GroupRows
     ) -> None:
+        here = destination.rows(name, group.places)
+        if group.whole:
+            self._chunks.scatter(destination.unit, spec, group.shard, group.chunk, here)
+            return
         count = spec.chunk[0]
         rows: list[np.ndarray | None] = [None] * count
         again: list[tuple[int, np.ndarray]] = []
-        here = destination.rows(name, group.places)
         for local, row in zip(group.local.tolist(), here, strict=True):
             if rows[local] is None:
                 rows[local] = row
             else:
                 again.append((local, row))
-        pieces = self._chunks.rows_a_piece(spec)
-        spare = self._buffer(pieces * spec.row_bytes).reshape(pieces, -1)
-        self._chunks.scatter(destination.unit, spec, group.shard, group.chunk, rows, spare)
+        # rows that are not wanted are read for the checksum, into memory that stays in the cache
+        distinct = min(count, self._chunks.source.at_once(spec.row_bytes))
+        spare = self._buffer(distinct * spec.row_bytes).reshape(distinct, -1)
+        into = [spare[at % distinct] if row is None else row for at, row in enumerate(rows)]
+        self._chunks.scatter(destination.unit, spec, group.shard, group.chunk, into)
         for local, row in again:
             row[:] = rows[local]
 
@@ -158,7 +183,7 @@ class Gatherer:
             values = self._chunks.decoded(unit, spec, group.shard, group.chunk, raw)
             raw = np.ascontiguousarray(values).view(np.uint8)
         rows = raw.reshape(spec.chunk[0], spec.row_bytes)
-        destination.store(name, group.places, rows, group.local)
+        destination.store(name, group.places, rows if group.whole else rows[group.local])
 
     def _buffer(self, length: int) -> np.ndarray:
         buffer = getattr(self._scratch, "buffer", None)
@@ -167,9 +192,25 @@ class Gatherer:
         return buffer[:length]
 
 
-def tasks(
-    destinations: Iterable[Destination], groups: Sequence[GroupRows]
-) -> Iterator[tuple[Destination, GroupRows]]:
-    """Every (destination, group) pair, group by group."""
-    wanted = list(destinations)
-    return ((one, group) for group in groups for one in wanted)
+@dataclass(frozen=True)
+class Task:
+    """Some arrays of some groups, for one thread."""
+
+    destination: Destination
+    names: tuple[str, ...]
+    groups: Sequence[GroupRows]
+
+
+def tasks(destinations: Iterable[Destination], groups: Sequence[GroupRows]) -> Iterator[Task]:
+    """All arrays of all groups: large rows group by group, small ones of many groups together,
+    for the interpreter's part of them takes longer than the copying."""
+    destinations = list(destinations)
+    for one in destinations:
+        small = tuple(name for name, spec in one.arrays.items() if spec.row_bytes < _LARGE)
+        for start in range(0, len(groups) if small else 0, _TOGETHER):
+            yield Task(one, small, groups[start : start + _TOGETHER])
+    for group in groups:
+        for one in destinations:
+            large = tuple(name for name, spec in one.arrays.items() if spec.row_bytes >= _LARGE)
+            if large:
+                yield Task(one, large, [group])

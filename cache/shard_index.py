@@ -15,7 +15,7 @@ from ..errors import StoreError
 from .commit import Commit, Completion, record_name
 from .layout import CRC, ArraySpec, Layout
 from .manifest import Manifest
-from .sharding import crc32c, parse_index, plain_index
+from .sharding import parse_index, plain_index
 from .source import Source
 
 _SHARDS_KEPT = 16384
@@ -38,12 +38,16 @@ class ShardIndex:
 
 
 class ChunkReader:
-    """Reads and checks chunks of a store's arrays; safe to use from several threads."""
+    """Reads and checks chunks of a store's arrays; safe to use from several threads.
+
+    Attributes:
+        source: where the files come from.
+    """
 
     def __init__(
         self, source: Source, manifest: Manifest, completions: Mapping[str, Completion]
     ) -> None:
-        self._source = source
+        self.source = source
         self._manifest = manifest
         self._layout = Layout(manifest.plan)
         self._completions = completions
@@ -53,7 +57,7 @@ class ChunkReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            "source": self._source,
+            "source": self.source,
             "manifest": self._manifest,
             "completions": self._completions,
         }
@@ -73,12 +77,12 @@ class ChunkReader:
             return kept
         name = record_name(unit, shard)
         try:
-            raw = self._source.read(name)
+            raw = self.source.read(name)
         except FileNotFoundError:
             raise self._damaged(unit, shard, f"{name} is missing") from None
         if hashlib.sha256(raw).hexdigest() != self._completions[unit].records[shard]:
             raise self._damaged(unit, shard, f"{name} is not the record that was sealed")
-        commit = Commit.from_bytes(raw, f"{self._source.location}/{name}")
+        commit = Commit.from_bytes(raw, f"{self.source.location}/{name}")
         commit.refuse_other(self._manifest, self._layout, unit, shard)
         with self._lock:
             self._commits[unit, shard] = commit
@@ -112,7 +116,7 @@ class ChunkReader:
             return ShardIndex(name, plain_index(spec, record.bytes), sums)
         raw = bytearray(spec.index_bytes)
         try:
-            self._source.read_into(name, record.bytes - spec.index_bytes, [raw])
+            self.source.read_into(name, record.bytes - spec.index_bytes, [raw])
             entries = parse_index(
                 spec, bytes(raw), record.bytes, self._layout.chunks_in(spec, shard)
             )
@@ -130,18 +134,15 @@ class ChunkReader:
         spec: ArraySpec,
         shard: int,
         chunk: int,
-        rows: Sequence[np.ndarray | None],
-        spare: np.ndarray,
+        rows: Sequence[np.ndarray],
     ) -> None:
         """Read one uncompressed chunk straight into its rows' buffers, and check it.
 
-        It is read in pieces, and each is checked while it is in the processor's cache. Rows are
-        filled before the whole chunk is known to be sound: use none of them where this raises.
+        Rows are filled before the whole chunk is known to be sound: use none of them where this
+        raises.
 
         Args:
-            rows: a contiguous uint8 buffer of ``spec.row_bytes`` for each row of the chunk; None
-                for a row that is read for its checksum alone.
-            spare: uint8 ``[rows_a_piece(spec), row_bytes]`` for those.
+            rows: a contiguous uint8 buffer of ``spec.row_bytes`` for each row of the chunk.
 
         Raises:
             StoreError: damage, by shard and group.
@@ -149,22 +150,8 @@ class ChunkReader:
         index = self.index(unit, spec, shard)
         tail = bytearray(CRC)
         offset, length = index.entries[chunk].tolist()
-        end = offset + length
-        step, value = self.rows_a_piece(spec), 0
-        for first in range(0, len(rows), step):
-            wanted = rows[first : first + step]
-            piece = [spare[at] if row is None else row for at, row in enumerate(wanted)]
-            last = first + step >= len(rows)
-            size = end - offset if last else step * spec.row_bytes
-            self._read(unit, shard, index.name, offset, [*piece, tail] if last else piece, size)
-            offset += size
-            for row in piece:
-                value = crc32c(row, value)
+        value = self._read(unit, shard, index.name, offset, rows, tail, length)
         self._compare(unit, shard, index, chunk, value, bytes(tail))
-
-    def rows_a_piece(self, spec: ArraySpec) -> int:
-        """How many rows of a chunk ``scatter`` reads at once."""
-        return min(spec.chunk[0], max(1, self._source.piece // spec.row_bytes))
 
     def stored(
         self, unit: str, spec: ArraySpec, shard: int, chunk: int, out: np.ndarray
@@ -178,9 +165,9 @@ class ChunkReader:
         offset, length = index.entries[chunk].tolist()
         if len(out) < length:
             out = np.empty(length, np.uint8)
-        self._read(unit, shard, index.name, offset, [out[:length]], length)
-        raw = out[: length - CRC]
-        self._compare(unit, shard, index, chunk, crc32c(raw), out[length - CRC : length].tobytes())
+        raw, tail = out[: length - CRC], bytearray(CRC)
+        value = self._read(unit, shard, index.name, offset, [raw], tail, length)
+        self._compare(unit, shard, index, chunk, value, bytes(tail))
         return raw
 
     def values(self, unit: str, spec: ArraySpec, shard: int, chunk: int) -> np.ndarray:
@@ -203,16 +190,25 @@ class ChunkReader:
             raise self._damaged(unit, shard, f"group {chunk} of {name}: {error}") from None
 
     def _read(
-        self, unit: str, shard: int, name: str, offset: int, into: list[Any], length: int
-    ) -> None:
+        self,
+        unit: str,
+        shard: int,
+        name: str,
+        offset: int,
+        into: Sequence[np.ndarray],
+        tail: bytearray,
+        length: int,
+    ) -> int:
+        """Fill buffers, then the tail; returns the CRC-32C of the buffers."""
         try:
-            got = self._source.read_into(name, offset, into)
+            got, value = self.source.read_summed(name, offset, into, tail)
         except FileNotFoundError:
             raise self._damaged(unit, shard, f"{name} is missing") from None
         except OSError as error:
             raise self._damaged(unit, shard, f"{name} fails: {error.strerror}") from error
         if got != length:
             raise self._damaged(unit, shard, f"{name} ends at byte {offset + got}")
+        return value
 
     def _compare(
         self, unit: str, shard: int, index: ShardIndex, chunk: int, value: int, tail: bytes
@@ -225,6 +221,6 @@ class ChunkReader:
 
     def _damaged(self, unit: str, shard: int, what: str) -> StoreError:
         return StoreError(
-            f"{self._source.location} is damaged in shard {shard} of {unit}: {what}; run "
+            f"{self.source.location} is damaged in shard {shard} of {unit}: {what}; run "
             "`preceptor verify` to see all of the damage and `preceptor repair` to mend it"
         )

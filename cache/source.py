@@ -10,10 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import StoreError
+from .sharding import crc32c
 
 _OPEN_FILES = 256
 _VECTOR = 1000  # below the IOV_MAX of Linux and macOS
+_PIECE = 800 << 10  # what was read is still in the core's own cache when it is summed
+
+
+def _summed(buffers: Sequence[np.ndarray], value: int) -> int:
+    """CRC-32C of bytes that lie in several buffers, continuing ``value``."""
+    for buffer in buffers:
+        value = crc32c(buffer, value)
+    return value
 
 
 class Source(ABC):
@@ -22,12 +33,10 @@ class Source(ABC):
     Attributes:
         location: what the user called it.
         parallel: how many reads at a time serve it well.
-        piece: bytes of one read that serve it well where a chunk is read in pieces.
     """
 
     location: str
     parallel: int = 2
-    piece: int = 1 << 62
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -60,6 +69,20 @@ class Source(ABC):
         the device fails.
         """
 
+    def read_summed(
+        self, name: str, offset: int, buffers: Sequence[np.ndarray], tail: bytearray
+    ) -> tuple[int, int]:
+        """As ``read_into`` of the buffers and then the tail; also the CRC-32C of the buffers.
+
+        Buffers have one length; two that are ``at_once`` or more apart may be the same memory.
+        """
+        got = self.read_into(name, offset, [*buffers, tail])
+        return got, _summed(buffers, 0)
+
+    def at_once(self, length: int) -> int:
+        """How many buffers of a length ``read_summed`` fills before it sums them."""
+        return 1 << 62
+
     @abstractmethod
     def sizes(self, directory: str) -> dict[str, int] | None:
         """Length by name of the files in a directory; None where that cannot be listed."""
@@ -82,8 +105,6 @@ class LocalSource(Source):
     Files are read, not mapped: a mapped file that is cut short, or whose device fails, kills the
     process where a read only fails.
     """
-
-    piece = 800 << 10  # what was read is still in the core's own cache when it is checked
 
     def __init__(self, root: str | Path) -> None:
         self.location = str(root)
@@ -116,6 +137,25 @@ class LocalSource(Source):
             if done < wanted:
                 break
         return total
+
+    def read_summed(
+        self, name: str, offset: int, buffers: Sequence[np.ndarray], tail: bytearray
+    ) -> tuple[int, int]:
+        file = self._open(name)
+        step = self.at_once(len(buffers[0]))
+        total = value = 0
+        for start in range(0, len(buffers), step):
+            part = buffers[start : start + step]
+            into = part if start + step < len(buffers) else [*part, tail]
+            done, wanted = self._fill(file.fd, offset + total, into)
+            total += done
+            if done < wanted:
+                break
+            value = _summed(part, value)
+        return total, value
+
+    def at_once(self, length: int) -> int:
+        return max(1, min(_VECTOR - 1, _PIECE // max(length, 1)))
 
     @staticmethod
     def _fill(fd: int, offset: int, buffers: Sequence[Any]) -> tuple[int, int]:

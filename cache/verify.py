@@ -25,7 +25,7 @@ from .shard_writer import partial_name
 from .sharding import LARGEST_GAP, crc32c, parse_index, plain_index
 from .verify_report import Problem, VerifyReport, fingerprint
 
-_BLOCK = 4 << 20
+_BLOCK = 512 << 10  # what was read is still in the core's own cache when it is hashed
 Told = Callable[[int], None] | None
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preceptor.benchmarks.small_store import contents, extract, fill, restore
-from preceptor.cache import Cache, SpaceSpec, TeacherRecord, sharding
+from preceptor.cache import Cache, SpaceSpec, TeacherRecord, sharding, source
 from preceptor.cache.encodings import encoding
 from preceptor.cache.layout import ArraySpec
 from preceptor.cache.mend import repair_store
@@ -138,3 +138,29 @@ def test_larger_gaps_than_the_format_allows_are_named(
         for name in ("patch", "dense")
         for shard in (0, 1)
     }
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 4])
+def test_large_rows_are_read_in_pieces_of_any_size(
+    piece: int, good: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 16 kB: alone, repeated, and in batches, against all of them at once."""
+    restore(tmp_path / "store", good)
+    whole = Cache.open(tmp_path / "store")
+    valid = np.flatnonzero(whole.valid)
+    every = {name: whole[name].read(valid).parts for name in SPACES}
+    monkeypatch.setattr(source, "_PIECE", piece * 50 * 331)
+    cache = Cache.open(tmp_path / "store")
+    for rows in ([3], [9, 2, 9, 11], [0, 1, 2, 3], [3, 2, 1, 1], [13, 12]):
+        at = np.searchsorted(valid, rows)
+        for name in SPACES:
+            for part, values in cache[name].read(rows).parts.items():
+                assert values.numpy().tobytes() == every[name][part][at].numpy().tobytes()
+    seen = 0
+    for batch in cache.batches(SPACES, 3, window_rows=6, drop_last=False, pixels=True):
+        at = np.searchsorted(valid, batch.rows.numpy())
+        seen += len(at)
+        for name in SPACES:
+            for part, values in batch.tokens[name].parts.items():
+                assert values.numpy().tobytes() == every[name][part][at].numpy().tobytes()
+    assert seen == len(valid)
