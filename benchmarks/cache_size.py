@@ -37,9 +37,10 @@ from preceptor.cache import (
     StoreWriter,
     TeacherRecord,
     calibration,
-    prediction,
+    prediction_weights,
 )
 from preceptor.cache.encodings import ENCODINGS
+from preceptor.cache.statistics import SAMPLE_ROWS
 from preceptor.examples.teachers import efficientnet_lite0, vit_s_focus
 from preceptor.extract.images import normalise
 from preceptor.progress import ProgressLine
@@ -177,7 +178,10 @@ def write(path: Path, name: str, x: np.ndarray, encoding: str, sample: np.ndarra
     sums = Accumulator(torch.from_numpy(sample[0].mean(0)))
     sums.add(torch.from_numpy(sample))
     mean, std = calibration(sums)
-    weights = prediction(sums.moments(), mean, std) if spec.predicted else None
+    weights = None
+    if spec.predicted:
+        few = torch.from_numpy(sample[:: max(1, len(sample) // SAMPLE_ROWS)][:SAMPLE_ROWS])
+        weights = prediction_weights(spec, sums.moments(), mean, std, few)
     writer.calibrate(name, mean, std, rows_used=len(sample), weights=weights)
     for shard, units in writer.pending():
         with writer.shard(shard, units) as out:

@@ -85,14 +85,14 @@ def calibrate(writer: StoreWriter) -> None:
         sums = Accumulator(torch.full((space.dim,), 2.0))
         sums.add(torch.from_numpy(tokens(space, np.arange(4))))
         mean, std = calibration(sums)
-        weights = some_weights(space.dim) if space.predicted else None
+        weights = some_weights(space) if space.predicted else None
         writer.calibrate(space.id, mean, std, rows_used=4, weights=weights)
 
 
-def some_weights(dim: int) -> np.ndarray:
-    """int8 [dim, dim]: weights of a prediction, all that may be other than zero."""
-    weights = np.zeros((dim, dim), np.int8)
-    for start, end in blocks(dim):
+def some_weights(space: SpaceSpec) -> np.ndarray:
+    """int8 [D, D]: weights of a prediction, all that may be other than zero."""
+    weights = np.diag(np.full(space.dim, 0 if space.grid is None else 99)).astype(np.int8)
+    for start, end in blocks(space.dim):
         shape = (end - start, start)
         weights[start:end, :start] = np.random.default_rng(start).integers(-90, 91, shape)
     return weights

@@ -7,7 +7,7 @@ from .reader import Cache
 from .rows import RowBatch
 from .samples import SampleIndex
 from .space import Space
-from .statistics import Accumulator, Moments, calibration, prediction
+from .statistics import Accumulator, Moments, calibration, prediction_weights
 from .tokens import Tokens
 from .views import View, ViewPolicy
 from .writer import StoreWriter
@@ -30,5 +30,5 @@ __all__ = [
     "ViewPolicy",
     "calibration",
     "class_sorted",
-    "prediction",
+    "prediction_weights",
 ]

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import StoreError
 from .buffers import BufferPool
+from .encodings.prediction import Prediction
 from .gather import Destination, Gatherer, GroupRows, Task, by_group, tasks
 from .layout import Layout
 from .manifest import PIXELS, SpaceSpec
@@ -94,7 +95,7 @@ class BatchIterator(Iterator[Batch]):
         layout: Layout,
         gatherer: Gatherer,
         spaces: Sequence[SpaceSpec],
-        weights: Mapping[str, torch.Tensor | None],
+        predictions: Mapping[str, Prediction | None],
         order: EpochOrder,
         *,
         start_step: int,
@@ -104,7 +105,7 @@ class BatchIterator(Iterator[Batch]):
         pool: BufferPool,
     ) -> None:
         self._layout, self._gatherer = layout, gatherer
-        self._spaces, self._weights = spaces, weights
+        self._spaces, self._predictions = spaces, predictions
         self._pixels = pixels
         self._keep_going = keep_going
         self._order = order
@@ -174,7 +175,7 @@ class BatchIterator(Iterator[Batch]):
         rows = window.rows[number * size : (number + 1) * size]
         tokens = {
             space.id: Tokens.from_parts(
-                place.pop(number), space.encoding, space.dim, self._weights[space.id]
+                place.pop(number), space.encoding, space.dim, self._predictions[space.id]
             )
             for space, place in window.spaces.items()
         }

@@ -54,7 +54,7 @@ def calibration_values(
         raise StoreError(
             f"the calibration of {space.id} is not the one that was frozen: run `preceptor repair`"
         )
-    if "weights" in values and (why := problem(values["weights"])):
+    if "weights" in values and (why := problem(values["weights"], space.grid)):
         raise StoreError(f"the weights of {space.id} {why}: the store cannot be read exactly")
     return values
 

@@ -25,13 +25,13 @@ from .commit import (
 from .constants import statistics_files
 from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
-from .encodings.prediction import residuals
+from .encodings.prediction import Prediction
 from .layout import Layout
 from .manifest import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
 from .spare import write_twice
-from .statistics import prediction
+from .statistics import SAMPLE_ROWS, prediction_weights
 from .verify_report import fresh_report
 from .writer import StoreWriter
 
@@ -121,7 +121,7 @@ def copy_calibration(cache: Cache, writer: StoreWriter, target: SpaceSpec) -> No
     """Freeze the calibration that a space has in another store, unless that was done.
 
     Where the space is predicted here and not there, the prediction is fitted to the statistics of
-    all of that store's rows.
+    all of that store's rows, and to some of them.
 
     Raises:
         StoreError: the space has another calibration already.
@@ -132,11 +132,14 @@ def copy_calibration(cache: Cache, writer: StoreWriter, target: SpaceSpec) -> No
     if target.id in writer.manifest.calibrations:  # never fitted twice
         weights = writer.calibration(target.id).get("weights")
     elif target.predicted and space.spec.predicted:
-        weights = None if space.weights is None else space.weights.numpy()
+        weights = None if space.prediction is None else space.prediction.weights.numpy()
     elif target.predicted:
-        weights = prediction(space.statistics(), mean, std)
-    rows = cache.manifest.calibrations[target.id].rows
-    writer.calibrate(target.id, mean, std, rows_used=rows, weights=weights)
+        valid = np.flatnonzero(cache.valid)
+        rows = valid[:: max(1, len(valid) // SAMPLE_ROWS)][:SAMPLE_ROWS]
+        tokens = space.decode(space.read(rows))
+        weights = prediction_weights(target, space.statistics(), mean, std, tokens)
+    used = cache.manifest.calibrations[target.id].rows
+    writer.calibrate(target.id, mean, std, rows_used=used, weights=weights)
 
 
 def _same_unit(before: StorePlan, after: StorePlan, unit: str) -> bool:
@@ -180,7 +183,7 @@ def _parts(
         parts = how.encode(z)
     found: dict[str, np.ndarray] = {name: part.numpy() for name, part in parts.items()}
     if weights is not None:
-        found["codes"] = residuals(found["codes"], weights)
+        found["codes"] = Prediction(weights, target.grid).residuals(found["codes"])
     return found
 
 

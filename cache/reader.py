@@ -226,7 +226,7 @@ class Cache:
             self.layout,
             self._store.gatherer,
             chosen,
-            {space.id: self[space.id].weights for space in chosen},
+            {space.id: self[space.id].prediction for space in chosen},
             order,
             start_step=start_step,
             threads=threads,

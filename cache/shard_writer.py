@@ -17,7 +17,7 @@ from .commit import COMMITS, Commit, FileRecord, read_commit, record_name
 from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
 from .encodings.base import to_numpy
-from .encodings.prediction import residuals
+from .encodings.prediction import Prediction
 from .layout import Layout, pad_to_chunks
 from .manifest import PIXELS, ROWS, Manifest, SpaceSpec
 from .rows import RowBatch
@@ -190,7 +190,8 @@ class ShardWriter:
             )
         parts = how.encode(z)
         if "weights" in frozen:
-            parts["codes"] = residuals(parts["codes"], frozen["weights"])
+            prediction = Prediction(frozen["weights"], space.grid)
+            parts["codes"] = prediction.residuals(parts["codes"])
         for name, encoded in parts.items():
             self._values[space.id][name][at] = to_numpy(encoded)
         self._moments[space.id].add(x)

@@ -18,6 +18,7 @@ from .constants import (
     statistics_files,
     statistics_values,
 )
+from .encodings.prediction import Prediction
 from .facts import Keys, RowFacts
 from .gather import Destination, Gatherer, by_group
 from .layout import ArraySpec, Layout
@@ -125,7 +126,7 @@ class Space:
     Attributes:
         spec: name, tokens, dim, grid, encoding.
         mean, std: float32 ``[D]``: the frozen standardisation.
-        weights: int8 ``[D, D]`` of the prediction; None where nothing is predicted.
+        prediction: of its codes; None where nothing is predicted.
     """
 
     def __init__(self, store: OpenStore, spec: SpaceSpec) -> None:
@@ -136,8 +137,9 @@ class Space:
         raw = read_files(store.source, calibration_files(store.layout, spec))
         values = calibration_values(store.layout, spec, raw, frozen)
         self.mean, self.std = torch.from_numpy(values["mean"]), torch.from_numpy(values["std"])
-        predicts = "weights" in values and values["weights"].any()
-        self.weights = torch.from_numpy(values["weights"]) if predicts else None
+        self.prediction = (
+            Prediction.needed(values["weights"], spec.grid) if "weights" in values else None
+        )
 
     @property
     def id(self) -> str:
@@ -179,7 +181,7 @@ class Space:
             StoreError: a row outside the store or without tokens, or damage by shard and group.
         """
         parts = self._store.read(self.spec.teacher, self._arrays, rows, threads)
-        return Tokens.from_parts(parts, self.spec.encoding, self.spec.dim, self.weights)
+        return Tokens.from_parts(parts, self.spec.encoding, self.spec.dim, self.prediction)
 
     def decode(self, tokens: Tokens) -> torch.Tensor:
         """Tokens in the teacher's own units: float32 ``[b, N, D]``."""

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .encodings.prediction import fitted
+from .encodings import encoding
+from .encodings.prediction import Prediction, fitted, neighbours
+from .manifest import SpaceSpec
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,30 @@ def calibration(sums: Accumulator) -> tuple[np.ndarray, np.ndarray]:
     return centre.astype(np.float32), deviation.astype(np.float32)
 
 
-def prediction(moments: Moments, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+SAMPLE_ROWS = 32
+"""So many rows show how alike neighbouring tokens are."""
+
+
+def prediction_weights(
+    space: SpaceSpec, moments: Moments, mean: np.ndarray, std: np.ndarray, tokens: torch.Tensor
+) -> np.ndarray:
     """Weights that predict codes of a space from each other, from a sample of its tokens.
 
     Args:
-        moments: of the tokens, in the teacher's units.
-        mean, std: float32 ``[D]``: the calibration that standardises them.
+        moments: of the sample, in the teacher's units.
+        mean, std: float32 ``[D]``: the calibration that standardises it.
+        tokens: ``[b, N, D]`` of SAMPLE_ROWS of its rows or fewer, in the teacher's units.
 
     Returns:
-        int8 ``[D, D]``, see :func:`encodings.prediction.fitted`; a dimension whose centre is zero,
-        as :func:`calibration` has it for a rectified one, is not predicted.
+        int8 ``[D, D]``, see :class:`encodings.prediction.Prediction`; a dimension whose centre is
+        zero, as :func:`calibration` has it for a rectified one, is not predicted.
     """
-    scale = std.astype(np.float64)
-    return fitted(moments.covariance / np.outer(scale, scale), moments.count, mean == 0)
+    scale, rectified = std.astype(np.float64), mean == 0
+    covariance = moments.covariance / np.outer(scale, scale)
+    weights = fitted(covariance, moments.count, rectified)
+    if space.grid is not None:
+        z = (tokens.detach().cpu().float().numpy() - mean) / std
+        codes = encoding(space.encoding).encode(z)["codes"]
+        left = Prediction(weights, None).residuals(codes)
+        np.fill_diagonal(weights, neighbours(left, space.grid, rectified))
+    return weights

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .encodings import encoding
-from .encodings.prediction import restored
+from .encodings.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Tokens:
         scales: float16 ``[b, N]`` (a further axis of groups for ``int4``); None for ``fp16``.
         encoding: its name.
         dim: D.
-        weights: int8 ``[D, D]`` where the codes are what a prediction leaves; None: they are codes.
+        prediction: where the codes are what a prediction leaves; None: they are codes.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor | None
     encoding: str
     dim: int
-    weights: torch.Tensor | None = None
+    prediction: Prediction | None = None
 
     @classmethod
     def from_parts(
@@ -35,9 +35,9 @@ class Tokens:
         parts: Mapping[str, torch.Tensor],
         name: str,
         dim: int,
-        weights: torch.Tensor | None = None,
+        prediction: Prediction | None = None,
     ) -> Tokens:
-        return cls(parts["codes"], parts.get("scales"), name, dim, weights)
+        return cls(parts["codes"], parts.get("scales"), name, dim, prediction)
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
@@ -51,24 +51,25 @@ class Tokens:
 
     def restored(self) -> Tokens:
         """The same tokens, with codes where the store has what a prediction left of them."""
-        if self.weights is None:
+        if self.prediction is None:
             return self
-        return replace(self, codes=restored(self.codes, self.weights), weights=None)
+        return replace(self, codes=self.prediction.restored(self.codes), prediction=None)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
         """The same codes on another device."""
         moved = {
             name: part.to(device, non_blocking=non_blocking) for name, part in self.parts.items()
         }
-        weights = self.weights
-        if weights is not None:
-            weights = weights.to(device, non_blocking=non_blocking)
-        return Tokens.from_parts(moved, self.encoding, self.dim, weights)
+        prediction = self.prediction
+        if prediction is not None:
+            weights = prediction.weights.to(device, non_blocking=non_blocking)
+            prediction = replace(prediction, weights=weights)
+        return Tokens.from_parts(moved, self.encoding, self.dim, prediction)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Tokens:
         """Some of the rows."""
         taken = {name: part[rows] for name, part in self.parts.items()}
-        return Tokens.from_parts(taken, self.encoding, self.dim, self.weights)
+        return Tokens.from_parts(taken, self.encoding, self.dim, self.prediction)
 
     def __len__(self) -> int:
         return len(self.codes)

@@ -313,7 +313,7 @@ def _weights(space: SpaceSpec, given: np.ndarray | None) -> dict[str, np.ndarray
     weights = np.zeros(shape, np.int8) if given is None else given
     if weights.shape != shape or weights.dtype != np.int8:
         raise StoreError(f"{space.id}: weights must be int8 of shape {shape}")
-    if why := problem(weights):
+    if why := problem(weights, space.grid):
         raise StoreError(f"{space.id}: the weights {why}")
     return {"weights": weights}
 

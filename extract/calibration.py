@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cache import SpaceSpec
-from ..cache.statistics import Accumulator, calibration, prediction
+from ..cache.statistics import SAMPLE_ROWS, Accumulator, calibration, prediction_weights
 from ..errors import DataError
 
 
@@ -34,6 +34,7 @@ def measure(
         DataError: there was no row at all.
     """
     sums: dict[str, Accumulator] = {}
+    kept: dict[str, list[Tensor]] = {spec.id: [] for spec in specs}
     for tokens in batches:
         for spec in specs:
             if spec.id not in tokens or not len(tokens[spec.id]):
@@ -45,12 +46,17 @@ def measure(
                     batch.reshape(-1, spec.dim).mean(0, dtype=torch.float32)
                 )
             sums[spec.id].add(batch)
+            if spec.predicted and sum(map(len, kept[spec.id])) < SAMPLE_ROWS:
+                kept[spec.id].append(batch.cpu())
     found: dict[str, dict[str, Any]] = {}
     for spec in specs:
         if spec.id not in sums:
             raise DataError("the calibration sample holds no readable image; check the shards")
         rows = sums[spec.id].count // spec.tokens
         mean, std = calibration(sums[spec.id])
-        weights = prediction(sums[spec.id].moments(), mean, std) if spec.predicted else None
+        weights = None
+        if spec.predicted:
+            few = torch.cat(kept[spec.id])[:SAMPLE_ROWS]
+            weights = prediction_weights(spec, sums[spec.id].moments(), mean, std, few)
         found[spec.id] = {"mean": mean, "std": std, "rows_used": rows, "weights": weights}
     return found

@@ -29,7 +29,7 @@ SPACES = {
         SpaceSpec("vit", "small", 1, 9, None, "int4"),
     ),
     2: (
-        SpaceSpec("vit", "patch", 2, 10, (1, 2), "compact"),
+        SpaceSpec("vit", "patch", 12, 10, (3, 4), "compact"),
         SpaceSpec("vit", "cls", 1, 3, None, "compact"),
         SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact", plain=True),
         SpaceSpec("vit", "small", 1, 9, None, "int8"),
@@ -52,7 +52,9 @@ def main() -> None:
     writer = StoreWriter.open_or_create(path / "store", plan)
     for space in spaces:
         mean, std = rng.standard_normal(space.dim), rng.random(space.dim) + 0.5
-        weights = some_weights(space.dim, 127, rng) if space.predicted else None
+        weights = None
+        if space.predicted:
+            weights = some_weights(space.dim, 127, rng, grid=space.grid is not None)
         writer.calibrate(space.id, mean, std, rows_used=5, weights=weights)
     valid = np.array([True, True, True, False, True])
     for shard, units in writer.pending():

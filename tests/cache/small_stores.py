@@ -71,19 +71,26 @@ def facts_of(rows: np.ndarray, corrupt: Iterable[int] = CORRUPT) -> RowBatch:
     )
 
 
-def some_weights(dim: int, largest: int, rng: np.random.Generator) -> np.ndarray:
+def some_weights(
+    dim: int, largest: int, rng: np.random.Generator, *, grid: bool = False
+) -> np.ndarray:
     """int8 ``[dim, dim]``: random weights wherever a prediction may have them."""
     block = -(-dim // 4)
     start = np.arange(dim) // block * block
     weights = rng.integers(-largest, largest + 1, (dim, dim))
-    return np.where(np.arange(dim) < start[:, None], weights, 0).astype(np.int8)
+    weights = np.where(np.arange(dim) < start[:, None], weights, 0)
+    if grid:
+        np.fill_diagonal(weights, rng.integers(0, largest + 1, dim))
+    return weights.astype(np.int8)
 
 
 def calibrate(writer: StoreWriter) -> None:
     for space in writer.uncalibrated:
         x = tokens_of(space, np.arange(20)).reshape(-1, space.dim)
         rng = np.random.default_rng(space.dim)
-        weights = some_weights(space.dim, 100, rng) if space.predicted else None
+        weights = None
+        if space.predicted:
+            weights = some_weights(space.dim, 100, rng, grid=space.grid is not None)
         writer.calibrate(space.id, x.mean(0), x.std(0), rows_used=20, weights=weights)
 
 

@@ -95,22 +95,23 @@ def test_weights_are_kept_and_never_fitted_twice(tmp_path: Path) -> None:
     extract(source)
     convert_store(source, tmp_path / "one", "fp16", ["cnn/cls"])
     theirs, ours = Cache.open(source)["cnn/patch"], Cache.open(tmp_path / "one")["cnn/patch"]
-    assert theirs.weights is not None
-    assert ours.weights is not None
-    assert (ours.weights == theirs.weights).all()
+    assert theirs.prediction is not None
+    assert ours.prediction is not None
+    assert (ours.prediction.weights == theirs.prediction.weights).all()
     files = [contents(tmp_path / "one"), contents(source)]
     name = "spaces/cnn/patch/codes/c.0.0.0"
     assert files[0][name] == files[1][name]
     # another program, or another machine, may have rounded a weight to another integer
-    mine = some_weights(10)
     out = tmp_path / "two"
     writer = StoreWriter.open_or_create(out, replace_encoding(source, "vit/patch"))
+    mine = some_weights(writer.plan.spaces["vit/patch"])
     space = Cache.open(source)["vit/patch"]
     sides = space.mean.numpy(), space.std.numpy()
     writer.calibrate("vit/patch", *sides, rows_used=4, weights=mine)
     convert_store(source, out, "compact", ["vit/patch"])
     found = Cache.open(out)["vit/patch"]
-    assert (found.weights == torch.from_numpy(mine)).all()
+    assert found.prediction is not None
+    assert (found.prediction.weights == torch.from_numpy(mine)).all()
     bound = encoding("compact").bound(space.read([0, 1]).standardised())
     error = found.read([0, 1]).standardised() - space.read([0, 1]).standardised()
     assert (error.abs() <= bound).all()

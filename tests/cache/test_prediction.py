@@ -9,68 +9,85 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preceptor.cache import SpaceSpec
 from preceptor.cache.encodings.prediction import (
     LARGEST_SUM,
+    Prediction,
     blocks,
     fitted,
+    neighbours,
     problem,
-    residuals,
-    restored,
 )
-from preceptor.cache.statistics import Accumulator, calibration, prediction
+from preceptor.cache.statistics import Accumulator, calibration, prediction_weights
 from small_stores import some_weights
 
 DIMS = st.sampled_from([1, 2, 3, 4, 5, 7, 64, 65, 130])
 
 
-def by_the_document(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def by_the_document(
+    codes: np.ndarray, weights: np.ndarray, grid: tuple[int, int] | None = None
+) -> np.ndarray:
     """Section 5, one number after another."""
-    stored = np.zeros_like(codes)
+    left = np.zeros_like(codes)
     block = -(-codes.shape[-1] // 4)
     for place in np.ndindex(codes.shape):
         token, d = codes[place[:-1]].tolist(), place[-1]
         total = sum(int(weights[d, e]) * token[e] for e in range(block * (d // block)))
-        whole, rest = divmod(total, 128)
-        up = rest > 64 or (rest == 64 and whole % 2 == 1)
-        predicted = min(max(whole + up, -127), 127)
-        stored[place] = (token[d] - predicted + 127) % 255 - 127
+        predicted = min(max(divided(total, 128), -127), 127)
+        left[place] = (token[d] - predicted + 127) % 255 - 127
+    stored = left.copy()
+    for b, n, d in np.ndindex(codes.shape) if grid else ():
+        y, x = divmod(n, grid[1])
+        beside = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)] if (y + x) % 2 else []
+        inside = [i * grid[1] + j for i, j in beside if 0 <= i < grid[0] and 0 <= j < grid[1]]
+        total = sum(int(weights[d, d]) * int(left[b, m, d]) for m in inside)
+        stored[b, n, d] = (int(left[b, n, d]) - divided(total, 512) + 127) % 255 - 127
     return stored
 
 
+def divided(total: int, by: int) -> int:
+    """Rounded to an integer, ties to even."""
+    whole, rest = divmod(total, by)
+    return whole + (rest > by // 2 or (rest == by // 2 and whole % 2 == 1))
+
+
+Case = tuple[np.ndarray, np.ndarray, tuple[int, int] | None]
+
+
 @st.composite
-def codes_and_weights(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+def cases(draw: st.DrawFn) -> Case:
     """Codes of any kind, and weights of any that may be frozen: small, or as large as can be."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    dim, tokens = draw(DIMS), draw(st.integers(1, 5))
+    dim = draw(DIMS)
+    grid = draw(st.none() | st.tuples(st.integers(1, 5), st.integers(1, 4)))
     largest = draw(st.sampled_from([1, 10, 127]))
-    codes = rng.integers(-largest, largest + 1, (2, tokens, dim))
+    codes = rng.integers(-largest, largest + 1, (2, grid[0] * grid[1] if grid else 1, dim))
     if draw(st.booleans()):
         codes = np.where(rng.random(codes.shape) < 0.5, largest, -largest)
-    return codes.astype(np.int8), some_weights(dim, draw(st.sampled_from([3, 40, 127])), rng)
+    weights = some_weights(dim, draw(st.sampled_from([3, 40, 127])), rng, grid=grid is not None)
+    return codes.astype(np.int8), weights, grid
 
 
 @settings(max_examples=60, deadline=None)
-@given(codes_and_weights())
-def test_stored_are_the_document_s_numbers_and_nothing_is_lost(
-    case: tuple[np.ndarray, np.ndarray],
-) -> None:
-    codes, weights = case
-    assert problem(weights) is None
-    stored = residuals(codes, weights)
-    assert stored.tobytes() == by_the_document(codes, weights).tobytes()
+@given(cases())
+def test_stored_are_the_document_s_numbers_and_nothing_is_lost(case: Case) -> None:
+    codes, weights, grid = case
+    assert problem(weights, grid) is None
+    stored = Prediction(weights, grid).residuals(codes)
+    assert stored.tobytes() == by_the_document(codes, weights, grid).tobytes()
     assert (stored != -128).all()  # the fill value
-    assert restored(stored, weights).tobytes() == codes.tobytes()
+    assert Prediction(weights, grid).restored(stored).tobytes() == codes.tobytes()
 
 
 @settings(max_examples=60, deadline=None)
-@given(codes_and_weights())
-def test_torch_gives_the_same_bits(case: tuple[np.ndarray, np.ndarray]) -> None:
-    codes, weights = case
-    stored = residuals(torch.from_numpy(codes), torch.from_numpy(weights))
+@given(cases())
+def test_torch_gives_the_same_bits(case: Case) -> None:
+    codes, weights, grid = case
+    in_torch = Prediction(torch.from_numpy(weights), grid)
+    stored = in_torch.residuals(torch.from_numpy(codes))
     assert stored.dtype == torch.int8
-    assert stored.numpy().tobytes() == residuals(codes, weights).tobytes()
-    again = restored(stored, torch.from_numpy(weights))
-    assert again.numpy().tobytes() == codes.tobytes()
+    assert stored.numpy().tobytes() == Prediction(weights, grid).residuals(codes).tobytes()
+    assert in_torch.restored(stored).numpy().tobytes() == codes.tobytes()
 
 
 @pytest.fixture
@@ -101,25 +118,26 @@ def test_the_largest_sums_are_exact_in_every_precision(imprecise: None) -> None:
     exact = codes.reshape(-1, 700).astype(np.int64) @ weights.T.astype(np.int64)
     predicted = np.clip(np.rint(exact / 128), -127, 127).astype(int).reshape(codes.shape)
     expected = (codes - predicted + 127) % 255 - 127
-    given = torch.from_numpy(codes), torch.from_numpy(weights)
+    in_torch = Prediction(torch.from_numpy(weights), None)
     for kind in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", kind):
-            stored = residuals(*given)
-            again = restored(stored, given[1])
+            stored = in_torch.residuals(torch.from_numpy(codes))
+            again = in_torch.restored(stored)
         np.testing.assert_array_equal(stored.numpy(), expected)
         np.testing.assert_array_equal(again.numpy(), codes)
-    np.testing.assert_array_equal(residuals(codes, weights), expected)
+    np.testing.assert_array_equal(Prediction(weights, None).residuals(codes), expected)
 
 
 def test_more_tokens_than_are_taken_at_once() -> None:
     rng = np.random.default_rng(1)
-    codes = rng.integers(-127, 128, (3, 700, 8)).astype(np.int8)
-    weights = some_weights(8, 90, rng)
-    stored = residuals(codes, weights)
-    np.testing.assert_array_equal(stored[1, 690:], by_the_document(codes[1, 690:], weights))
-    np.testing.assert_array_equal(restored(stored, weights), codes)
+    codes = rng.integers(-127, 128, (13, 180, 8)).astype(np.int8)
+    one = Prediction(some_weights(8, 90, rng, grid=True), (12, 15))
+    stored = one.residuals(codes)
+    expected = by_the_document(codes[11:], one.weights, one.grid)
+    np.testing.assert_array_equal(stored[11:], expected)
+    np.testing.assert_array_equal(one.restored(stored), codes)
     nothing = codes[:0]
-    assert residuals(nothing, weights).shape == restored(nothing, weights).shape == (0, 700, 8)
+    assert one.residuals(nothing).shape == one.restored(nothing).shape == (0, 180, 8)
 
 
 # -- the fit ---------------------------------------------------------------------------------------
@@ -134,11 +152,51 @@ def sample(tokens: int, dim: int, seed: int = 0) -> torch.Tensor:
     return x * torch.logspace(-1, 1, dim) + 5
 
 
-def weights_of(x: torch.Tensor, parts: int = 1) -> np.ndarray:
-    sums = Accumulator(x[0])
+def weights_of(x: torch.Tensor, parts: int = 1, grid: tuple[int, int] | None = None) -> np.ndarray:
+    sums = Accumulator(x.reshape(-1, x.shape[-1])[0])
     for part in x.chunk(parts):
         sums.add(part)
-    return prediction(sums.moments(), *calibration(sums))
+    space = SpaceSpec("t", "s", grid[0] * grid[1] if grid else 1, x.shape[-1], grid, "compact")
+    few = x[:32].reshape(-1, space.tokens, space.dim)
+    return prediction_weights(space, sums.moments(), *calibration(sums), few)
+
+
+def smooth(images: int, dim: int, seed: int = 0) -> torch.Tensor:
+    """Tokens of grids of 6 x 7 that are like those beside them: ``[images, 42, dim]``."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, dim, 8, 9, generator=random)
+    x = torch.nn.functional.avg_pool2d(x, 3, 1) * 3 + 0.3 * torch.randn(x[..., 1:-1, 1:-1].shape)
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+def test_weights_of_neighbours_are_those_of_a_regression() -> None:
+    x = smooth(32, 8)
+    x[..., 5] = torch.randn(32, 42, generator=torch.Generator().manual_seed(1))
+    z = (x - x.mean((0, 1))) / x.std((0, 1))
+    codes = (z * 8).round().clamp(-127, 127).to(torch.int8).numpy()
+    rectified = np.arange(8) == 3
+    found = neighbours(codes, (6, 7), rectified)
+    images = np.pad(codes.reshape(32, 6, 7, 8).astype(float), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    total = images[:, :-2, 1:-1] + images[:, 2:, 1:-1] + images[:, 1:-1, :-2] + images[:, 1:-1, 2:]
+    odd = np.add.outer(np.arange(6), np.arange(7)) % 2 == 1
+    for d in range(8):
+        own, beside = images[:, 1:-1, 1:-1][:, odd][..., d], total[:, odd][..., d]
+        exact = np.linalg.lstsq(beside.reshape(-1, 1), own.ravel(), rcond=None)[0][0] * 512
+        expected = 0 if d in (3, 5) else min(round(exact), 127)
+        assert found[d] == expected, d
+    assert (found > 50).sum() == 6
+
+
+def test_grids_that_are_smooth_need_fewer_bits_and_others_are_left_alone() -> None:
+    weights = weights_of(smooth(40, 8), grid=(6, 7))
+    other = smooth(60, 8, seed=1)
+    z = (other - other.mean((0, 1))) / other.std((0, 1))
+    codes = (z * 8).round().clamp(-127, 127).to(torch.int8)
+    left = Prediction(torch.from_numpy(weights), (6, 7)).residuals(codes)
+    assert bits(left.numpy()) < bits(codes.numpy()) - 0.2
+    rough = torch.randn(200, 42, 8, generator=torch.Generator().manual_seed(2))
+    assert not weights_of(rough, grid=(6, 7)).any()
+    assert not weights_of(smooth(9, 8).relu() * 0, grid=(6, 7)).any()
 
 
 def test_weights_are_those_of_a_ridge_regression_of_the_tokens() -> None:
@@ -170,7 +228,7 @@ def test_other_tokens_need_fewer_bits() -> None:
     other = sample(2000, 48, seed=1)
     z = (other - other.mean(0)) / other.std(0)
     codes = (z * 8).round().clamp(-127, 127).to(torch.int8)
-    left = residuals(codes, torch.from_numpy(weights))
+    left = Prediction(torch.from_numpy(weights), None).residuals(codes)
     assert bits(left.numpy()) < bits(codes.numpy()) - 0.8
 
 
@@ -200,7 +258,7 @@ def test_a_few_tokens_more_than_dimensions_do_not_make_codes_larger() -> None:
     random = torch.Generator().manual_seed(3)
     x = torch.randn(60, 48, generator=random)  # most of which 36 dimensions explain, by chance
     codes = (torch.randn(4000, 48, generator=random) * 8).round().clamp(-127, 127).to(torch.int8)
-    left = residuals(codes, torch.from_numpy(weights_of(x)))
+    left = Prediction(torch.from_numpy(weights_of(x)), None).residuals(codes)
     assert bits(left.numpy()) < bits(codes.numpy()) + 0.02
 
 
@@ -211,7 +269,7 @@ def test_weights_that_would_not_be_exact_are_not_fitted() -> None:
         covariance[target, :known] = covariance[:known, target] = share
         covariance[target, target] = known * share**2
     weights = fitted(covariance, 10**6, np.zeros(dim, bool))
-    assert problem(weights) is None
+    assert problem(weights, None) is None
     assert (weights[601, :known] == round(0.9 / 1.03 * 128)).all()
     assert round(1 / 1.03 * 128) * known > LARGEST_SUM
     assert not weights[600].any()
@@ -219,19 +277,25 @@ def test_weights_that_would_not_be_exact_are_not_fitted() -> None:
 
 @pytest.mark.parametrize(
     ("place", "value", "why"),
-    [((0, 0), 1, "earlier block"), ((5, 7), 1, "earlier block"), ((9, 0), -128, "within 127")],
+    [
+        ((0, 1), 1, "earlier block"),
+        ((5, 7), 1, "earlier block"),
+        ((9, 0), -128, "within 127"),
+        ((9, 9), -1, "where it cannot be"),
+    ],
 )
 def test_weights_that_cannot_be_undone_are_named(
     place: tuple[int, int], value: int, why: str
 ) -> None:
-    weights = some_weights(16, 50, np.random.default_rng(0))
-    assert problem(weights) is None
+    weights = some_weights(16, 50, np.random.default_rng(0), grid=True)
+    assert problem(weights, (2, 2)) is None
+    assert "where it cannot be" in str(problem(weights, None))
     weights[place] = value
-    assert why in str(problem(weights))
+    assert why in str(problem(weights, (2, 2)))
 
 
 def test_weights_with_too_large_a_sum_are_named() -> None:
     _, weights = largest_sums()
-    assert problem(weights) is None
+    assert problem(weights, None) is None
     weights[-1, 517] = -1
-    assert "add up to more than 65536" in str(problem(weights))
+    assert "add up to more than 65536" in str(problem(weights, None))
