@@ -10,27 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from ..cache import Cache, SampleIndex, StoreWriter, TeacherRecord, ViewPolicy
 from ..cache.commit import COMMITS
 from ..cache.copies import stray_units
 from ..cache.manifest import PIXELS, ROWS, StorePlan, difference
 from ..cache.mend import Repaired, mend_files, repair_store
-from ..cache.report import fidelity
 from ..cache.spare import SPARE
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path
 from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
-from ..progress import ProgressLine
+from . import live
 from .images import stored_pixels
 from .pipeline import (
     TeacherRunner,
-    batched,
     calibrate,
     load_teachers,
     teacher_record,
@@ -46,17 +41,22 @@ def verify(config: DictConfig) -> dict[str, Any]:
         StoreError: something is wrong; the report beside the store has all of it.
     """
     report = verify_store(config.cache, threads=int(config.threads), progress=True)
-    live: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if config.sample:
         if not report.whole:
             print("the live teachers are not asked: the store must be whole first")
         else:
-            live = report.live = compare_live(config)
-            _print_live(live)
+            found = report.live = compare_live(config)
+            live.show(found)
     path = report.save()
     if not report.whole:
         raise StoreError(_damage(report, path))
-    far = [name for name, space in live.get("spaces", {}).items() if not space["agrees"]]
+    if found.get("pixels", {}).get("other_rows"):
+        raise StoreError(
+            f"{config.cache}: the stored pixels of rows {found['pixels']['other_rows'][:8]} are "
+            f"not those of the images; see {path}"
+        )
+    far = [name for name, space in found.get("spaces", {}).items() if not space["agrees"]]
     if far:
         raise StoreError(
             f"{config.cache}: {', '.join(far)} of the live teachers differ from the store by more "
@@ -207,12 +207,10 @@ def drop(config: DictConfig) -> dict[str, Any]:
 
 
 def compare_live(config: DictConfig) -> dict[str, Any]:
-    """Run teachers on a random sample of a store's rows and compare with what it holds.
+    """Run teachers on a random sample of a store's rows: see ``live.compare``.
 
-    Returns:
-        By space: mean and 1st-percentile cosine of live and stored tokens, relative error in the
-        teacher's units and in standardised ones, the error that the encoding explains, and
-        whether they agree: no more than twice that error and one per cent.
+    Raises:
+        ConfigError: no teachers are given.
     """
     cache = Cache.open(config.cache)
     names = [str(name) for name in config.teachers or {}]
@@ -221,63 +219,7 @@ def compare_live(config: DictConfig) -> dict[str, Any]:
     runner = _runner(config, cache.plan, names, strict=False)
     valid = np.flatnonzero(cache.valid)
     chosen = np.random.default_rng([int(config.seed), 0x11FE]).permutation(valid)
-    rows = np.sort(chosen[: int(config.sample)]).tolist()
-    sums: dict[str, list[torch.Tensor]] = {}
-    with ProgressLine("live", len(rows), "rows") as line:
-        for batch in runner.batches(batched(rows, runner.batch_size)):
-            at = rows[line.done : line.done + len(batch.rows.keys)]
-            for name, live in runner.tokens(batch).items():
-                sums.setdefault(name, []).append(_errors(cache, name, at, live.cpu()))
-            line.advance(len(batch.rows.keys))
-    spaces = {}
-    for name, parts in sums.items():
-        error, power, z_error, z_power, cosine = torch.cat(parts, 1)
-        expected = fidelity(cache[name], rows)
-        explained = expected["relative_error_standardised"] if expected else 0.0
-        standardised = float((z_error.sum() / z_power.sum()).sqrt())
-        spaces[name] = {
-            "cosine": float(cosine.mean()),
-            "p1_cosine": float(cosine.quantile(0.01)),
-            "relative_error": float((error.sum() / power.sum()).sqrt()),
-            "relative_error_standardised": standardised,
-            "expected_standardised": explained,
-            "agrees": standardised <= 2 * explained + 0.01,
-        }
-    return {"rows": len(rows), "spaces": spaces}
-
-
-def _errors(cache: Cache, name: str, rows: Sequence[int], live: torch.Tensor) -> torch.Tensor:
-    """Per token: squared error and power, both again standardised, cosine: float64 [5, tokens]."""
-    space = cache[name]
-    stored = space.read(np.asarray(rows))
-    x, found = live.double(), space.decode(stored).double()
-    z = (x - space.mean.double()) / space.std.double()
-    z_found = stored.standardised().double()
-    parts = (
-        ((x - found) ** 2).sum(-1),
-        (x**2).sum(-1),
-        ((z - z_found) ** 2).sum(-1),
-        (z**2).sum(-1),
-        torch.cosine_similarity(x, found, -1),
-    )
-    return torch.stack([part.flatten() for part in parts])
-
-
-def _print_live(live: Mapping[str, Any]) -> None:
-    table = Table(title=f"live teachers against the store, {live['rows']} rows")
-    for number, name in enumerate(
-        ("space", "cosine", "p1 cosine", "error", "error / std", "explained")
-    ):
-        table.add_column(name, justify="right" if number else "left")
-    for name, space in live["spaces"].items():
-        numbers = ("relative_error", "relative_error_standardised", "expected_standardised")
-        table.add_row(
-            name,
-            f"{space['cosine']:.6f}",
-            f"{space['p1_cosine']:.6f}",
-            *(f"{100 * space[number]:.3f} %" for number in numbers),
-        )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    return live.compare(cache, runner, np.sort(chosen[: int(config.sample)]).tolist())
 
 
 # -- the parts of an extraction, as the manifest has them ------------------------------------------

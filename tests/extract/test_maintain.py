@@ -15,6 +15,7 @@ from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import contents, restore
 from preceptor.cache import Cache
 from preceptor.cli import main
+from preceptor.extract.live import _levels
 
 COUNT = 11
 CALL = "call:preceptor.tests.extract.tiny_teachers"
@@ -278,6 +279,13 @@ def test_pixels_are_extracted_added_mended_and_dropped(
     assert run("add", store, shards, size) == 0  # no teacher is needed
     assert contents(store) == contents(made)
     assert run("add", store, shards, size) == 0  # nothing left to do
+    assert run("verify", store, shards, teachers(vit="vit"), "sample=6") == 0
+    live = json.loads(Path(f"{store}.verify.json").read_text())["live"]
+    assert live["pixels"] == {"equal_rows": 6, "largest_mean_difference": 0.0, "other_rows": []}
+    rows = np.flatnonzero(cache.valid)[:2]
+    shown = cache.read_pixels(rows).permute(0, 3, 1, 2).int()
+    shown[1] += 3
+    assert _levels(cache, rows, shown).tolist() == [0, 3]
     assert run("add", store, shards, "pixels.size=24") == 1
     assert "other pixels already: pixels.size[1] is 16 in the store" in capsys.readouterr().err
 
