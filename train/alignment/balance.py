@@ -179,7 +179,9 @@ class PCGrad(Balance):
             ]
             gradients.append(torch.cat([part.flatten() for part in flat]) / raised)
         stacked = torch.stack(gradients)
-        change = projected(stacked).sum(0) - stacked.sum(0)
+        # Autocast would round the products, which in float16 are 0 for small gradients.
+        with torch.autocast(stacked.device.type, enabled=False):
+            change = projected(stacked).sum(0) - stacked.sum(0)
         surrogate = torch.zeros_like(total)
         for piece, end in zip(change.split([end.numel() for end in ends]), ends, strict=True):
             surrogate = surrogate + (piece.view_as(end) * end.to(piece.dtype)).sum()
