@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -51,7 +52,17 @@ def launch(engine: DictConfig, *, exact: str | None = None) -> Fabric:
             f"--nproc-per-node={fabric.world_size} -m preceptor.cli ... (or by Slurm)"
         )
     fabric.launch()
+    if fabric.world_size > 1:
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Take leave of the other processes. Fabric does where NCCL joins them; gloo's threads, if they
+    are left running, now and then abort a process that has done all its work."""
+    group = torch.distributed
+    if group.is_initialized() and group.get_backend() == "gloo":
+        group.destroy_process_group()
 
 
 def precision(engine: DictConfig) -> Any:
