@@ -27,10 +27,11 @@ from preceptor.benchmarks.harness import machine, median, save, show
 from preceptor.cache import Cache, SpaceSpec, StorePlan, StoreWriter, TeacherRecord
 from preceptor.cache.commit import Commit, Completion, FileRecord, completion_name, record_name
 from preceptor.cache.constants import constant_bytes, statistics_sha256
+from preceptor.cache.documents import digest
 from preceptor.cache.gather import by_group
 from preceptor.cache.layout import CRC, Layout
-from preceptor.cache.manifest import ROWS, digest
 from preceptor.cache.order import EpochOrder
+from preceptor.cache.plan import ROWS
 from preceptor.cache.sharding import alignment, crc32c
 from preceptor.cache.spare import write_twice
 from preceptor.measure import peak_memory_mb

@@ -1,8 +1,8 @@
 """The store that cache_format.md describes."""
 
 from .batches import Batch
-from .manifest import PixelSpec, SpaceSpec, StorePlan, TeacherRecord
 from .order import class_sorted
+from .plan import PixelSpec, SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
 from .samples import SampleIndex

@@ -15,8 +15,8 @@ from .buffers import BufferPool
 from .encodings.prediction import Prediction
 from .gather import Destination, Gatherer, GroupRows, Task, by_group, tasks
 from .layout import Layout
-from .manifest import PIXELS, SpaceSpec
 from .order import EpochOrder
+from .plan import PIXELS, SpaceSpec
 from .tokens import Tokens
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import StoreError
+from .documents import Json, sealed, unsealed
 from .durable import directory_lock, sync_directory
 from .layout import Layout
-from .manifest import Json, Manifest, sealed, unsealed
+from .manifest import Manifest
 
 COMMITS = "commits"
 

@@ -10,7 +10,8 @@ import numpy as np
 from ..errors import StoreError
 from .encodings.prediction import problem
 from .layout import CRC, ArraySpec, Layout
-from .manifest import Calibration, SpaceSpec
+from .manifest import Calibration
+from .plan import SpaceSpec
 from .sharding import crc32c, shard_file
 
 

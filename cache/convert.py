@@ -27,7 +27,7 @@ from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
 from .encodings.prediction import Prediction
 from .layout import Layout
-from .manifest import SpaceSpec, StorePlan, TeacherRecord
+from .plan import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
 from .spare import write_twice

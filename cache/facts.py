@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import StoreError
 from .layout import Layout
-from .manifest import ROWS
+from .plan import ROWS
 from .rows import decode_keys
 from .shard_index import ChunkReader
 

@@ -12,7 +12,8 @@ from ..errors import StoreError
 from .commit import Commit, Completion, completion_name, record_name
 from .constants import constant_bytes, statistics_sha256
 from .layout import Layout
-from .manifest import Manifest, SpaceSpec
+from .manifest import Manifest
+from .plan import SpaceSpec
 from .shard_writer import partial_name
 from .spare import write_twice
 from .statistics import Moments

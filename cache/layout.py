@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreError
+from .documents import Json
 from .encodings import encoding
-from .manifest import FORMAT, PIXELS, ROWS, Json, SpaceSpec, StorePlan
+from .manifest import FORMAT
+from .plan import PIXELS, ROWS, SpaceSpec, StorePlan
 
 INDEX_ENTRY = 16  # offset and length, two little-endian uint64
 CRC = 4

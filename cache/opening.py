@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from ..errors import StoreError
 from .commit import COMMITS, Completion, completion_name
 from .layout import Layout
-from .manifest import MANIFEST, ROWS, Manifest
+from .manifest import MANIFEST, Manifest
+from .plan import ROWS
 from .source import Source
 
 

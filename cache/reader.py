@@ -15,9 +15,10 @@ from .batches import BatchIterator
 from .buffers import BufferPool
 from .commit import Completion
 from .facts import Keys
-from .manifest import PIXELS, Manifest, PixelSpec, StorePlan
+from .manifest import Manifest
 from .opening import open_units
 from .order import EpochOrder
+from .plan import PIXELS, PixelSpec, StorePlan
 from .source import Source, open_source
 from .space import OpenStore, Space
 

@@ -17,8 +17,9 @@ from .commit import committed
 from .copies import best_completion, best_manifest
 from .encodings import encoding
 from .layout import Layout
-from .manifest import PIXELS, ROWS, Manifest, PixelSpec, SpaceSpec
+from .manifest import Manifest
 from .pictures import Panel, draw_panels, principal_colours
+from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec
 from .reader import Cache, Space
 
 _SAMPLE = 128  # rows whose codes tell the error

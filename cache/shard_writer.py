@@ -19,7 +19,8 @@ from .encodings import encoding
 from .encodings.base import to_numpy
 from .encodings.prediction import Prediction
 from .layout import Layout, pad_to_chunks
-from .manifest import PIXELS, ROWS, Manifest, SpaceSpec
+from .manifest import Manifest
+from .plan import PIXELS, ROWS, SpaceSpec
 from .rows import RowBatch
 from .sharding import shard_file
 from .statistics import Accumulator

@@ -22,8 +22,9 @@ from .encodings.prediction import Prediction
 from .facts import Keys, RowFacts
 from .gather import Destination, Gatherer, by_group
 from .layout import ArraySpec, Layout
-from .manifest import Manifest, SpaceSpec, StorePlan
+from .manifest import Manifest
 from .opening import read_files
+from .plan import SpaceSpec, StorePlan
 from .shard_index import ChunkReader
 from .source import Source
 from .statistics import Moments

@@ -23,7 +23,8 @@ from .constants import (
 )
 from .durable import write_whole
 from .layout import Layout
-from .manifest import MANIFEST, Manifest, SpaceSpec
+from .manifest import MANIFEST, Manifest
+from .plan import SpaceSpec
 
 SPARE = "spare"
 

@@ -14,7 +14,7 @@ import torch
 
 from .encodings import encoding
 from .encodings.prediction import Prediction, fitted, neighbours
-from .manifest import SpaceSpec
+from .plan import SpaceSpec
 
 
 @dataclass(frozen=True)

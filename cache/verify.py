@@ -19,7 +19,8 @@ from . import spare
 from .commit import COMMITS, Commit, Completion, FileRecord, completion_name, record_name
 from .copies import best_completion, best_manifest, stray_units
 from .layout import CRC, ArraySpec, Layout, node_bytes
-from .manifest import MANIFEST, ROWS, Manifest
+from .manifest import MANIFEST, Manifest
+from .plan import ROWS
 from .rows import decode_keys
 from .shard_writer import partial_name
 from .sharding import LARGEST_GAP, crc32c, parse_index, plain_index

@@ -18,19 +18,8 @@ from .encodings import encoding
 from .encodings.prediction import problem
 from .finish import finish_unit
 from .layout import Layout, node_bytes
-from .manifest import (
-    MANIFEST,
-    PIXELS,
-    ROWS,
-    Calibration,
-    Manifest,
-    PixelSpec,
-    SpaceSpec,
-    StorePlan,
-    TeacherRecord,
-    plan_difference,
-    read_manifest,
-)
+from .manifest import MANIFEST, Calibration, Manifest, read_manifest
+from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec, StorePlan, TeacherRecord, plan_difference
 from .shard_writer import PARTIAL, ShardWriter
 from .spare import SPARE, write_twice
 

@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from ..cache import Cache, SampleIndex, StoreWriter, TeacherRecord, ViewPolicy
 from ..cache.commit import COMMITS
 from ..cache.copies import stray_units
-from ..cache.manifest import PIXELS, ROWS, StorePlan, difference
+from ..cache.documents import difference
 from ..cache.mend import Repaired, mend_files, repair_store
+from ..cache.plan import PIXELS, ROWS, StorePlan
 from ..cache.spare import SPARE
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path

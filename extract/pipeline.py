@@ -31,7 +31,7 @@ from ..cache import (
     class_sorted,
 )
 from ..cache.convert import copy_calibration
-from ..cache.manifest import PIXELS
+from ..cache.plan import PIXELS
 from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from ..cache import Cache
-from ..cache.manifest import ROWS
+from ..cache.plan import ROWS
 from ..cache.samples import SampleIndex
 from ..engine import launch, precision
 from ..errors import ConfigError

@@ -11,18 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preceptor.cache.commit import Commit, Completion, FileRecord
+from preceptor.cache.documents import canonical, difference, digest, sealed
 from preceptor.cache.encodings import ENCODINGS
-from preceptor.cache.manifest import (
-    Calibration,
-    Manifest,
-    SpaceSpec,
-    StorePlan,
-    TeacherRecord,
-    canonical,
-    difference,
-    digest,
-    sealed,
-)
+from preceptor.cache.manifest import Calibration, Manifest
+from preceptor.cache.plan import SpaceSpec, StorePlan, TeacherRecord
 from preceptor.cache.rows import decode_keys
 from preceptor.errors import StoreError
 from small_stores import SPACES, facts_of, make_plan

@@ -14,8 +14,8 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preceptor.cache import Cache
+from preceptor.cache.documents import sealed
 from preceptor.cache.encodings import encoding
-from preceptor.cache.manifest import sealed
 from preceptor.errors import StoreError
 from small_stores import CORRUPT, ROWS, SPACES, facts_of, tokens_of
 

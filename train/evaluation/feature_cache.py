@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ...cache.documents import digest
 from ...cache.durable import write_whole
-from ...cache.manifest import digest
 from .base import Array
 
 FORMAT = "preceptor-features-1"

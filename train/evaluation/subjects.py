@@ -12,8 +12,8 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from ...cache import Cache
+from ...cache.documents import digest
 from ...cache.durable import file_sha256
-from ...cache.manifest import digest
 from ...errors import ConfigError
 from ..alignment import Alignment
 from ..checkpoint import ALIGNMENT, load_model

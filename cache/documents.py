@@ -1,0 +1,86 @@
+"""JSON documents that carry their own hash, and what tells two of them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import StoreError
+
+Json = Any  # what json.loads gives: dict, list, str, int, float, bool, None
+
+
+def canonical(value: Json) -> bytes:
+    """The bytes that are hashed: sorted keys, no spaces, ASCII escapes, no NaN.
+
+    Raises:
+        StoreError: what JSON cannot hold.
+    """
+    try:
+        text = json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        )
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(
+            f"a description of samples, views or a teacher cannot be written as JSON: {error}"
+        ) from None
+    return text.encode("ascii")
+
+
+def digest(value: Json) -> str:
+    """SHA-256 (hex) of the canonical bytes of a JSON value."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def sealed(body: Mapping[str, Json]) -> bytes:
+    """A JSON document with the hash of its other members under ``sha256``, as file bytes."""
+    document = {**body, "sha256": digest(dict(body))}
+    return (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def unsealed(raw: bytes, where: str) -> dict[str, Json]:
+    """The members of a document written by :func:`sealed`.
+
+    Raises:
+        StoreError: when the bytes are not such a document or its hash differs.
+    """
+    try:
+        document = json.loads(raw)
+        stated = document.pop("sha256")
+        whole = digest(document) == stated
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise StoreError(
+            f"{where} is damaged (not a sealed JSON document): run `preceptor verify`"
+        ) from None
+    if not whole:
+        raise StoreError(f"{where} is damaged (its SHA-256 differs): run `preceptor verify`")
+    return dict(document)
+
+
+def difference(theirs: Json, ours: Json, path: str = "") -> str | None:
+    """The first place where two JSON values differ, both sides named; None when equal."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for key in sorted({*theirs, *ours}):
+            here = f"{path}.{key}" if path else key
+            if key not in theirs or key not in ours:
+                side = "the store" if key in theirs else "this configuration"
+                return f"only {side} has {here}"
+            if found := difference(theirs[key], ours[key], here):
+                return found
+        return None
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        for index, (left, right) in enumerate(zip(theirs, ours, strict=True)):
+            label = left.get("name", index) if isinstance(left, Mapping) else index
+            if found := difference(left, right, f"{path}[{label}]"):
+                return found
+        return None
+    if type(theirs) is type(ours) and theirs == ours:
+        return None
+    return f"{path} is {_short(theirs)} in the store and {_short(ours)} in this configuration"
+
+
+def _short(value: Json) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,245 @@
+"""What a store is made of, before any row is written: its teachers, spaces, pixels and rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import StoreError
+from .documents import Json, canonical, difference
+from .encodings import encoding
+
+ROWS = "rows"  # the unit that holds the facts about rows
+PIXELS = "pixels"  # the unit that holds the pixels of the views, where a store has them
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _checked_name(name: str, what: str) -> None:
+    if not _NAME.fullmatch(name) or name == ROWS:
+        raise StoreError(
+            f"{name!r} cannot name a {what}: use up to 64 letters, digits, '_', '-' and '.', "
+            f"beginning with a letter or digit (and not {ROWS!r})"
+        )
+
+
+@dataclass(frozen=True)
+class SpaceSpec:
+    """One representation of one teacher.
+
+    Attributes:
+        teacher: name of the teacher.
+        name: name of the space within the teacher.
+        tokens: number of tokens N a row.
+        dim: number of dimensions D a token.
+        grid: (height, width) of the token grid, row-major; None for a global descriptor (N = 1).
+        encoding: name of the encoding (see ``cache.encodings``).
+        plain: codes are stored without a prediction though the encoding has one, as all stores of
+            version 1 do.
+    """
+
+    teacher: str
+    name: str
+    tokens: int
+    dim: int
+    grid: tuple[int, int] | None
+    encoding: str = "int8"
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        _checked_name(self.teacher, "teacher")
+        _checked_name(self.name, "space")
+        if self.tokens < 1 or self.dim < 1:
+            raise StoreError(
+                f"space {self.id}: tokens and dim must be at least 1, not {self.tokens}, {self.dim}"
+            )
+        expected = 1 if self.grid is None else self.grid[0] * self.grid[1]
+        if expected != self.tokens:
+            raise StoreError(
+                f"space {self.id}: a grid {self.grid} does not hold {self.tokens} tokens"
+            )
+
+    @property
+    def id(self) -> str:
+        """``teacher/space``."""
+        return f"{self.teacher}/{self.name}"
+
+    @property
+    def predicted(self) -> bool:
+        """Whether its codes are stored as what a prediction leaves."""
+        return encoding(self.encoding).predicts and not self.plain
+
+    def as_json(self) -> Json:
+        grid = None if self.grid is None else list(self.grid)
+        return {
+            "name": self.name,
+            "tokens": self.tokens,
+            "dim": self.dim,
+            "grid": grid,
+            "encoding": self.encoding,
+            **({"predicted": True} if self.predicted else {}),
+        }
+
+    @classmethod
+    def from_json(cls, teacher: str, entry: Mapping[str, Json]) -> SpaceSpec:
+        """The inverse of :meth:`as_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: members that are missing or cannot be.
+        """
+        grid = None if entry["grid"] is None else (entry["grid"][0], entry["grid"][1])
+        name, predicted = entry["encoding"], entry.get("predicted", False)
+        if predicted not in (True, False) or (predicted and not encoding(name).predicts):
+            raise ValueError(f"predicted is {predicted!r} in a space of the encoding {name}")
+        plain = encoding(name).predicts and not predicted
+        return cls(teacher, entry["name"], entry["tokens"], entry["dim"], grid, name, plain)
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """A teacher, its spaces and what makes it that teacher.
+
+    Attributes:
+        identity: JSON: source, SHA-256 of the weights, preprocessing, library versions.
+    """
+
+    name: str
+    spaces: tuple[SpaceSpec, ...]
+    identity: Mapping[str, Json]
+
+    def __post_init__(self) -> None:
+        _checked_name(self.name, "teacher")
+        names = [space.name for space in self.spaces]
+        if not names or len(set(names)) != len(names):
+            raise StoreError(f"teacher {self.name}: needs at least one space and distinct names")
+        if any(space.teacher != self.name for space in self.spaces):
+            raise StoreError(f"teacher {self.name}: a space names another teacher")
+
+    def as_json(self) -> Json:
+        return {
+            "name": self.name,
+            "identity": json.loads(canonical(dict(self.identity))),
+            "spaces": [space.as_json() for space in self.spaces],
+        }
+
+
+@dataclass(frozen=True)
+class PixelSpec:
+    """The pixels of every view, stored exactly at the size of a student.
+
+    Attributes:
+        size: (height, width).
+        interpolation: how the view was resampled to it, a name of ``views.INTERPOLATIONS``.
+    """
+
+    size: tuple[int, int]
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise StoreError(f"pixels: a size of {self.size} pixels holds no image")
+
+    def as_json(self) -> Json:
+        return {"size": list(self.size), "interpolation": self.interpolation}
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """All that determines a store, before any row is written.
+
+    Attributes:
+        samples: JSON description of the sample index (count, sha256, shards, order).
+        views: JSON description of the view policy.
+        rows: number of rows: samples times views.
+        shard_rows: rows a shard; a multiple of ``group_rows``.
+        group_rows: rows a group (the inner chunk).
+        teachers: the teachers, in order.
+        key_bytes: room for a row's key, UTF-8, NUL padded.
+        pixels: the pixels that are stored beside the tokens; None: none.
+    """
+
+    samples: Mapping[str, Json]
+    views: Mapping[str, Json]
+    rows: int
+    shard_rows: int
+    group_rows: int
+    teachers: tuple[TeacherRecord, ...]
+    key_bytes: int = 128
+    pixels: PixelSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise StoreError("a store needs at least one row")
+        if self.group_rows < 1 or self.shard_rows < 1 or self.shard_rows % self.group_rows:
+            raise StoreError(
+                f"shard_rows ({self.shard_rows}) must be a positive multiple of "
+                f"group_rows ({self.group_rows})"
+            )
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise StoreError(f"a teacher is named twice among {', '.join(names)}")
+        if self.pixels is not None and PIXELS in names:
+            raise StoreError(f"a store with pixels cannot have a teacher named {PIXELS!r}")
+
+    @property
+    def shards(self) -> int:
+        """Number of shards; the last may be partial."""
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """``rows``, ``pixels`` where there are any, and every teacher: what is committed, added
+        and dropped independently."""
+        pixels = () if self.pixels is None else (PIXELS,)
+        return (ROWS, *pixels, *(teacher.name for teacher in self.teachers))
+
+    @property
+    def spaces(self) -> dict[str, SpaceSpec]:
+        return {space.id: space for teacher in self.teachers for space in teacher.spaces}
+
+    @property
+    def version(self) -> int:
+        """The first version of the format whose readers can read the store."""
+        return 2 if any(space.predicted for space in self.spaces.values()) else 1
+
+    def spaces_of(self, unit: str) -> tuple[SpaceSpec, ...]:
+        """The spaces of a unit: none unless it is a teacher."""
+        if unit == ROWS or (unit == PIXELS and self.pixels is not None):
+            return ()
+        return self.teacher(unit).spaces
+
+    def rows_in(self, shard: int) -> int:
+        """Rows of one shard."""
+        return min(self.shard_rows, self.rows - shard * self.shard_rows)
+
+    def teacher(self, name: str) -> TeacherRecord:
+        for teacher in self.teachers:
+            if teacher.name == name:
+                return teacher
+        known = ", ".join(teacher.name for teacher in self.teachers)
+        raise StoreError(f"the store has no teacher {name!r}: it has {known}")
+
+    def rows_json(self) -> Json:
+        return {
+            "samples": json.loads(canonical(dict(self.samples))),
+            "views": json.loads(canonical(dict(self.views))),
+            "rows": self.rows,
+            "shard_rows": self.shard_rows,
+            "group_rows": self.group_rows,
+            "key_bytes": self.key_bytes,
+        }
+
+    def pixels_json(self) -> Json:
+        """The manifest's optional member."""
+        return {} if self.pixels is None else {PIXELS: self.pixels.as_json()}
+
+
+def plan_difference(store: StorePlan, ours: StorePlan) -> str | None:
+    """The first difference between the plan of a store and another plan, in words."""
+
+    def whole(plan: StorePlan) -> Json:
+        teachers = [teacher.as_json() for teacher in plan.teachers]
+        return {**plan.rows_json(), **plan.pixels_json(), "teachers": teachers}
+
+    return difference(whole(store), whole(ours))
