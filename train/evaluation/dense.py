@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from ...errors import ConfigError
-from .base import Array, Features, Labels, Measurement, Protocol, choose
+from .base import Array, Features, Labels, Measurement
+from .grid_probe import GridProbe, over_images, pixel_scores
 from .intervals import MeanIoU
-from .linear import STRENGTHS, check_strengths
 from .token_ridge import TokenProbe, TokenRidge, cell_means
 from .truths import Maps
 
-_CHUNK = 4_000_000  # class scores of pixels that are held at once
-
 
 @dataclass(frozen=True)
-class Dense(Protocol[Maps]):
+class Dense(GridProbe[Maps]):
     """Mean intersection over union of a linear classifier of each token.
 
     The linear segmentation of DINOv2 (Oquab et al. 2023, arXiv:2304.07193, section 7.4: one linear
@@ -33,18 +28,10 @@ class Dense(Protocol[Maps]):
     probe is then fitted on all of them. Class scores are resized bilinearly from the grid to the
     maps, so that models with different grids are judged on the same pixels; unlabelled pixels are
     left out. The mIoU pools pixels over test images and averages over the classes that occur.
-
-    Attributes:
-        strengths: L2 strengths to choose from; the first of the best.
     """
 
     truth: ClassVar[type[Maps]] = Maps
-    on_grid: ClassVar[bool] = True
-
-    strengths: Sequence[float] = STRENGTHS
-
-    def __post_init__(self) -> None:
-        check_strengths("dense", self.strengths)
+    named: ClassVar[str] = "dense"
 
     def check(self, truth: Maps) -> None:
         if len(np.unique(truth.train[truth.train >= 0])) < 2:
@@ -59,21 +46,20 @@ class Dense(Protocol[Maps]):
 
         held_tokens, grid = features.train[held], features.grid
 
-        def score(strength: float) -> float:
-            found, _ = _judge(part.solve(strength), held_tokens, grid, truth.train[held])
+        def miou(probe: TokenProbe) -> float:
+            found, _ = _judge(probe, held_tokens, grid, truth.train[held])
             return float(found(np.ones((1, len(held))))[0])
 
-        scores = {(strength,): score(strength) for strength in self.strengths}
-        best = choose(scores)
-        whole = _ridge(features.train, features.grid, truth.train, classes)
-        statistic, accuracy = _judge(whole.solve(best[0]), features.test, features.grid, truth.test)
+        strength, validation = self.chosen(part, miou)
+        probe = _ridge(features.train, grid, truth.train, classes).solve(strength)
+        statistic, accuracy = _judge(probe, features.test, grid, truth.test)
         shared, joined = statistic.intersection.sum(0), statistic.union.sum(0)
         return [
             Measurement(
                 metric="mIoU",
                 statistic=statistic,
-                validation=scores[best],
-                chosen={"strength": best[0]},
+                validation=validation,
+                chosen={"strength": strength},
                 details={
                     "pixel_accuracy": accuracy,
                     "iou": [
@@ -103,14 +89,9 @@ def cell_shares(
 
 
 def _ridge(tokens: Array, grid: tuple[int, int], maps: Labels, classes: int) -> TokenRidge:
-    parts = _parts(maps, classes)
+    parts = over_images(len(maps), maps[0].size * classes)
     cells = ((part, *cell_shares(maps[part], grid, classes)) for part in parts)
     return TokenRidge(tokens, cells, classes)
-
-
-def _parts(maps: Labels, classes: int) -> list[slice]:
-    images = max(1, _CHUNK // (maps.shape[1] * maps.shape[2] * classes))
-    return [slice(start, start + images) for start in range(0, len(maps), images)]
 
 
 def _judge(
@@ -119,12 +100,9 @@ def _judge(
     """Intersections and unions of each image, and the share of labelled pixels that are right."""
     classes = len(probe.bias)
     shared, joined, right, labelled = [], [], 0, 0
-    for part in _parts(maps, classes):
+    for part in over_images(len(maps), maps[0].size * classes):
         truth = maps[part]
-        scores = torch.from_numpy(probe.scores(tokens[part]))
-        scores = scores.transpose(1, 2).unflatten(2, grid)
-        resized = functional.interpolate(scores, truth.shape[1:], mode="bilinear")
-        found = resized.argmax(1).numpy()
+        found = pixel_scores(probe, tokens[part], grid, truth.shape[1:]).argmax(1)
         known = truth >= 0
         right += int((found == truth)[known].sum())
         labelled += int(known.sum())

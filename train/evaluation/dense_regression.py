@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from ...errors import ConfigError
-from .base import Array, Features, Measurement, Protocol, choose
+from .base import Array, Features, Measurement
+from .grid_probe import GridProbe, over_images, pixel_scores
 from .intervals import PooledR2
-from .linear import STRENGTHS, check_strengths
 from .token_ridge import TokenProbe, TokenRidge, cell_means
 from .truths import ValueMaps
 
-_CHUNK = 4_000_000  # pixels that are held at once
-
 
 @dataclass(frozen=True)
-class DenseRegression(Protocol[ValueMaps]):
+class DenseRegression(GridProbe[ValueMaps]):
     """R^2 of a linear map from each token to the mean of its cell, over pixels.
 
     `Dense` for numbers: a token's target is the mean of the known pixels of its cell, and it weighs
@@ -31,18 +26,10 @@ class DenseRegression(Protocol[ValueMaps]):
     all of them. Predictions are resized bilinearly from the grid to the maps, so that models with
     different grids are judged on the same pixels. R^2 is that of all known pixels of the test
     images together: 1 for exact predictions, 0 for the mean of those pixels, negative for worse.
-
-    Attributes:
-        strengths: L2 strengths to choose from; the first of the best.
     """
 
     truth: ClassVar[type[ValueMaps]] = ValueMaps
-    on_grid: ClassVar[bool] = True
-
-    strengths: Sequence[float] = STRENGTHS
-
-    def __post_init__(self) -> None:
-        check_strengths("dense_regression", self.strengths)
+    named: ClassVar[str] = "dense_regression"
 
     def check(self, truth: ValueMaps) -> None:
         for side, values in (("training", truth.train), ("test", truth.test)):
@@ -63,21 +50,20 @@ class DenseRegression(Protocol[ValueMaps]):
         part = _ridge(features.train[fit], grid, train[fit])
         held_tokens, held_maps = features.train[held], train[held]
 
-        def score(strength: float) -> float:
-            found, _ = _judge(part.solve(strength), held_tokens, grid, held_maps)
+        def r2(probe: TokenProbe) -> float:
+            found, _ = _judge(probe, held_tokens, grid, held_maps)
             return float(found(np.ones((1, len(held))))[0])
 
-        scores = {(strength,): score(strength) for strength in self.strengths}
-        best = choose(scores)
-        probe = _ridge(features.train, grid, train).solve(best[0])
+        strength, validation = self.chosen(part, r2)
+        probe = _ridge(features.train, grid, train).solve(strength)
         statistic, absolute = _judge(probe, features.test, grid, test)
         count = statistic.count.sum()
         return [
             Measurement(
                 metric="R2",
                 statistic=statistic,
-                validation=scores[best],
-                chosen={"strength": best[0]},
+                validation=validation,
+                chosen={"strength": strength},
                 details={
                     "rmse": float(np.sqrt(statistic.residual.sum() / count)),
                     "mae": float(absolute / count),
@@ -91,12 +77,7 @@ def _ridge(tokens: Array, grid: tuple[int, int], maps: NDArray[np.float64]) -> T
         known = np.isfinite(maps[part])
         return part, *cell_means(np.where(known, maps[part], 0.0)[..., None], known, grid)
 
-    return TokenRidge(tokens, map(cells, _parts(maps)), 1)
-
-
-def _parts(maps: NDArray[np.float64]) -> list[slice]:
-    images = max(1, _CHUNK // (maps.shape[1] * maps.shape[2]))
-    return [slice(start, start + images) for start in range(0, len(maps), images)]
+    return TokenRidge(tokens, map(cells, over_images(len(maps), maps[0].size)), 1)
 
 
 def _judge(
@@ -104,12 +85,11 @@ def _judge(
 ) -> tuple[PooledR2, float]:
     """Sums over the known pixels of each image, and the sum of all absolute errors."""
     sums, absolute = [], 0.0
-    for part in _parts(maps):
+    for part in over_images(len(maps), maps[0].size):
         truth = maps[part]
-        said = torch.from_numpy(probe.scores(tokens[part])).transpose(1, 2).unflatten(2, grid)
-        resized = functional.interpolate(said, truth.shape[1:], mode="bilinear")[:, 0].numpy()
+        said = pixel_scores(probe, tokens[part], grid, truth.shape[1:])[:, 0]
         known = np.isfinite(truth)
-        error = np.where(known, resized - truth, 0.0)
+        error = np.where(known, said - truth, 0.0)
         values = np.where(known, truth, 0.0)
         absolute += float(np.abs(error).sum())
         axes = (1, 2)

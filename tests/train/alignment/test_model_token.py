@@ -119,26 +119,39 @@ def test_tokens_and_predictions_follow_the_formula(double, run, options):
     torch.testing.assert_close(found, said, rtol=1e-9, atol=1e-9)
 
 
-def test_the_backbone_is_read_and_written_as_the_formula_says(double):
-    alignment, student = double(write_back=[0, 1], layers=0, pool=3, tokens=2)
+def visited(alignment, student):
+    """Stages 0 and 1: number, stage, site, and random features [4, N, D] as the backbone's."""
     generator = torch.Generator().manual_seed(2)
-    z = alignment.begin(4)
-    assert torch.equal(z, alignment.model_tokens.flatten(0, 1).expand(4, -1, -1))
     for number in (0, 1):
         stage, site = student.stages[number], alignment.write_back.sites[str(number)]
         rows, columns = stage.grid
         shape = (4, stage.prefix + rows * columns, stage.dim)
-        h = torch.randn(shape, generator=generator, dtype=torch.float64)
+        yield number, stage, site, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def pooled_input(site, stage, h):
+    """What a site reads of features: their map pooled to 3 x 3, projected, with positions."""
+    image = h[:, stage.prefix :].transpose(1, 2).unflatten(2, stage.grid)
+    pooled = functional.adaptive_avg_pool2d(image, 3).flatten(2).transpose(1, 2)
+    return site.input(pooled) + site.positions
+
+
+def written(site, z, h):
+    """What model tokens z add to features h: a cross-attention whose queries are the features."""
+    keys, values = site.key_value(site.norm(z)).chunk(2, -1)
+    return site.output(attention(site.query(h), keys, values))
+
+
+def test_the_backbone_is_read_and_written_as_the_formula_says(double):
+    alignment, student = double(write_back=[0, 1], layers=0, pool=3, tokens=2)
+    z = alignment.begin(4)
+    assert torch.equal(z, alignment.model_tokens.flatten(0, 1).expand(4, -1, -1))
+    for number, stage, site, h in visited(alignment, student):
         found_z, found_update = alignment.visit(number, z, h)
 
-        image = h[:, stage.prefix :].transpose(1, 2).unflatten(2, stage.grid)
-        pooled = functional.adaptive_avg_pool2d(image, 3).flatten(2).transpose(1, 2)
-        seen = site.input(pooled) + site.positions
-        z = inter(site.layer.inter, intra(site.layer, z, seen, 0), None)
+        z = inter(site.layer.inter, intra(site.layer, z, pooled_input(site, stage, h), 0), None)
         torch.testing.assert_close(found_z, z, rtol=1e-9, atol=1e-9)
-        keys, values = site.key_value(site.norm(z)).chunk(2, -1)
-        update = site.output(attention(site.query(h), keys, values))
-        torch.testing.assert_close(found_update, update, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found_update, written(site, z, h), rtol=1e-9, atol=1e-9)
 
 
 def test_what_the_backbone_carries_out_is_what_the_heads_read(double, run):
@@ -257,27 +270,18 @@ def test_without_the_intra_space_read_a_stage_is_as_the_formula_says(double, int
     alignment, student = double(
         intra=False, inter=inter_space, write_back=[0, 1], layers=0, pool=3, tokens=2
     )
-    generator = torch.Generator().manual_seed(2)
     z = alignment.begin(4)
-    for number in (0, 1):
-        stage, site = student.stages[number], alignment.write_back.sites[str(number)]
-        rows, columns = stage.grid
-        shape = (4, stage.prefix + rows * columns, stage.dim)
-        h = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for number, stage, site, h in visited(alignment, student):
         found_z, found_update = alignment.visit(number, z, h)
         if inter_space == "cross":
-            image = h[:, stage.prefix :].transpose(1, 2).unflatten(2, stage.grid)
-            pooled = functional.adaptive_avg_pool2d(image, 3).flatten(2).transpose(1, 2)
-            seen = [site.input(pooled) + site.positions]
+            seen = [pooled_input(site, stage, h)]
         else:
             assert site.input is site.positions is site.pool is None
             seen = None
         z = inter(site.layer.inter, z, seen)
         torch.testing.assert_close(found_z, z, rtol=1e-9, atol=1e-9)
         assert torch.equal(z[0], z[1]) is (inter_space == "self")
-        keys, values = site.key_value(site.norm(z)).chunk(2, -1)
-        update = site.output(attention(site.query(h), keys, values))
-        torch.testing.assert_close(found_update, update, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found_update, written(site, z, h), rtol=1e-9, atol=1e-9)
 
 
 def test_without_the_intra_space_read_none_of_its_weights_are_there(build):

@@ -10,7 +10,7 @@ import pytest
 from preceptor.cache.samples import SampleIndex
 from preceptor.cache.views import ViewPolicy
 
-sys.path.insert(0, str(Path(__file__).parent))  # for labelled_scenes
+sys.path.insert(0, str(Path(__file__).parent))  # for labelled_scenes and scored
 
 from labelled_scenes import Scenes, members, write_tar
 

@@ -1,0 +1,59 @@
+"""What linear probes of the tokens of a grid have in common: a strength, and scores of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from .base import Array, Protocol, T, choose
+from .linear import STRENGTHS, check_strengths
+from .token_ridge import TokenProbe, TokenRidge
+
+_CHUNK = 4_000_000  # outputs of pixels that are held at once
+
+
+@dataclass(frozen=True)
+class GridProbe(Protocol[T]):
+    """A linear map from each token, resized from the grid to the maps and judged on their pixels.
+
+    Attributes:
+        strengths: L2 strengths to choose from; the first of the best.
+    """
+
+    on_grid: ClassVar[bool] = True
+    named: ClassVar[str]
+    """In messages."""
+
+    strengths: Sequence[float] = STRENGTHS
+
+    def __post_init__(self) -> None:
+        check_strengths(self.named, self.strengths)
+
+    def chosen(
+        self, ridge: TokenRidge, validation: Callable[[TokenProbe], float]
+    ) -> tuple[float, float]:
+        """The best of the strengths, and what the held-out images say of it."""
+        scores = {(s,): validation(ridge.solve(s)) for s in self.strengths}
+        best = choose(scores)
+        return best[0], scores[best]
+
+
+def over_images(count: int, outputs: int) -> list[slice]:
+    """The images in parts of which so many outputs each are held at once."""
+    images = max(1, _CHUNK // outputs)
+    return [slice(start, start + images) for start in range(0, count, images)]
+
+
+def pixel_scores(
+    probe: TokenProbe, tokens: Array, grid: tuple[int, int], size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Outputs of tokens [b, N, K], resized bilinearly from their grid: float32 [b, T, *size]."""
+    scores = torch.from_numpy(probe.scores(tokens)).transpose(1, 2).unflatten(2, grid)
+    resized: NDArray[np.float32] = functional.interpolate(scores, size, mode="bilinear").numpy()
+    return resized
