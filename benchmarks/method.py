@@ -23,7 +23,7 @@ import torch
 from preceptor.benchmarks.comparison import report, stores, timing
 from preceptor.benchmarks.comparison.bed import Bed
 from preceptor.benchmarks.comparison.judge import WIDTH, judge
-from preceptor.benchmarks.comparison.plan import Plan
+from preceptor.benchmarks.comparison.plan import PRECISION, PRECISIONS, Plan
 from preceptor.benchmarks.comparison.runs import RESULT, run
 from preceptor.benchmarks.comparison.variants import STUDENTS, Variant, choose, variants
 from preceptor.benchmarks.harness import machine, save, show
@@ -60,6 +60,11 @@ def collect(plan: Plan) -> dict[str, dict[str, list[dict[str, Any]]]]:
                 f"{path} is a run of {result['steps']} steps, not {plan.steps}: choose another "
                 "--out"
             )
+        if result["precision"] != plan.precision:
+            raise ConfigError(
+                f"{path} is a run in {result['precision']}, not {plan.precision}: choose another "
+                "--out"
+            )
         found.setdefault(result["student"], {}).setdefault(result["variant"], []).append(result)
     return found
 
@@ -84,6 +89,7 @@ def results(plan: Plan) -> dict[str, Any]:
     return {
         "protocol": {
             "steps": plan.steps,
+            "precision": plan.precision,
             "width": WIDTH,
             "pool": plan.bed.facts["plan"]["pool"],
             "tasks": plan.bed.tasks,
@@ -114,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --first-seed on")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISION, help="of training")
     parser.add_argument("--stores", default="", help="also of regression: fp16,int8,compact,int4,"
                         "views1,views2,views4,online")  # fmt: skip
     parser.add_argument("--time", action="store_true", help="also time the students' inference, on "
@@ -126,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     bed = Bed(options.bed)
     out = options.out or options.bed / f"method-{options.steps}"
-    plan = Plan(bed, out, options.steps, options.bed / "stores" / "pool", _pool(options.bed))
+    store = options.bed / "stores" / "pool"
+    plan = Plan(bed, out, options.steps, store, _pool(options.bed), options.precision)
     try:
         chosen = choose(options.variants, variants(bed.teachers))
         students = options.students.split(",")

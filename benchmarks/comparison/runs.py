@@ -65,6 +65,7 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         "kind": variant.kind,
         "seed": seed,
         "steps": plan.steps,
+        "precision": plan.precision,
         "scores": judge(plan.bed, outputs),
         "losses": {} if variant.kind == "reference" else held_out(plan, model, alignment),
         "train_losses": summary.get("losses", {}),
@@ -150,10 +151,12 @@ def _train(
         "train", f"cache={plan.store}", f"data.shards='{plan.shards}'", f"out={folder}",
         "recipe=short", *options, f"recipe.steps={steps}", f"seed={seed}", "workers=0",
         "log.to=[]", "log.gradients_every=0", "log.knn_every=0", "recipe.checkpoint_every=100",
-        "recipe.log_every=20", "engine=cpu",
+        "recipe.log_every=20", "engine=cpu", f"engine.precision={plan.precision}",
     ]  # fmt: skip
     print(f"$ preceptor {' '.join(arguments)}", flush=True)
-    if preceptor(arguments):
+    with plan.computing():
+        failed = preceptor(arguments)
+    if failed:
         raise PreceptorError(f"{folder}: the training failed")
     return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
 

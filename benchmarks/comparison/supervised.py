@@ -72,9 +72,12 @@ def train_supervised(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, plan.steps, config.recipe)
         seen = normalise(torch.from_numpy(pixels[rows]), torch.device("cpu"))
-        loss = taught(task, seen, _truth(plan.bed, task)[rows])
-        optimizer.zero_grad()
-        loss.backward()
+        half = plan.precision == "bf16-mixed"
+        with plan.computing():
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = taught(task, seen, _truth(plan.bed, task)[rows])
+            optimizer.zero_grad()
+            loss.backward()
         nn.utils.clip_grad_norm_(taught.parameters(), config.recipe.clip)
         optimizer.step()
     cache = Cache.open(plan.store)
