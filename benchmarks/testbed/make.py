@@ -74,7 +74,7 @@ class Plan:
     """
 
     seed: int = 0
-    pool: int = 4000
+    pool: int = 16000
     heldout: int = 400
     share: float = 1.0
     tasks: tuple[str, ...] = tuple(TASKS)
