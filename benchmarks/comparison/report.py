@@ -140,7 +140,8 @@ def summarise(
     }
     rivals = [name for name, kind in kinds.items() if kind == "rival"]
     if rivals:
-        best = max(rivals, key=summary["validation"].__getitem__)
+        # On the seeds that both have: a mean of other seeds would be another comparison.
+        best = max(rivals, key=lambda name: paired(runs[name], ours, "validation").mean())
         summary["best_rival"] = {"name": best, **summary["against"][best]}
     # What learning from all costs a teacher's own space: its loss beside that of a student that
     # learnt from it alone.

@@ -94,6 +94,18 @@ def test_only_common_seeds_are_paired_and_teachers_stand_beside_all():
         report.difference(ours, [one_run(7, {"a": 40})])
 
 
+def test_the_best_rival_is_chosen_on_the_seeds_that_both_have():
+    cost = {"student": 1, "alignment": 1, "operations": 1}
+    runs = {
+        "model_token": [one_run(s, {"a": 50 + 10 * s}, kind="ours", cost=cost) for s in range(3)],
+        "regression": [one_run(s, {"a": 49 + 10 * s}, cost=cost) for s in range(3)],  # behind by 1
+        "ladder": [one_run(0, {"a": 51}, cost=cost)],  # ahead by 1, with the lowest mean of all
+    }
+    found = report.summarise(runs, {})
+    assert found["best_rival"]["name"] == "ladder"
+    assert found["best_rival"]["mean"] == -1
+
+
 def test_the_test_part_never_chooses():
     run = one_run(0, {"a": 50})  # its spatial readout is far better on test and worse on validation
     assert report.figures(run, "test") == {"a": 50}
