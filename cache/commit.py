@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import StoreError
-from .documents import Json, sealed, unsealed
+from .documents import Json, member, sealed, unsealed
 from .durable import directory_lock, sync_directory
 from .layout import Layout
 from .manifest import Manifest
@@ -86,17 +86,17 @@ class Commit:
         """
         body = unsealed(raw, where)
         try:
-            files = {path: _file_record(entry) for path, entry in body["files"].items()}
+            entries = member(body, "files", dict)
             return cls(
-                body["unit"],
-                body["shard"],
-                body["configuration"],
-                body["rows"],
-                body["valid"],
-                body["first_key"],
-                body["last_key"],
-                files,
-                body["statistics"],
+                member(body, "unit", str),
+                member(body, "shard", int),
+                member(body, "configuration", str),
+                member(body, "rows", int),
+                member(body, "valid", int),
+                member(body, "first_key", str),
+                member(body, "last_key", str),
+                {path: _file_record(entry) for path, entry in entries.items()},
+                member(body, "statistics", dict),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{where} lacks or misstates a member: {error}") from None
@@ -126,11 +126,11 @@ class Commit:
 
 
 def _file_record(entry: Json) -> FileRecord:
-    sums = bytes.fromhex(entry["chunks"])
+    sums = bytes.fromhex(member(entry, "chunks", str))
     if len(sums) % 4:
         raise ValueError("chunk checksums of odd length")
     chunks = tuple(int.from_bytes(sums[at : at + 4], "big") for at in range(0, len(sums), 4))
-    return FileRecord(int(entry["bytes"]), str(entry["sha256"]), chunks)
+    return FileRecord(member(entry, "bytes", int), member(entry, "sha256", str), chunks)
 
 
 def record_name(unit: str, shard: int) -> str:
@@ -165,6 +165,18 @@ def read_commit(path: Path, manifest: Manifest, layout: Layout, unit: str, shard
     commit = Commit.from_bytes(raw, str(file))
     commit.refuse_other(manifest, layout, unit, shard)
     return commit
+
+
+def is_whole(path: Path, manifest: Manifest, layout: Layout, unit: str, shard: int) -> bool:
+    """Whether a shard of a local store has its record, and files of the lengths that it states."""
+    try:
+        commit = read_commit(path, manifest, layout, unit, shard)
+        return all(
+            (path / spec.file(shard)).stat().st_size == commit.files[array].bytes
+            for array, spec in layout.unit_arrays(unit).items()
+        )
+    except (StoreError, OSError):
+        return False
 
 
 def discard(path: Path, manifest: Manifest, unit: str, shard: int) -> None:
@@ -222,16 +234,16 @@ class Completion:
         try:
             sizes = {
                 path: tuple(size for size, count in runs for _ in range(count))
-                for path, runs in body["sizes"].items()
+                for path, runs in member(body, "sizes", dict).items()
             }
             return cls(
-                body["unit"],
-                body["configuration"],
-                tuple(body["records"]),
+                member(body, "unit", str),
+                member(body, "configuration", str),
+                tuple(member(body, "records", list)),
                 sizes,
-                body["tokens"],
-                body["statistics"],
-                body["exact"],
+                member(body, "tokens", dict),
+                member(body, "statistics", dict),
+                member(body, "exact", bool),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{where} lacks or misstates a member: {error}") from None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import StoreError
 from .commit import COMMITS, Completion, completion_name, record_name
 from .manifest import MANIFEST, Manifest
+from .plan import PIXELS
 from .spare import SPARE
 
 
@@ -66,10 +67,47 @@ def _sha256(path: Path) -> str | None:
         return None
 
 
+def spelled(root: Path, name: str, ours: bytes, means_the_same: Callable[[bytes], bool]) -> bytes:
+    """The bytes that a file and its copy should have.
+
+    Those that this program writes; but another writer may space JSON otherwise, so what both copies
+    agree on, byte for byte, is left as it is where it means the same.
+    """
+    with contextlib.suppress(OSError):
+        first, second = (root / name).read_bytes(), (root / SPARE / name).read_bytes()
+        if first == second and means_the_same(first):
+            return first
+    return ours
+
+
+def manifest_bytes(root: Path, manifest: Manifest) -> bytes:
+    """What manifest.json and its copy should hold; see `spelled`."""
+
+    def same(raw: bytes) -> bool:
+        with contextlib.suppress(StoreError):
+            return Manifest.from_bytes(raw, MANIFEST) == manifest
+        return False
+
+    return spelled(root, MANIFEST, manifest.to_bytes(), same)
+
+
+def completion_bytes(root: Path, done: Completion) -> bytes:
+    """What a unit's completion and its copy should hold; see `spelled`."""
+    name = completion_name(done.unit)
+
+    def same(raw: bytes) -> bool:
+        with contextlib.suppress(StoreError):
+            return Completion.from_bytes(raw, name) == done
+        return False
+
+    return spelled(root, name, done.to_bytes(), same)
+
+
 def stray_units(root: Path, manifest: Manifest) -> list[str]:
-    """Names under commits/ and spaces/ that are no unit of the manifest."""
-    names: set[str] = set()
-    for directory in (root / COMMITS, root / "spaces"):
-        if directory.is_dir():
-            names |= {entry.name for entry in os.scandir(directory) if entry.is_dir()}
-    return sorted(names - set(manifest.plan.units))
+    """Units of which there are files, but which the manifest does not name."""
+    names = {PIXELS} if (root / PIXELS).is_dir() else set()
+    for part in (COMMITS, "spaces"):
+        for directory in (root / part, root / SPARE / part):
+            if directory.is_dir():
+                names |= {entry.name for entry in os.scandir(directory) if entry.is_dir()}
+    return sorted(names - set(manifest.plan.units) - set(manifest.others))

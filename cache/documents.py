@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import StoreError
@@ -57,6 +57,43 @@ def unsealed(raw: bytes, where: str) -> dict[str, Json]:
     if not whole:
         raise StoreError(f"{where} is damaged (its SHA-256 differs): run `preceptor verify`")
     return dict(document)
+
+
+def member(entry: Json, name: str, kind: type) -> Any:
+    """A member of a JSON object that must be of some kind.
+
+    Raises:
+        KeyError: it is not there.
+        ValueError: the object is none, or the member is of another kind.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is no object with a member {name!r}")
+    value = entry[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def only(entry: Mapping[str, Json], names: Iterable[str]) -> None:
+    """Refuse members that are not known.
+
+    Raises:
+        ValueError: there is such a member.
+    """
+    if unknown := sorted(entry.keys() - set(names)):
+        raise ValueError(f"{unknown[0]} is no member that is known here")
+
+
+def sides(value: Json, what: str) -> tuple[int, int]:
+    """Two positive integers: height and width.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    good = isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value)
+    if not good or min(value) < 1:
+        raise ValueError(f"{what} is {value!r}")
+    return value[0], value[1]
 
 
 def difference(theirs: Json, ours: Json, path: str = "") -> str | None:

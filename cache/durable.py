@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,39 @@ from ..errors import StoreError
 
 TEMPORARY = ".tmp"
 _BLOCK = 8 << 20
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it; their names are durable.
+
+    Raises:
+        StoreError: it cannot be made.
+    """
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be made: {error.strerror}") from error
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory with all that is in it, or a link to one; nothing where it is not there.
+
+    Raises:
+        StoreError: something of it cannot be removed.
+    """
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StoreError(f"{path} cannot be removed: {error.strerror}") from error
 
 
 def sync_directory(path: Path) -> None:
@@ -84,21 +118,39 @@ class Staged:
             raise StoreError(f"{self.final}: the disk gave back other bytes than were written")
 
     def publish(self) -> None:
-        """Rename to the final name; the caller syncs the directory."""
-        os.replace(self._path, self.final)
-        os.close(self._fd)
+        """Rename to the final name; the caller syncs the directory.
+
+        Raises:
+            StoreError: the file system refuses.
+        """
+        try:
+            os.replace(self._path, self.final)
+        except OSError as error:
+            raise StoreError(f"{self.final} cannot be replaced: {error.strerror}") from error
+        self._close()
 
     def discard(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        """Remove the temporary file, unless it was published or discarded before."""
         with contextlib.suppress(OSError):
-            os.close(self._fd)
+            self._path.unlink()
+        self._close()
+
+    def _close(self) -> None:
+        """Once: the number may by now be that of another thread's file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _create_locked(final: Path) -> tuple[int, Path]:
     while True:
         path = final.with_name(f".{final.name}.{secrets.token_hex(8)}{TEMPORARY}")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StoreError(
+                f"writing {final} failed: {error.strerror}; nothing was committed"
+            ) from error
         fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:  # not removed between creation and lock
             return fd, path
@@ -138,8 +190,8 @@ def remove_torn(root: Path) -> int:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
                 removed += 1
-            except BlockingIOError:
-                pass  # its writer lives
+            except OSError:
+                pass  # its writer lives, or nothing can be removed here
             finally:
                 os.close(fd)
     return removed

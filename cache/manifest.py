@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import StoreError
-from .documents import Json, digest, sealed, unsealed
+from .documents import Json, digest, member, only, sealed, unsealed
 from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec, StorePlan, TeacherRecord
 
 FORMAT = "preceptor-cache"
@@ -32,11 +32,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A plan with the calibrations frozen so far: what manifest.json holds."""
+    """A plan with the calibrations frozen so far: what manifest.json holds.
+
+    Attributes:
+        calibrations: by space id.
+        writer: the program that made the store.
+        others: members that this version does not know, which it leaves as they are.
+    """
 
     plan: StorePlan
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     writer: str = ""
+    others: Mapping[str, Json] = field(default_factory=dict)
 
     def calibrated(self, space_id: str, calibration: Calibration) -> Manifest:
         return replace(self, calibrations={**self.calibrations, space_id: calibration})
@@ -44,9 +51,9 @@ class Manifest:
     def teacher_json(self, name: str) -> Json:
         teacher = self.plan.teacher(name)
         value = teacher.as_json()
-        for space, member in zip(teacher.spaces, value["spaces"], strict=True):
+        for space, entry in zip(teacher.spaces, value["spaces"], strict=True):
             found = self.calibrations.get(space.id)
-            member["calibration"] = found and {"rows": found.rows, "sha256": found.sha256}
+            entry["calibration"] = found and {"rows": found.rows, "sha256": found.sha256}
         return value
 
     def configuration(self, unit: str) -> str:
@@ -62,6 +69,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         return sealed(
             {
+                **self.others,
                 "format": FORMAT,
                 "version": self.plan.version,
                 "writer": self.writer,
@@ -85,7 +93,7 @@ class Manifest:
             raise StoreError(f"{where} is not the manifest of a {FORMAT} store") from None
         if name != FORMAT:
             raise StoreError(f"{where} states the format {name!r}, not {FORMAT!r}")
-        if version not in VERSIONS:
+        if type(version) is not int or version not in VERSIONS:
             known = " and ".join(map(str, VERSIONS))
             raise StoreError(
                 f"{where} has format version {version!r} and this program reads versions {known}: "
@@ -96,40 +104,42 @@ class Manifest:
             manifest = cls._from_json(body)
             if manifest.plan.version != version:
                 raise ValueError(f"version is {version} and should be {manifest.plan.version}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, StoreError) as error:
             raise StoreError(f"{where} lacks or misstates a member: {error}") from None
         return manifest
 
     @classmethod
     def _from_json(cls, body: Mapping[str, Json]) -> Manifest:
-        teachers, calibrations = [], {}
-        for member in body["teachers"]:
-            spaces = []
-            for entry in member["spaces"]:
-                space = SpaceSpec.from_json(member["name"], entry)
+        teachers: list[TeacherRecord] = []
+        calibrations: dict[str, Calibration] = {}
+        for entry in member(body, "teachers", list):
+            name, spaces = member(entry, "name", str), list[SpaceSpec]()
+            only(entry, ("name", "identity", "spaces"))
+            for described in member(entry, "spaces", list):
+                space = SpaceSpec.from_json(name, described)
                 spaces.append(space)
-                if entry["calibration"] is not None:
-                    found = entry["calibration"]
-                    calibrations[space.id] = Calibration(found["rows"], found["sha256"])
-            teachers.append(TeacherRecord(member["name"], tuple(spaces), member["identity"]))
+                if described["calibration"] is not None:
+                    calibrations[space.id] = _calibration(described["calibration"])
+            teachers.append(TeacherRecord(name, tuple(spaces), member(entry, "identity", dict)))
         plan = StorePlan(
-            samples=body["samples"],
-            views=body["views"],
-            rows=body["rows"],
-            shard_rows=body["shard_rows"],
-            group_rows=body["group_rows"],
+            samples=member(body, "samples", dict),
+            views=member(body, "views", dict),
+            rows=member(body, "rows", int),
+            shard_rows=member(body, "shard_rows", int),
+            group_rows=member(body, "group_rows", int),
             teachers=tuple(teachers),
-            key_bytes=body["key_bytes"],
-            pixels=_pixels(body.get(PIXELS)),
+            key_bytes=member(body, "key_bytes", int),
+            pixels=PixelSpec.from_json(body[PIXELS]) if PIXELS in body else None,
         )
-        return cls(plan, calibrations, body["writer"])
+        known = {"format", "version", "writer", "teachers", PIXELS, *plan.rows_json()}
+        others = {name: value for name, value in body.items() if name not in known}
+        return cls(plan, calibrations, member(body, "writer", str), others)
 
 
-def _pixels(member: Json) -> PixelSpec | None:
-    if member is None:
-        return None
-    height, width = member["size"]
-    return PixelSpec((int(height), int(width)), str(member["interpolation"]))
+def _calibration(entry: Json) -> Calibration:
+    found = Calibration(member(entry, "rows", int), member(entry, "sha256", str))
+    only(entry, ("rows", "sha256"))
+    return found
 
 
 def read_manifest(path: Path) -> Manifest:

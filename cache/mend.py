@@ -10,8 +10,8 @@ from pathlib import Path
 from ..errors import StoreError
 from . import spare
 from .commit import Completion, completion_name, discard, record_name
-from .copies import best_completion, best_manifest
-from .durable import write_whole
+from .copies import best_completion, best_manifest, completion_bytes, manifest_bytes
+from .durable import make_directory, write_whole
 from .manifest import MANIFEST, Manifest
 from .writer import StoreWriter
 
@@ -47,11 +47,11 @@ def mend_files(root: Path) -> tuple[list[str], StoreWriter]:
     written: list[str] = []
     manifest = best_manifest(root)
     if manifest is not None:
-        written += _write_both(root, MANIFEST, manifest.to_bytes())
+        written += _write_both(root, MANIFEST, manifest_bytes(root, manifest))
         for unit in manifest.plan.units:
             done = best_completion(root, manifest, unit)
             if done is not None:
-                written += _write_both(root, completion_name(unit), done.to_bytes())
+                written += _write_both(root, completion_name(unit), completion_bytes(root, done))
     written += spare.mend(root)
     return written, StoreWriter.open(root)
 
@@ -97,7 +97,7 @@ def _write_both(root: Path, name: str, raw: bytes) -> list[str]:
     written = []
     for file in (root / spare.SPARE / name, root / name):
         if not file.exists() or file.read_bytes() != raw:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(file.parent)
             write_whole(file, raw)
             written.append(str(file.relative_to(root)))
     return written

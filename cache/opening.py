@@ -71,7 +71,9 @@ def _refuse_other(completion: Completion, manifest: Manifest, unit: str, where: 
             f"{where} was made by another configuration than {MANIFEST}: run `preceptor repair`"
         )
     lengths = {len(completion.records), *(len(sizes) for sizes in completion.sizes.values())}
-    if lengths != {shards} or set(completion.sizes) != set(layout.unit_arrays(unit)):
+    spaces = {space.name for space in manifest.plan.spaces_of(unit)}
+    listed = set(completion.sizes) == set(layout.unit_arrays(unit))
+    if lengths != {shards} or not listed or not spaces <= completion.statistics.keys():
         raise StoreError(f"{where} does not list the {shards} shards: run `preceptor repair`")
 
 

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import StoreError
-from .documents import Json, canonical, difference
+from .documents import Json, canonical, difference, member, only, sides
 from .encodings import encoding
+from .views import INTERPOLATIONS
 
 ROWS = "rows"  # the unit that holds the facts about rows
 PIXELS = "pixels"  # the unit that holds the pixels of the views, where a store has them
@@ -86,14 +87,17 @@ class SpaceSpec:
         """The inverse of :meth:`as_json`.
 
         Raises:
-            KeyError, TypeError, ValueError: members that are missing or cannot be.
+            KeyError, TypeError, ValueError, StoreError: members that are missing or cannot be.
         """
-        grid = None if entry["grid"] is None else (entry["grid"][0], entry["grid"][1])
-        name, predicted = entry["encoding"], entry.get("predicted", False)
-        if predicted not in (True, False) or (predicted and not encoding(name).predicts):
-            raise ValueError(f"predicted is {predicted!r} in a space of the encoding {name}")
-        plain = encoding(name).predicts and not predicted
-        return cls(teacher, entry["name"], entry["tokens"], entry["dim"], grid, name, plain)
+        name, coding = member(entry, "name", str), member(entry, "encoding", str)
+        only(entry, ("name", "tokens", "dim", "grid", "encoding", "predicted", "calibration"))
+        grid = None if entry["grid"] is None else sides(entry["grid"], "grid")
+        predicted = entry.get("predicted", False)
+        if type(predicted) is not bool or (predicted and not encoding(coding).predicts):
+            raise ValueError(f"predicted is {predicted!r} in a space of the encoding {coding}")
+        plain = encoding(coding).predicts and not predicted
+        tokens, dim = member(entry, "tokens", int), member(entry, "dim", int)
+        return cls(teacher, name, tokens, dim, grid, coding, plain)
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,25 @@ class PixelSpec:
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise StoreError(f"pixels: a size of {self.size} pixels holds no image")
+        if self.interpolation not in INTERPOLATIONS:
+            raise StoreError(
+                f"pixels: there is no interpolation {self.interpolation!r}: choose among "
+                f"{', '.join(INTERPOLATIONS)}"
+            )
 
     def as_json(self) -> Json:
         return {"size": list(self.size), "interpolation": self.interpolation}
+
+    @classmethod
+    def from_json(cls, entry: Json) -> PixelSpec:
+        """The inverse of :meth:`as_json`.
+
+        Raises:
+            KeyError, ValueError, StoreError: members that are missing or cannot be.
+        """
+        interpolation = member(entry, "interpolation", str)
+        only(entry, ("size", "interpolation"))
+        return cls(sides(entry["size"], "size"), interpolation)
 
 
 @dataclass(frozen=True)
@@ -171,6 +191,8 @@ class StorePlan:
     def __post_init__(self) -> None:
         if self.rows < 1:
             raise StoreError("a store needs at least one row")
+        if self.key_bytes < 1:
+            raise StoreError(f"a key needs room: key_bytes is {self.key_bytes}")
         if self.group_rows < 1 or self.shard_rows < 1 or self.shard_rows % self.group_rows:
             raise StoreError(
                 f"shard_rows ({self.shard_rows}) must be a positive multiple of "

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from ..errors import DataError, StoreError
-from .commit import COMMITS, Commit, FileRecord, read_commit, record_name
-from .durable import Staged, directory_lock, sync_directory, write_whole
+from .commit import COMMITS, Commit, FileRecord, is_whole, read_commit, record_name
+from .copies import best_completion
+from .durable import Staged, directory_lock, make_directory, sync_directory, write_whole
 from .encodings import encoding
 from .encodings.base import to_numpy
 from .encodings.prediction import Prediction
-from .layout import Layout, pad_to_chunks
+from .layout import ArraySpec, Layout, pad_to_chunks
 from .manifest import Manifest
 from .plan import PIXELS, ROWS, SpaceSpec
 from .rows import RowBatch
@@ -238,8 +239,10 @@ class ShardWriter:
         with ExitStack() as undo:
             staged: list[Staged] = []
             files: dict[str, FileRecord] = {}
+            sealed = best_completion(self._path, self._manifest, unit)
             for path, spec in self._layout.unit_arrays(unit).items():
-                buffers, sums = shard_file(spec, self._buffer(path))
+                length = None if sealed is None else sealed.sizes[path][self._shard]
+                buffers, sums = _file_of(spec, self._buffer(path), length)
                 file = self._stage(self._path / spec.file(self._shard), buffers, undo)
                 staged.append(file)
                 files[path] = FileRecord(file.bytes, file.sha256, tuple(sums))
@@ -248,7 +251,7 @@ class ShardWriter:
                 if space.teacher == unit and space.id in self._moments:
                     raw = self._moments[space.id].moments().packed().tobytes()
                     name = self._path / partial_name(space, self._shard)
-                    name.parent.mkdir(parents=True, exist_ok=True)
+                    make_directory(name.parent)
                     staged.append(self._stage(name, [raw], undo))
                     statistics[space.name] = hashlib.sha256(raw).hexdigest()
             for file in staged:
@@ -276,11 +279,7 @@ class ShardWriter:
     def _publish(self, unit: str, staged: list[Staged], record: Commit) -> bool:
         """Rename everything into place; False when another process has committed the shard."""
         with directory_lock(self._path / COMMITS / unit):
-            try:
-                read_commit(self._path, self._manifest, self._layout, unit, self._shard)
-            except StoreError:
-                pass
-            else:
+            if is_whole(self._path, self._manifest, self._layout, unit, self._shard):
                 return False
             # a record that is no longer true must not outlive its files
             (self._path / record_name(unit, self._shard)).unlink(missing_ok=True)
@@ -298,6 +297,27 @@ class ShardWriter:
         if path == PIXELS and self._pixels is not None:
             return self._pixels
         return self._values[parent.removeprefix("spaces/")][name]
+
+
+def _file_of(
+    spec: ArraySpec, values: np.ndarray, length: int | None
+) -> tuple[list[Any], list[int]]:
+    """The buffers of a shard's file, and its chunks' checksums.
+
+    Args:
+        length: of the file that was sealed in its place, in a store that is being repaired. Stores
+            of before chunks were aligned have no gaps; the file is then written without them, so
+            that it is the one that was there to the byte.
+    """
+    found = shard_file(spec, values)
+    if length is None or length == _length(found[0]):
+        return found
+    packed = shard_file(spec, values, aligned=1)
+    return packed if length == _length(packed[0]) else found
+
+
+def _length(buffers: Iterable[Any]) -> int:
+    return sum(memoryview(buffer).nbytes for buffer in buffers)
 
 
 def partial_name(space: SpaceSpec, shard: int) -> str:

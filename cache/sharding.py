@@ -24,7 +24,9 @@ def alignment(spec: ArraySpec) -> int:
     return ALIGNMENT if spec.group is not None and spec.chunk_bytes >= _LARGE else 1
 
 
-def shard_file(spec: ArraySpec, values: np.ndarray) -> tuple[list[Any], list[int]]:
+def shard_file(
+    spec: ArraySpec, values: np.ndarray, aligned: int | None = None
+) -> tuple[list[Any], list[int]]:
     """The buffers whose concatenation is the file of one shard, and its chunks' checksums.
 
     Zeros come before a chunk where it would not begin at a multiple of :func:`alignment`.
@@ -32,7 +34,9 @@ def shard_file(spec: ArraySpec, values: np.ndarray) -> tuple[list[Any], list[int
     Args:
         values: ``[n, ...]`` with n a whole number of chunks, filled up with the fill value.
             Chunks after them are stated as missing in the shard's index.
+        aligned: begin chunks at multiples of this instead.
     """
+    step = aligned or alignment(spec)
     rows = spec.chunk[0]
     if len(values) % rows or not 0 < len(values) <= spec.shard[0]:
         raise ValueError(f"{spec.path}: {len(values)} rows are not a whole number of chunks")
@@ -43,7 +47,7 @@ def shard_file(spec: ArraySpec, values: np.ndarray) -> tuple[list[Any], list[int
     for number in range(len(values) // rows):
         raw = spec.encode_chunk(values[number * rows : (number + 1) * rows])
         sums.append(crc32c(raw))
-        gap = -offset % alignment(spec)
+        gap = -offset % step
         offset += gap
         buffers += [bytes(gap), raw, sums[-1].to_bytes(CRC, "little")]
         index[number] = offset, raw.nbytes + CRC

@@ -191,6 +191,26 @@ class LocalSource(Source):
             return file
 
 
+def local_path(location: str | Path, what: str) -> Path:
+    """The directory of a store that is to be changed or read whole.
+
+    Args:
+        what: is to be done to it, for the message.
+
+    Raises:
+        StoreError: it lies elsewhere.
+    """
+    text = str(location)
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return Path(text)
+    if scheme != "file":
+        raise StoreError(
+            f"{text} is remote, and {what} needs a local store: copy it here, or run it there"
+        )
+    return Path("/" + rest.lstrip("/"))
+
+
 def open_source(location: str | Path, options: Mapping[str, Any] | None = None) -> Source:
     """The source of a store: a directory, or s3://, gs://, az://, http(s)://.
 
@@ -201,11 +221,9 @@ def open_source(location: str | Path, options: Mapping[str, Any] | None = None) 
         StoreError: a scheme that is not known, or an address that cannot be used.
     """
     text = str(location)
-    scheme, found, rest = text.partition("://")
-    if not found:
-        return LocalSource(Path(text))
-    if scheme == "file":
-        return LocalSource(Path("/" + rest.lstrip("/")))
+    scheme, found, _ = text.partition("://")
+    if not found or scheme == "file":
+        return LocalSource(local_path(text, "reading"))
     from .remote import SCHEMES, RemoteSource
 
     if scheme not in SCHEMES:

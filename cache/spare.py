@@ -21,7 +21,7 @@ from .constants import (
     statistics_files,
     statistics_values,
 )
-from .durable import write_whole
+from .durable import make_directory, write_whole
 from .layout import Layout
 from .manifest import MANIFEST, Manifest
 from .plan import SpaceSpec
@@ -32,7 +32,7 @@ SPARE = "spare"
 def write_twice(root: Path, name: str, raw: bytes) -> None:
     """Write a file of the store and its copy, each atomically; the copy first."""
     for path in (root / SPARE / name, root / name):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_whole(path, raw)
 
 
@@ -88,7 +88,7 @@ def mend(root: Path) -> list[str]:
         for name, raw in contents.items():
             for path in (root / SPARE / name, root / name):
                 if _read(path) != raw:
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                    make_directory(path.parent)
                     write_whole(path, raw)
                     written.append(str(path.relative_to(root)))
     return written

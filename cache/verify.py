@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 import time
@@ -17,13 +18,20 @@ from ..errors import StoreError
 from ..progress import ProgressLine
 from . import spare
 from .commit import COMMITS, Commit, Completion, FileRecord, completion_name, record_name
-from .copies import best_completion, best_manifest, stray_units
-from .layout import CRC, ArraySpec, Layout, node_bytes
+from .copies import (
+    best_completion,
+    best_manifest,
+    completion_bytes,
+    manifest_bytes,
+    stray_units,
+)
+from .layout import CRC, ArraySpec, Layout
 from .manifest import MANIFEST, Manifest
 from .plan import ROWS
 from .rows import decode_keys
 from .shard_writer import partial_name
 from .sharding import LARGEST_GAP, crc32c, parse_index, plain_index
+from .source import local_path
 from .verify_report import Problem, VerifyReport, fingerprint
 
 _BLOCK = 512 << 10  # what was read is still in the core's own cache when it is hashed
@@ -46,7 +54,9 @@ def verify_store(path: str | Path, *, threads: int = 4, progress: bool = False) 
     Raises:
         StoreError: there is no store at all.
     """
-    root, started = Path(path), time.monotonic()
+    root, started = local_path(path, "verifying"), time.monotonic()
+    if threads < 1:
+        raise StoreError(f"threads must be at least 1, not {threads}")
     if not (root / MANIFEST).exists() and not (root / spare.SPARE / MANIFEST).exists():
         raise StoreError(
             f"{root} holds no store ({MANIFEST} is missing): run `preceptor extract` to make one"
@@ -84,16 +94,17 @@ def _kept_problem(sentence: str) -> Problem:
 
 def _manifest_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
     """Copies that differ though each is sound, and units that the manifest does not know."""
-    raw = manifest.to_bytes()
+    raw = manifest_bytes(root, manifest)
     for name in (MANIFEST, f"{spare.SPARE}/{MANIFEST}"):
         file = root / name
         if file.exists() and file.read_bytes() != raw:
             yield Problem(name, "is not the newest manifest: an older one was put in its place")
     for unit in manifest.plan.units:
         done = best_completion(root, manifest, unit)
+        raw = b"" if done is None else completion_bytes(root, done)
         for name in (completion_name(unit), f"{spare.SPARE}/{completion_name(unit)}"):
             file = root / name
-            if done is not None and file.exists() and file.read_bytes() != done.to_bytes():
+            if done is not None and file.exists() and file.read_bytes() != raw:
                 yield Problem(name, "is not the completion of the records that are there", unit)
     for unit in stray_units(root, manifest):
         yield Problem(
@@ -109,10 +120,12 @@ def _node_problems(root: Path, layout: Layout) -> Iterator[Problem]:
         for path, metadata in nodes:
             name = f"{path}/zarr.json".lstrip("/")
             try:
-                if (root / name).read_bytes() != node_bytes(metadata):
+                if json.loads((root / name).read_bytes()) != metadata:
                     yield Problem(name, f"is not what {MANIFEST} calls for", unit or None)
             except OSError:
                 yield Problem(name, "is missing", unit or None)
+            except (ValueError, RecursionError):
+                yield Problem(name, "is not JSON", unit or None)
 
 
 class _Work:

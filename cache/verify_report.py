@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import StoreError
 from .durable import TEMPORARY
 
 
@@ -84,14 +85,35 @@ class VerifyReport:
         }
 
     def save(self) -> Path:
-        """Write ``<store>.verify.json``."""
-        path = report_path(self.store)
-        path.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
-        return path
+        """Write ``<store>.verify.json``.
+
+        Raises:
+            StoreError: it cannot be written there.
+        """
+        return write_beside(self.store, "verify", self.as_json())
+
+
+def beside(store: str | Path, what: str) -> Path:
+    """``<store>.<what>.json``, never in the store itself: ``.`` may be its name."""
+    return Path(f"{os.path.abspath(store)}.{what}.json")
 
 
 def report_path(store: str | Path) -> Path:
-    return Path(f"{str(store).rstrip('/')}.verify.json")
+    return beside(store, "verify")
+
+
+def write_beside(store: str | Path, what: str, content: Mapping[str, Any]) -> Path:
+    """Write a JSON file beside a store.
+
+    Raises:
+        StoreError: it cannot be written there.
+    """
+    path = beside(store, what)
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+    return path
 
 
 def fresh_report(store: str | Path) -> VerifyReport | None:
@@ -112,15 +134,20 @@ def fresh_report(store: str | Path) -> VerifyReport | None:
 
 
 def fingerprint(root: Path) -> str:
-    """SHA-256 over name, length, inode and times of every file of a store."""
-    hashed = hashlib.sha256()
-    for directory, folders, names in os.walk(root):
+    """SHA-256 over name, length, inode and times of every file of a store, also behind links."""
+    hashed, walked = hashlib.sha256(), set[str]()
+    for directory, folders, names in os.walk(root, followlinks=True):
         folders.sort()
+        real = os.path.realpath(directory)
+        if real in walked:  # a link to a folder that it lies in
+            folders.clear()
+            continue
+        walked.add(real)
         for name in sorted(names):
             if name.endswith(TEMPORARY):
                 continue
             file = os.path.join(directory, name)
-            facts = os.stat(file)
+            facts = os.stat(file) if os.path.exists(file) else os.lstat(file)
             text = (
                 f"{os.path.relpath(file, root)}\0{facts.st_size}\0{facts.st_ino}\0"
                 f"{facts.st_mtime_ns}\0{facts.st_ctime_ns}\n"

@@ -11,9 +11,17 @@ import numpy as np
 
 from ..errors import StoreError
 from ..version import __version__
-from .commit import COMMITS, committed, read_commit
+from .commit import COMMITS, committed, is_whole
 from .constants import calibration_files, calibration_sha256, calibration_values, constant_bytes
-from .durable import TEMPORARY, directory_lock, remove_torn, sync_directory, write_whole
+from .durable import (
+    TEMPORARY,
+    directory_lock,
+    make_directory,
+    remove_directory,
+    remove_torn,
+    sync_directory,
+    write_whole,
+)
 from .encodings import encoding
 from .encodings.prediction import problem
 from .finish import finish_unit
@@ -21,6 +29,7 @@ from .layout import Layout, node_bytes
 from .manifest import MANIFEST, Calibration, Manifest, read_manifest
 from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec, StorePlan, TeacherRecord, plan_difference
 from .shard_writer import PARTIAL, ShardWriter
+from .source import local_path
 from .spare import SPARE, write_twice
 
 
@@ -43,7 +52,7 @@ class StoreWriter:
             StoreError: the store there was made by another configuration (both sides named), the
                 directory holds something else, or it cannot be written.
         """
-        path = Path(path)
+        path = local_path(path, "writing")
         if (path / MANIFEST).exists():
             writer = cls.open(path)
             if found := plan_difference(writer.manifest.plan, plan):
@@ -55,7 +64,7 @@ class StoreWriter:
         for space in plan.spaces.values():
             encoding(space.encoding)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_directory(path)
             names = {entry.name for entry in path.iterdir()} - _OURS
             strangers = {name for name in names if not name.endswith(TEMPORARY)}
         except OSError as error:
@@ -81,7 +90,7 @@ class StoreWriter:
     @classmethod
     def open(cls, path: str | Path) -> StoreWriter:
         """Continue the store that is there, whatever its plan; removes torn temporary files."""
-        path = Path(path)
+        path = local_path(path, "changing")
         manifest = read_manifest(path)
         writer = cls(path, manifest)
         _make_nodes(path, list(writer._layout.root_nodes()))
@@ -185,20 +194,11 @@ class StoreWriter:
         return todo
 
     def _whole(self, unit: str) -> set[int]:
-        arrays = self._layout.unit_arrays(unit)
-        whole = set()
-        for shard in committed(self.path, unit):
-            try:
-                commit = read_commit(self.path, self.manifest, self._layout, unit, shard)
-                sizes = {
-                    path: (self.path / spec.file(shard)).stat().st_size
-                    for path, spec in arrays.items()
-                }
-            except (StoreError, FileNotFoundError):
-                continue
-            if all(commit.files[path].bytes == size for path, size in sizes.items()):
-                whole.add(shard)
-        return whole
+        return {
+            shard
+            for shard in committed(self.path, unit)
+            if is_whole(self.path, self.manifest, self._layout, unit, shard)
+        }
 
     def shard(self, shard: int, units: Sequence[str]) -> ShardWriter:
         """A context that takes the rows of one shard for some units; see :class:`ShardWriter`.
@@ -242,6 +242,7 @@ class StoreWriter:
         with directory_lock(self.path):
             manifest = read_manifest(self.path)
             plan = replace(manifest.plan, teachers=(*manifest.plan.teachers, teacher))
+            remove_unit(self.path, teacher.name)  # what an interrupted drop left of another
             _make_unit(self.path, Layout(plan), teacher.name)
             self._replace(replace(manifest, plan=plan))
 
@@ -256,6 +257,7 @@ class StoreWriter:
             if manifest.plan.pixels is not None:
                 raise StoreError(f"{self.path} has pixels already: drop them first")
             plan = replace(manifest.plan, pixels=pixels)
+            remove_unit(self.path, PIXELS)
             _make_unit(self.path, Layout(plan), PIXELS)
             self._replace(replace(manifest, plan=plan))
 
@@ -270,24 +272,34 @@ class StoreWriter:
             before = manifest.plan
             ids: set[str] = set()
             if unit == PIXELS and before.pixels is not None:
-                plan, folder = replace(before, pixels=None), PIXELS
+                plan = replace(before, pixels=None)
             else:
                 gone = before.teacher(unit)
                 ids = {space.id for space in gone.spaces}
                 left = tuple(other for other in before.teachers if other is not gone)
-                plan, folder = replace(before, teachers=left), f"spaces/{unit}"
+                plan = replace(before, teachers=left)
             kept = {key: one for key, one in manifest.calibrations.items() if key not in ids}
             self._replace(replace(manifest, plan=plan, calibrations=kept))
-        for name in (folder, f"{COMMITS}/{unit}"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-            shutil.rmtree(self.path / SPARE / name, ignore_errors=True)
-        shutil.rmtree(self.path / PARTIAL / unit, ignore_errors=True)
+            remove_unit(self.path, unit)
 
     def _replace(self, manifest: Manifest) -> None:
         write_twice(self.path, MANIFEST, manifest.to_bytes())
         self.manifest = manifest
         self._layout = Layout(manifest.plan)
         _make_nodes(self.path, list(self._layout.root_nodes()))  # they state the version
+
+
+def remove_unit(root: Path, unit: str) -> None:
+    """Remove all files of a unit that the manifest does not name (any more).
+
+    Raises:
+        StoreError: some cannot be removed.
+    """
+    for name in (COMMITS, "spaces", PARTIAL):
+        remove_directory(root / SPARE / name / unit)
+        remove_directory(root / name / unit)
+    if unit == PIXELS:
+        remove_directory(root / PIXELS)
 
 
 _OURS = {"zarr.json", "spaces", ROWS, PIXELS, COMMITS, PARTIAL, SPARE, MANIFEST}
@@ -309,12 +321,12 @@ def _weights(space: SpaceSpec, given: np.ndarray | None) -> dict[str, np.ndarray
 
 def _make_unit(path: Path, layout: Layout, unit: str) -> None:
     _make_nodes(path, list(layout.nodes(unit)))
-    (path / COMMITS / unit).mkdir(parents=True, exist_ok=True)
+    make_directory(path / COMMITS / unit)
 
 
 def _make_nodes(path: Path, nodes: list[tuple[str, object]]) -> None:
     for name, metadata in nodes:
-        (path / name).mkdir(parents=True, exist_ok=True)
+        make_directory(path / name)
         file, raw = path / name / "zarr.json", node_bytes(metadata)
         if not file.exists() or file.read_bytes() != raw:
             write_whole(file, raw)

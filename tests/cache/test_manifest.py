@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preceptor.benchmarks.small_store import contents
+from preceptor.cache import Cache, StoreWriter
 from preceptor.cache.commit import Commit, Completion, FileRecord
 from preceptor.cache.documents import canonical, difference, digest, sealed
 from preceptor.cache.encodings import ENCODINGS
 from preceptor.cache.manifest import Calibration, Manifest
+from preceptor.cache.mend import repair_store
 from preceptor.cache.plan import SpaceSpec, StorePlan, TeacherRecord
 from preceptor.cache.rows import decode_keys
+from preceptor.cache.verify import verify_store
 from preceptor.errors import StoreError
 from small_stores import SPACES, facts_of, make_plan
 
@@ -108,6 +116,81 @@ def test_a_manifest_that_contradicts_itself_is_refused(changes: dict, why: str) 
     raw = edited(Manifest(make_plan()), **changes)
     with pytest.raises(StoreError, match=why):
         Manifest.from_bytes(raw, "here")
+
+
+DAMAGE: dict[str, Callable[[dict], object]] = {
+    "rows as text": lambda m: m.update(rows="42"),
+    "rows with a fraction": lambda m: m.update(rows=42.5),
+    "rows as truth": lambda m: m.update(rows=True),
+    "no rows": lambda m: m.update(rows=0),
+    "no room for keys": lambda m: m.update(key_bytes=0),
+    "a float for a version": lambda m: m.update(version=2.0),
+    "no teachers": lambda m: m.update(teachers=None),
+    "teachers by name": lambda m: m.update(teachers={}),
+    "samples as a list": lambda m: m.update(samples=[1]),
+    "views as text": lambda m: m.update(views="center"),
+    "writer as a number": lambda m: m.update(writer=4),
+    "pixels of nothing": lambda m: m.update(pixels=None),
+    "pixels with one side": lambda m: m.update(pixels={"size": [3], "interpolation": "box"}),
+    "pixels by magic": lambda m: m.update(pixels={"size": [3, 3], "interpolation": "magic"}),
+    "a teacher more": lambda m: m["teachers"][0].update(note="x"),
+    "identity as a list": lambda m: m["teachers"][0].update(identity=[1]),
+    "spaces as text": lambda m: m["teachers"][0].update(spaces="ab"),
+    "a grid of one side": lambda m: m["teachers"][0]["spaces"][0].update(grid=[6]),
+    "a grid below zero": lambda m: m["teachers"][0]["spaces"][0].update(grid=[-2, -3]),
+    "dim with a fraction": lambda m: m["teachers"][0]["spaces"][0].update(dim=70.5),
+    "a space more": lambda m: m["teachers"][0]["spaces"][0].update(note="x"),
+    "half a calibration": lambda m: m["teachers"][0]["spaces"][0].update(calibration={"rows": 1}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_manifest_that_the_document_s_schema_refuses_is_refused(name: str) -> None:
+    """The seal is right: another program may have written it."""
+    body = json.loads(Manifest(make_plan()).to_bytes())
+    body.pop("sha256")
+    text = (Path(__file__).parents[2] / "cache_format.md").read_text(encoding="utf-8")
+    found = re.search(r"```json schema=manifest\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    judge = jsonschema.Draft202012Validator(json.loads(found[1]))
+    judge.validate(json.loads(sealed(body)))
+    DAMAGE[name](body)
+    raw = sealed(body)
+    # to JSON Schema 42.0 and 42 are one number, to hashes they are not
+    assert not judge.is_valid(json.loads(raw)) or name == "a float for a version"
+    with pytest.raises(StoreError, match="here"):
+        Manifest.from_bytes(raw, "here")
+
+
+def test_members_that_a_later_release_adds_are_ignored_and_kept(store: Path) -> None:
+    """Section 11 of the document: verify is content with them, and no change loses them."""
+    for name in ("manifest.json", "spare/manifest.json"):
+        body = json.loads((store / name).read_bytes())
+        body.pop("sha256")
+        (store / name).write_bytes(sealed({**body, "depth": {"bits": 12}}))
+    (store / "commits/depth").mkdir()  # a unit that such a member states
+    assert Cache.open(store)["vit/patch"].read([0]).codes.shape == (1, 6, 70)
+    assert verify_store(store).whole
+    StoreWriter.open(store).drop("cnn")
+    assert json.loads((store / "manifest.json").read_bytes())["depth"] == {"bits": 12}
+    assert verify_store(store).whole
+
+
+def test_how_documents_are_spaced_does_not_matter_where_their_copies_agree(store: Path) -> None:
+    good = contents(store)
+    names = ("manifest.json", "commits/vit/complete.json")
+    for name in names:
+        for path in (store / name, store / "spare" / name):
+            path.write_text(json.dumps(json.loads(path.read_bytes())), encoding="utf-8")
+    zarr = store / "spaces/vit/patch/codes/zarr.json"
+    zarr.write_text(json.dumps(json.loads(zarr.read_bytes())), encoding="utf-8")
+    assert verify_store(store).whole
+    for name in names:  # but where they differ, one of them was changed
+        (store / name).write_bytes(good[name])
+    found = {problem.file for problem in verify_store(store).problems}
+    assert found == {f"spare/{name}" for name in names}
+    repair_store(store, [], None)
+    assert contents(store) == good
 
 
 @settings(max_examples=80, deadline=None)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import contents, extract, fill, restore
 from preceptor.cache import Cache, SpaceSpec, TeacherRecord, sharding, source
 from preceptor.cache.encodings import encoding
@@ -124,6 +125,24 @@ def test_stores_with_other_gaps_hold_the_same(
     assert all(end % step == 0 for _, end in gaps(theirs, "vit/dense"))
     assert verify_store(theirs).whole
     assert tokens(theirs) == tokens(ours)
+
+
+def test_shards_of_stores_without_gaps_are_mended_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores of before chunks were aligned stay as they are."""
+    path = tmp_path / "store"
+    with monkeypatch.context() as before:
+        before.setattr(sharding, "ALIGNMENT", 1)
+        extract(path, LARGE)
+    old = contents(path)
+    assert not gaps(path, "vit/patch")
+    for space in ("patch", "dense"):
+        flip(path / f"spaces/vit/{space}/codes/c.0.0.0", np.random.default_rng(0))
+    done = repair_store(path, verify_store(path).shards, fill)
+    assert done.extracted == (("vit", 0),)
+    assert done.different == ()
+    assert contents(path) == old
 
 
 def test_larger_gaps_than_the_format_allows_are_named(

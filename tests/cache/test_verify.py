@@ -87,6 +87,38 @@ def test_other_bits_are_told_and_the_statistics_are_marked(
     assert json.loads((path / "commits/vit/complete.json").read_text())["exact"] is False
 
 
+def test_what_lies_behind_a_link_is_part_of_the_store(
+    good: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A report that is older than such a file must not stand for it."""
+    path, codes = tmp_path / "store", "spaces/vit/patch/codes/c.1.0.0"
+    restore(path, good)
+    (path / "spaces/vit").rename(tmp_path / "vit")
+    (path / "spaces/vit").symlink_to(tmp_path / "vit")
+    (path / "rows/loop").symlink_to(path)
+    (path / "nowhere").symlink_to(tmp_path / "gone")
+    report = verify_store(path)
+    report.save()
+    assert report.whole
+    assert fresh_report(path) is not None
+    flip(path / codes, np.random.default_rng(0))
+    assert fresh_report(path) is None
+    assert verify_store(path).shards == [("vit", 1)]
+
+
+def test_the_report_lies_beside_the_store_whatever_it_is_called(
+    good: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "store"
+    restore(path, good)
+    monkeypatch.chdir(path)
+    for name in (".", "./", "../store", "../store/"):
+        (tmp_path / "store.verify.json").unlink(missing_ok=True)
+        assert verify_store(name).save() == tmp_path / "store.verify.json"
+        assert fresh_report(name) is not None
+    assert contents(path) == good
+
+
 def test_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds no store"):
         verify_store(tmp_path)

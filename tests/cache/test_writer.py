@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from preceptor.benchmarks.small_store import contents
-from preceptor.cache import Cache, RowBatch, StoreWriter
+from preceptor.cache import Cache, RowBatch, SpaceSpec, StoreWriter, TeacherRecord
 from preceptor.cache.commit import discard, read_commit
 from preceptor.cache.layout import Layout
 from preceptor.cache.spare import mend, problems
+from preceptor.cache.verify import verify_store
 from preceptor.errors import DataError, StoreError
 from small_stores import (
     SPACES,
@@ -184,8 +185,10 @@ def test_wrong_shapes_and_spaces_are_named(tmp_path: Path) -> None:
         shard.append(rows, {})
     with pytest.raises(StoreError, match="label of 3 rows"):
         shard.append(replace(rows, labels=np.zeros(2)), {})
-    with pytest.raises(StoreError, match="key_bytes"):
+    with pytest.raises(StoreError, match="1 to 128 bytes"):
         shard.append(replace(rows, keys=["a", "b" * 129, "c"]), {})
+    with pytest.raises(StoreError, match=r"1 to 128 bytes .* of UTF-8"):
+        shard.append(replace(rows, keys=["a", "b\udcff", "c"]), {})
     with pytest.raises(StoreError, match="shards 0 to 2, not 3"):
         writer.shard(3, ("vit",))
     with pytest.raises(StoreError, match="no teacher 'vgg'"):
@@ -310,6 +313,87 @@ def test_a_teacher_is_added_and_dropped_without_touching_the_others(
     assert contents(path) == before
     with pytest.raises(StoreError, match="no teacher 'cnn'"):
         writer.drop("cnn")
+
+
+@pytest.mark.parametrize("finished_before", [False, True])
+def test_a_committed_shard_whose_file_is_gone_is_written_again(
+    finished_before: bool, tmp_path: Path, finished: Path
+) -> None:
+    """By going on with the extraction, not by repair alone."""
+    path = tmp_path / "store"
+    writer = StoreWriter.open_or_create(path, make_plan())
+    calibrate(writer)
+    for shard, units in writer.pending():
+        write_shard(writer, shard, units)
+    if finished_before:
+        writer.finish()
+    (path / "spaces/vit/patch/codes/c.1.0.0").unlink()
+    writer = StoreWriter.open_or_create(path, make_plan())
+    assert writer.pending() == [(1, ("vit",))]
+    write_shard(writer, 1, ("vit",))
+    writer.finish()
+    assert contents(path) == contents(finished)
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_an_interrupted_drop_does_not_stand_in_the_way_of_another_teacher(
+    removed: int, store: Path, tmp_path: Path
+) -> None:
+    folders = ("spaces/cnn", "spare/spaces/cnn", "commits/cnn", "spare/commits/cnn")
+    kept = tmp_path / "kept"
+    for name in folders[removed:]:
+        shutil.copytree(store / name, kept / name)
+    StoreWriter.open(store).drop("cnn")
+    expected = contents(store)
+    shutil.copytree(kept, store, dirs_exist_ok=True)
+    assert [problem.unit for problem in verify_store(store).problems] == ["cnn"]
+    space = SpaceSpec("cnn", "other", tokens=1, dim=5, grid=None)
+    writer = StoreWriter.open(store)
+    writer.add(TeacherRecord("cnn", (space,), {"source": "another"}))
+    assert {p.file for p in verify_store(store).problems} == {
+        f"commits/cnn/{shard}.json" for shard in range(3)
+    }
+    calibrate(writer)
+    for shard, units in writer.pending():
+        write_shard(writer, shard, units)
+    writer.finish()
+    assert verify_store(store).whole
+    assert not (store / "spaces/cnn/map").exists()
+    writer.drop("cnn")
+    assert contents(store) == expected
+
+
+def test_what_cannot_be_removed_is_told(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(StoreError, match=r"cnn cannot be removed: Permission denied"):
+        StoreWriter.open(store).drop("cnn")
+
+
+def test_a_folder_that_takes_no_files_is_one_sentence(store: Path) -> None:
+    discard(store, StoreWriter.open(store).manifest, "vit", 1)
+    codes = store / "spaces/vit/patch/codes"
+    writer = StoreWriter.open(store)
+    codes.rename(store / "elsewhere")
+    codes.write_text("no folder")
+    with pytest.raises(StoreError, match=r"codes/c\.1\.0\.0 failed: Not a directory"):
+        write_shard(writer, 1, ("vit",))
+
+
+def test_a_file_is_closed_once(tmp_path: Path) -> None:
+    """By the second time its number may be that of a file of another thread."""
+    from preceptor.cache.durable import Staged
+
+    staged = Staged(tmp_path / "file", [b"abc"])
+    number = staged._fd
+    staged.publish()
+    other = os.open(tmp_path / "file", os.O_RDONLY)
+    assert other == number
+    staged.discard()
+    assert os.read(other, 3) == b"abc"
+    os.close(other)
 
 
 def test_kept_files_and_their_copies_mend_each_other(store: Path, finished: Path) -> None:
