@@ -13,7 +13,7 @@ import torch
 from ..errors import StoreError
 from .buffers import BufferPool
 from .encodings.prediction import Prediction
-from .gather import Destination, Gatherer, GroupRows, Task, by_group, tasks
+from .gather import Destination, Gatherer, GroupRows, Task, by_group, holes, tasks
 from .layout import Layout
 from .order import EpochOrder
 from .plan import PIXELS, SpaceSpec
@@ -173,20 +173,26 @@ class BatchIterator(Iterator[Batch]):
         assert window is not None
         size = self._order.batch_size
         rows = window.rows[number * size : (number + 1) * size]
-        tokens = {
-            space.id: Tokens.from_parts(
-                place.pop(number), space.encoding, space.dim, self._predictions[space.id]
-            )
-            for space, place in window.spaces.items()
-        }
-        pixels = None if window.pixels is None else window.pixels.pop(number)[PIXELS]
-        self._step += 1
         first = number * size
         damaged = {
             place - first: why
             for place, why in window.damaged.items()
             if first <= place < first + len(rows)
         }
+        tokens = {}
+        for space, place in window.spaces.items():
+            parts = place.pop(number)
+            for at, array in holes(place.arrays, parts).items():
+                error = self._gatherer.chunks.hole(place.unit, int(rows[at]), array)
+                if not self._keep_going:
+                    self.close()
+                    raise error
+                damaged.setdefault(at, str(error))
+            tokens[space.id] = Tokens.from_parts(
+                parts, space.encoding, space.dim, self._predictions[space.id]
+            )
+        pixels = None if window.pixels is None else window.pixels.pop(number)[PIXELS]
+        self._step += 1
         return Batch(torch.from_numpy(rows.copy()), tokens, pixels, damaged)
 
     def _advance(self) -> None:

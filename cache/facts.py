@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,7 @@ class Keys(Sequence[str]):
     def __init__(self, facts: RowFacts) -> None:
         self._facts = facts
         self._kept: OrderedDict[int, list[str]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._facts.rows
@@ -94,8 +96,11 @@ class Keys(Sequence[str]):
             yield from self._facts.keys(shard)
 
     def _shard(self, shard: int) -> list[str]:
-        if shard not in self._kept:
-            self._kept[shard] = self._facts.keys(shard)
-            if len(self._kept) > _SHARDS_KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[shard]
+        keys = self._kept.get(shard)
+        if keys is None:
+            keys = self._facts.keys(shard)
+            with self._lock:
+                self._kept[shard] = keys
+                if len(self._kept) > _SHARDS_KEPT:
+                    self._kept.popitem(last=False)
+        return keys

@@ -12,6 +12,7 @@ import torch
 
 from .buffers import BufferPool, aligned_empty
 from .layout import ArraySpec
+from .plan import PIXELS
 from .shard_index import ChunkReader
 
 _LARGE = 8192  # rows of at least so many bytes are read straight into their place
@@ -119,15 +120,31 @@ class Destination:
         return parts
 
 
+def holes(arrays: Mapping[str, ArraySpec], parts: Mapping[str, torch.Tensor]) -> dict[int, str]:
+    """The rows that were never written, by place, and an array that shows it.
+
+    No encoded row has the fill value for its first one; pixels alone have no value to spare.
+    """
+    found: dict[int, str] = {}
+    for name, spec in arrays.items():
+        if spec.path == PIXELS or not len(parts[name]):
+            continue
+        first = parts[name].flatten(1)[:, 0]
+        unwritten = first.isnan() if isinstance(spec.fill, float) else first == spec.fill
+        if bool(unwritten.any()):
+            found |= {place: spec.path for place in unwritten.nonzero()[:, 0].tolist()}
+    return found
+
+
 class Gatherer:
     """Fills destinations from chunks; its calls may run on several threads."""
 
     def __init__(self, chunks: ChunkReader) -> None:
-        self._chunks = chunks
+        self.chunks = chunks
         self._scratch = threading.local()
 
     def __getstate__(self) -> dict[str, ChunkReader]:
-        return {"chunks": self._chunks}
+        return {"chunks": self.chunks}
 
     def __setstate__(self, state: dict[str, ChunkReader]) -> None:
         Gatherer.__init__(self, **state)
@@ -155,7 +172,7 @@ class Gatherer:
     ) -> None:
         here = destination.rows(name, group.places)
         if group.whole:
-            self._chunks.scatter(destination.unit, spec, group.shard, group.chunk, here)
+            self.chunks.scatter(destination.unit, spec, group.shard, group.chunk, here)
             return
         count = spec.chunk[0]
         rows: list[np.ndarray | None] = [None] * count
@@ -166,10 +183,10 @@ class Gatherer:
             else:
                 again.append((local, row))
         # rows that are not wanted are read for the checksum, into memory that stays in the cache
-        distinct = min(count, self._chunks.source.at_once(spec.row_bytes))
+        distinct = min(count, self.chunks.source.at_once(spec.row_bytes))
         spare = self._buffer(distinct * spec.row_bytes).reshape(distinct, -1)
         into = [spare[at % distinct] if row is None else row for at, row in enumerate(rows)]
-        self._chunks.scatter(destination.unit, spec, group.shard, group.chunk, into)
+        self.chunks.scatter(destination.unit, spec, group.shard, group.chunk, into)
         for local, row in again:
             row[:] = rows[local]
 
@@ -178,9 +195,9 @@ class Gatherer:
     ) -> None:
         unit = destination.unit
         out = self._buffer(spec.chunk_bytes + 4)
-        raw = self._chunks.stored(unit, spec, group.shard, group.chunk, out)
+        raw = self.chunks.stored(unit, spec, group.shard, group.chunk, out)
         if not spec.fixed_size:
-            values = self._chunks.decoded(unit, spec, group.shard, group.chunk, raw)
+            values = self.chunks.decoded(unit, spec, group.shard, group.chunk, raw)
             raw = np.ascontiguousarray(values).view(np.uint8)
         rows = raw.reshape(spec.chunk[0], spec.row_bytes)
         destination.store(name, group.places, rows if group.whole else rows[group.local])

@@ -153,12 +153,10 @@ class ArraySpec:
         """
         codecs = CODECS[self.codec]
         if "zstd" in codecs:
-            out = np.empty(self.chunk_bytes, np.uint8)
-            try:
-                _zstd(self.level).decode(raw, out)
+            try:  # into memory of the frame's own length: a shorter one must not pass for whole
+                raw = np.frombuffer(_zstd(self.level).decode(raw), np.uint8)
             except RuntimeError as error:
                 raise ValueError(str(error)) from None
-            raw = out
         if raw.nbytes != self.chunk_bytes:
             raise ValueError(f"{raw.nbytes} bytes instead of {self.chunk_bytes}")
         values = raw.view(self.dtype)

@@ -201,6 +201,8 @@ class Cache:
         threads = self.source.parallel if threads is None else threads
         if batch_size < 1 or window_rows < 1 or threads < 1:
             raise StoreError("batch_size, window_rows and threads must be at least 1")
+        if seed < 0 or epoch < 0:
+            raise StoreError(f"seed {seed} and epoch {epoch} must not be negative")
         if not 0 <= rank < world:
             raise StoreError(f"rank {rank} is not one of {world}")
         eligible = self.valid

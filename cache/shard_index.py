@@ -219,6 +219,14 @@ class ChunkReader:
         if value != int(index.sums[chunk]):
             raise self._damaged(unit, shard, f"{where} is not what was committed")
 
+    def hole(self, unit: str, row: int, array: str) -> StoreError:
+        """What to say of a row of which a writer stored fill values."""
+        shard = row // self._layout.plan.shard_rows
+        return StoreError(
+            f"row {row} of {self.source.location} is a hole in {array}: its writer left it out; "
+            f"remove {record_name(unit, shard)} and run `preceptor repair`"
+        )
+
     def _damaged(self, unit: str, shard: int, what: str) -> StoreError:
         return StoreError(
             f"{self.source.location} is damaged in shard {shard} of {unit}: {what}; run "

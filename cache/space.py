@@ -20,7 +20,7 @@ from .constants import (
 )
 from .encodings.prediction import Prediction
 from .facts import Keys, RowFacts
-from .gather import Destination, Gatherer, by_group
+from .gather import Destination, Gatherer, by_group, holes
 from .layout import ArraySpec, Layout
 from .manifest import Manifest
 from .opening import read_files
@@ -66,7 +66,7 @@ class OpenStore:
     @cached_property
     def valid(self) -> np.ndarray:
         """bool ``[rows]``: whether a row has tokens."""
-        return self.facts.all("valid").astype(bool)
+        return self.facts.all("valid") == 1  # neither a fill value nor anything else
 
     def checked_rows(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
         """Row numbers as int64 ``[n]``.
@@ -118,7 +118,10 @@ class OpenStore:
         else:
             for group in groups:
                 self.gatherer.fill(place, group)
-        return place.pop(0)
+        parts = place.pop(0)
+        for at, array in holes(arrays, parts).items():
+            raise self.chunks.hole(unit, int(wanted[at]), array)
+        return parts
 
 
 class Space:

@@ -43,25 +43,30 @@ class Int4(Encoding):
     def encode(self, z: Array) -> dict[str, Array]:
         grouped = _grouped(z)
         scale = scale_for(largest_magnitude(grouped), LEVELS)
-        codes = quantise(grouped, scale, LEVELS).reshape(*z.shape[:-1], -1)
+        codes = _flat(quantise(grouped, scale, LEVELS))
         nibbles = cast(codes + OFFSET, "uint8")[..., : z.shape[-1] + z.shape[-1] % 2]
         return {"codes": nibbles[..., 0::2] + nibbles[..., 1::2] * 16, "scales": scale[..., 0]}
 
     def decode(self, parts: Mapping[str, Array], dim: int) -> Array:
         codes = parts["codes"]
         xp = namespace(codes)
-        nibbles = xp.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
+        nibbles = _flat(xp.stack([codes & 15, codes >> 4], -1))
         signed = cast(nibbles[..., :dim], "int8") - OFFSET
         z = _grouped(signed) * cast(parts["scales"], "float32")[..., None]
-        return z.reshape(*codes.shape[:-1], -1)[..., :dim]
+        return _flat(z)[..., :dim]
 
     def bound(self, z: Array) -> Array:
         scale = cast(scale_for(largest_magnitude(_grouped(z)), LEVELS), "float32")
         wide = scale + namespace(z).zeros_like(_grouped(z))
-        return wide.reshape(*z.shape[:-1], -1)[..., : z.shape[-1]] * (0.5 + 2.0**-18)
+        return _flat(wide)[..., : z.shape[-1]] * (0.5 + 2.0**-18)
 
 
 def _grouped(z: Array) -> Array:
     """``[..., D]`` as ``[..., groups, 64]``, filled up with zeros."""
-    whole = padded(z, -(-z.shape[-1] // GROUP) * GROUP)
-    return whole.reshape(*z.shape[:-1], -1, GROUP)
+    groups = -(-z.shape[-1] // GROUP)
+    return padded(z, groups * GROUP).reshape(*z.shape[:-1], groups, GROUP)
+
+
+def _flat(x: Array) -> Array:
+    """``[..., a, b]`` as ``[..., a * b]``, even where there are no tokens at all."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

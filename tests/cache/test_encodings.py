@@ -43,6 +43,16 @@ def test_the_error_is_within_the_bound_that_is_stated(how: Encoding, z: np.ndarr
 
 
 @EACH
+def test_no_tokens_are_no_special_case(how: Encoding) -> None:
+    """As of a part of a shard whose images are all corrupt."""
+    for z in (np.zeros((0, 3, 70), np.float32), torch.zeros(0, 3, 70)):
+        parts = how.encode(z)
+        assert all(len(part) == 0 for part in parts.values())
+        assert how.decode(parts, 70).shape == z.shape
+        assert how.bound(z).shape[0] == 0
+
+
+@EACH
 @settings(max_examples=40, deadline=None)
 @given(z=adversarial())
 def test_torch_and_numpy_give_the_same_bits(how: Encoding, z: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import tensorstore
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numcodecs.zstd import Zstd
 from preceptor.cache.layout import ArraySpec, node_bytes
 from preceptor.cache.sharding import alignment, parse_index, shard_file
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
@@ -93,6 +94,26 @@ def test_chunks_decode_to_what_they_were(spec: ArraySpec) -> None:
     assert (spec.decode_chunk(raw) == chunk).all()
     with pytest.raises(ValueError):
         spec.decode_chunk(raw[:-1])
+
+
+@EACH
+@pytest.mark.parametrize("more", [-4, -1, 1, 4])
+def test_a_chunk_of_another_length_is_refused(spec: ArraySpec, more: int) -> None:
+    """Sound frames of fewer bytes too: what they leave of the chunk would be arbitrary memory."""
+    whole = values_for(spec)[: spec.chunk[0]].tobytes()
+    other = whole[:more] if more < 0 else whole + bytes(more)
+    stored = other if spec.fixed_size else Zstd(level=3, checksum=True).encode(other)
+    with pytest.raises(ValueError, match=f"{len(other)} bytes instead of {len(whole)}"):
+        spec.decode_chunk(np.frombuffer(stored, np.uint8))
+
+
+def test_a_chunk_of_several_frames_is_read() -> None:
+    """Another writer may stream it."""
+    spec = SPECS["channel-zstd"]
+    chunk = values_for(spec)[: spec.chunk[0]]
+    raw = chunk.transpose(2, 0, 1).tobytes()
+    frames = b"".join(Zstd(level=1, checksum=True).encode(part) for part in (raw[:99], raw[99:]))
+    assert (spec.decode_chunk(np.frombuffer(frames, np.uint8)) == chunk).all()
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,12 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preceptor.cache import Cache
+from preceptor.cache import Cache, StoreWriter
+from preceptor.cache.commit import FileRecord, read_commit
 from preceptor.cache.documents import sealed
 from preceptor.cache.encodings import encoding
+from preceptor.cache.layout import Layout
+from preceptor.cache.sharding import shard_file
 from preceptor.errors import StoreError
 from small_stores import CORRUPT, ROWS, SPACES, facts_of, tokens_of
 
@@ -166,6 +172,63 @@ def test_an_iterator_that_is_dropped_half_way_ends_its_threads(cache: Cache) -> 
         if thread.name.startswith("cache-read"):
             thread.join(10)
             assert not thread.is_alive()
+
+
+def forge(store: Path, unit: str, array: str, change: Callable[[np.ndarray], None]) -> None:
+    """Other values in shard 0 of an array, with every hash as if they had been written so."""
+    writer = StoreWriter.open(store)
+    layout = Layout(writer.plan)
+    spec = layout.unit_arrays(unit)[array]
+    values = zarr.open_array(store / array, mode="r")[: spec.shard[0]].copy()
+    change(values)
+    buffers, sums = shard_file(spec, values)
+    raw = b"".join(bytes(part) for part in buffers)
+    (store / spec.file(0)).write_bytes(raw)
+    commit = read_commit(store, writer.manifest, layout, unit, 0)
+    record = FileRecord(len(raw), hashlib.sha256(raw).hexdigest(), tuple(sums))
+    commit = replace(commit, files={**commit.files, array: record})
+    (store / f"commits/{unit}/0.json").write_bytes(commit.to_bytes())
+    writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("array", "value"),
+    [
+        ("spaces/vit/patch/codes", -128),
+        ("spaces/vit/patch/scales", np.nan),
+        ("spaces/vit/cls/codes", np.nan),
+    ],
+)
+def test_rows_that_a_writer_left_out_are_refused(store: Path, array: str, value: float) -> None:
+    """Section 3 of the document: where a reader meets a fill value, the row is a hole."""
+
+    def leave_out(values: np.ndarray) -> None:
+        values[2] = value
+
+    forge(store, "vit", array, leave_out)
+    cache, space = Cache.open(store), array.removeprefix("spaces/").rpartition("/")[0]
+    assert len(cache[space].read([0, 1, 3])) == 3
+    with pytest.raises(StoreError, match=rf"row 2 of .* is a hole in {array}.*commits/vit/0\.json"):
+        cache[space].read([1, 2])
+    with pytest.raises(StoreError, match=r"row 2 of .* is a hole"):
+        list(cache.batches([space], 4))
+    told = [
+        (row, "a hole" in why)
+        for batch in cache.batches([space, "cnn/map"], 4, keep_going=True)
+        for row, why in ((int(batch.rows[at]), why) for at, why in batch.damaged.items())
+    ]
+    assert told == [(2, True)]
+
+
+def test_only_a_one_makes_a_row_valid(store: Path) -> None:
+    def unwritten(values: np.ndarray) -> None:
+        values[[2, 3]] = 255, 2
+
+    before = Cache.open(store).valid
+    forge(store, "rows", "rows/valid", unwritten)
+    after = Cache.open(store).valid
+    assert np.flatnonzero(before != after).tolist() == [2, 3]
+    assert not after[[2, 3]].any()
 
 
 def test_the_last_shard_and_swapped_shards_are_told_apart(store: Path) -> None:
