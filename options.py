@@ -179,9 +179,8 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
         for value in _values(item):
             expected = _mismatch(default, value)
             if expected:
-                raise ConfigError(
-                    f"{key}={value}: expected {expected}, such as the default {default!r}"
-                )
+                such = "" if default == "???" else f", such as the default {default!r}"
+                raise ConfigError(f"{key}={value}: expected {expected}{such}")
 
 
 def _check_whole(overrides: Sequence[Override], composer: _Composer) -> None:
@@ -214,6 +213,8 @@ def _mismatch(default: Any, value: Any) -> str | None:
 
     if isinstance(value, QuotedString):
         value = value.text
+    if default == "???":  # a path or a name, or several paths
+        return None if isinstance(value, str | list) else "text (a number in quotes: \"'7'\")"
     if value is None or not isinstance(default, bool | int | float):
         return None
     if isinstance(value, str) and value.startswith("${"):

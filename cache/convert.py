@@ -30,6 +30,7 @@ from .layout import Layout
 from .plan import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
+from .source import local_path
 from .spare import write_twice
 from .statistics import SAMPLE_ROWS, prediction_weights
 from .verify_report import fresh_report
@@ -41,16 +42,16 @@ _ROWS_AT_ONCE = 128
 def convert(config: Any) -> dict[str, Any]:
     """`preceptor convert`: see configs/convert.yaml."""
     started = time.monotonic()
-    if Path(config.cache).resolve() == Path(config.out).resolve():
-        raise ConfigError("out is the store itself: name another directory")
-    spaces = None if config.spaces is None else list(config.spaces)
+    spaces = config.spaces
+    if spaces is not None:
+        spaces = [spaces] if isinstance(spaces, str) else list(spaces)
+        if not spaces:
+            raise ConfigError("spaces=[] names none: name some, or leave it out for all")
     convert_store(config.cache, config.out, str(config.encoding), spaces, progress=True)
-    size = {name: _bytes(Path(name)) for name in (str(config.cache), str(config.out))}
+    size = {name: _bytes(name) for name in (str(config.cache), str(config.out))}
     before, after = size.values()
-    print(
-        f"{config.out}: {after / 2**20:,.1f} MiB, {after / before:.3f} of {config.cache}; "
-        f"{time.monotonic() - started:.0f} s"
-    )
+    share = f", {after / before:.3f} of {config.cache}" if before else ""  # of a remote store: none
+    print(f"{config.out}: {after / 2**20:,.1f} MiB{share}; {time.monotonic() - started:.0f} s")
     return {"bytes": size, "seconds": time.monotonic() - started}
 
 
@@ -73,14 +74,19 @@ def convert_store(
         spaces: their ids; None: all.
 
     Raises:
+        ConfigError: ``out`` is the source, or within it.
         StoreError: the source is not whole, a space or encoding is unknown, or ``out`` holds
             another store.
     """
     encoding(encoding_name)
+    if Path(source).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
+        raise ConfigError(
+            f"out={out} is the store {source} itself or in it: name another directory"
+        )
     cache = Cache.open(source)
     chosen = [cache[name].id for name in (cache.spaces if spaces is None else spaces)]
     plan = _converted(cache.plan, chosen, encoding_name)
-    root = Path(out)
+    root = local_path(out, "converting")
     report = fresh_report(root)  # of a verification that found damage
     writer = StoreWriter.open_or_create(root, plan)
     for unit, shard in report.shards if report else ():
@@ -264,5 +270,6 @@ def _write_if_other(root: Path, name: str, raw: bytes) -> None:
         write_twice(root, name, raw)
 
 
-def _bytes(root: Path) -> int:
-    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+def _bytes(location: str) -> int:
+    """Of a local store; 0 of another."""
+    return sum(file.stat().st_size for file in Path(location).rglob("*") if file.is_file())

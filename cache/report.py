@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import StoreError
+from ..errors import ConfigError, StoreError
 from .commit import committed
 from .copies import best_completion, best_manifest
 from .encodings import encoding
@@ -31,8 +31,14 @@ def info(config: Any) -> dict[str, Any]:
     """`preceptor info`: see configs/info.yaml.
 
     Raises:
+        ConfigError: a file that could not be written.
         StoreError: there is no store, or the picture needs what is not there.
     """
+    for key in ("json", "picture"):
+        if config[key] is not None and not Path(config[key]).absolute().parent.is_dir():
+            raise ConfigError(f"{key}={config[key]}: there is no such folder")
+    if config.picture is not None and Path(config.picture).suffix.lower() != ".png":
+        raise ConfigError(f"picture={config.picture}: it is written as PNG, so name a .png file")
     found = describe(config.cache)
     print_tables(found)
     if config.json is not None:
@@ -54,8 +60,10 @@ def describe(location: str | Path) -> dict[str, Any]:
         StoreError: there is no store.
     """
     problem = None
+    cache, valid = None, None
     try:
-        cache: Cache | None = Cache.open(location)
+        opened = Cache.open(location)
+        cache, valid = opened, int(opened.valid.sum())  # damage there is told as if of opening
     except StoreError as error:
         cache, problem = None, str(error)
     if cache is not None:
@@ -66,8 +74,9 @@ def describe(location: str | Path) -> dict[str, Any]:
     missing = {} if cache else _missing(Path(location), manifest)
     spaces = {}
     for spec in plan.spaces.values():
-        opened = cache or _alone(location, spec.teacher, missing)
-        spaces[spec.id] = _space(location, layout, spec, opened)
+        readable = cache or _alone(location, spec.teacher, missing)
+        spaces[spec.id] = _space(location, layout, spec, readable)
+        problem = problem or spaces[spec.id].get("problem")
     sizes = _sizes(location)
     return {
         "store": str(location),
@@ -76,7 +85,7 @@ def describe(location: str | Path) -> dict[str, Any]:
         "missing": missing,
         "writer": manifest.writer,
         "rows": plan.rows,
-        "rows_valid": None if cache is None else int(cache.valid.sum()),
+        "rows_valid": valid,
         "shards": plan.shards,
         "shard_rows": plan.shard_rows,
         "group_rows": plan.group_rows,
@@ -122,7 +131,8 @@ def _alone(location: str | Path, teacher: str, missing: Mapping[str, Any]) -> Ca
     if ROWS in missing or teacher in missing:
         return None
     try:
-        return Cache.open(location, teachers=[teacher])
+        cache = Cache.open(location, teachers=[teacher])
+        return cache if len(cache.valid) else None  # damage of the rows is met here
     except StoreError:
         return None
 
@@ -148,7 +158,10 @@ def _space(
         found["bytes_vs_fp16"] = stored / max(1, rows * spec.tokens * spec.dim * 2)
         found["calibration_rows"] = cache.manifest.calibrations[spec.id].rows
         found["statistics_exact"] = cache.completions[spec.teacher].exact
-        found["fidelity"] = fidelity(cache[spec.id], _rows(cache, _SAMPLE))
+        try:
+            found["fidelity"] = fidelity(cache[spec.id], _rows(cache, _SAMPLE))
+        except StoreError as error:
+            found["problem"] = str(error)
     return found
 
 
@@ -205,6 +218,8 @@ def print_tables(found: Mapping[str, Any]) -> None:
     """What ``describe`` found, for people."""
     console = Console(width=None if Console().is_terminal else 132)
     state = "complete" if found["complete"] else "NOT COMPLETE"
+    if found["complete"] and found["problem"]:
+        state = "complete, but DAMAGED"
     size = "" if found["bytes"] is None else f", {found['bytes'] / 2**20:,.1f} MiB"
     valid = found["rows_valid"]
     invalid = "" if valid in (None, found["rows"]) else f" ({found['rows'] - valid} without tokens)"
@@ -255,10 +270,13 @@ def draw(location: str | Path, picture: str | Path) -> None:
     """Write a PNG: a row an image, a column a space with a grid, in PCA colours.
 
     Raises:
-        StoreError: the store is not whole, or no space has a grid of at least 3 dimensions.
+        StoreError: the store is not whole, no row has tokens, or no space has a grid of at least 3
+            dimensions.
     """
     cache = Cache.open(location)
     rows = _rows(cache, _POOL)
+    if not len(rows):
+        raise StoreError(f"{location} has no row with tokens that could be drawn")
     shown = _rows(cache, _PICTURED)
     order = np.concatenate([shown, rows[~np.isin(rows, shown)]])
     panels = []

@@ -48,11 +48,11 @@ class RowBatch:
             "valid": np.asarray(self.valid, bool).astype(np.uint8),
         }
         for position, key in enumerate(self.keys):
-            raw = key.encode()
+            raw = key.encode() if is_text(key) else b""
             if not raw or len(raw) > key_bytes or b"\0" in raw:
                 raise StoreError(
-                    f"row key {key!r} cannot be stored: it must be 1 to {key_bytes} bytes of UTF-8 "
-                    "without NUL; raise key_bytes if it is too long"
+                    f"row key {key!r} cannot be stored: it must be 1 to {key_bytes} bytes "
+                    "(key_bytes) of UTF-8 without NUL"
                 )
             stored["key"][position, : len(raw)] = np.frombuffer(raw, np.uint8)
         shapes = {"label": (), "size": (2,), "box": (4,), "flip": (), "valid": ()}
@@ -63,6 +63,15 @@ class RowBatch:
                     f"not {stored[name].shape}"
                 )
         return stored
+
+
+def is_text(key: str) -> bool:
+    """Whether a key can be written as UTF-8: names of files need not be."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def decode_keys(stored: np.ndarray) -> list[str]:

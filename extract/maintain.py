@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,14 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ..cache import Cache, SampleIndex, StoreWriter, TeacherRecord, ViewPolicy
-from ..cache.commit import COMMITS
 from ..cache.copies import stray_units
 from ..cache.documents import difference
 from ..cache.mend import Repaired, mend_files, repair_store
 from ..cache.plan import PIXELS, ROWS, StorePlan
-from ..cache.spare import SPARE
+from ..cache.source import local_path
 from ..cache.verify import verify_store
-from ..cache.verify_report import VerifyReport, fresh_report, report_path
+from ..cache.verify_report import VerifyReport, fresh_report, report_path, write_beside
+from ..cache.writer import remove_unit
 from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from . import live
@@ -41,7 +39,9 @@ def verify(config: DictConfig) -> dict[str, Any]:
     Raises:
         StoreError: something is wrong; the report beside the store has all of it.
     """
-    report = verify_store(config.cache, threads=int(config.threads), progress=True)
+    if (config.sample or 0) < 0:
+        raise ConfigError(f"sample={config.sample}: how many rows to compare, 0 or more")
+    report = verify_store(config.cache, threads=int(config.threads or 0), progress=True)
     found: dict[str, Any] = {}
     if config.sample:
         if not report.whole:
@@ -49,24 +49,24 @@ def verify(config: DictConfig) -> dict[str, Any]:
         else:
             found = report.live = compare_live(config)
             live.show(found)
-    path = report.save()
+    kept = _kept(report)
     if not report.whole:
-        raise StoreError(_damage(report, path))
+        raise StoreError(_damage(report, kept))
     if found.get("pixels", {}).get("other_rows"):
         raise StoreError(
             f"{config.cache}: the stored pixels of rows {found['pixels']['other_rows'][:8]} are "
-            f"not those of the images; see {path}"
+            f"not those of the images; {kept}"
         )
     far = [name for name, space in found.get("spaces", {}).items() if not space["agrees"]]
     if far:
         raise StoreError(
             f"{config.cache}: {', '.join(far)} of the live teachers differ from the store by more "
-            f"than its encoding explains; see {path}"
+            f"than its encoding explains; {kept}"
         )
     rate = report.bytes / max(report.seconds, 1e-9) / 2**20
     print(
         f"{config.cache}: whole; {report.files:,} shard files, {report.bytes / 2**20:,.1f} MiB, "
-        f"{rate:,.0f} MiB/s; report: {path}"
+        f"{rate:,.0f} MiB/s; {kept}"
     )
     return report.as_json()
 
@@ -79,11 +79,11 @@ def repair(config: DictConfig) -> dict[str, Any]:
         StoreError: both copies of a small file are damaged.
     """
     started = time.monotonic()
-    root = Path(config.cache)
+    root = local_path(config.cache, "repairing")
     report = fresh_report(root)
     if report is None:
-        report = verify_store(root, threads=int(config.threads), progress=True)
-        report.save()
+        report = verify_store(root, threads=int(config.threads or 0), progress=True)
+        _kept(report)
     if report.whole:
         print(f"{root}: whole, nothing to repair")
         return {"store": str(root), "restored": [], "extracted": [], "different": []}
@@ -103,7 +103,7 @@ def repair(config: DictConfig) -> dict[str, Any]:
         "different": [list(one) for one in done.different],
         "seconds": time.monotonic() - started,
     }
-    _write_summary(root, "repair", summary)
+    write_beside(root, "repair", summary)
     print(
         f"{root}: {len(done.restored)} small files restored, {len(done.extracted)} shards "
         f"extracted again, {len(done.extracted) - len(done.different)} of them to the same bytes"
@@ -124,7 +124,7 @@ def add(config: DictConfig) -> dict[str, Any]:
         StoreError: the store is not whole, or has another teacher of that name or other pixels.
     """
     started = time.monotonic()
-    root = Path(config.cache)
+    root = local_path(config.cache, "adding to it")
     writer = StoreWriter.open(root)
     asked = str(precision(config.engine))
     pixels = stored_pixels(config.pixels)
@@ -171,7 +171,7 @@ def add(config: DictConfig) -> dict[str, Any]:
         },
         "seconds": time.monotonic() - started,
     }
-    _write_summary(root, "add", summary)
+    write_beside(root, "add", summary)
     print(
         f"{root}: {', '.join(names)} added, {runner.rows_extracted:,} rows extracted in "
         f"{summary['seconds']:.0f} s"
@@ -185,14 +185,11 @@ def drop(config: DictConfig) -> dict[str, Any]:
     Raises:
         StoreError: there is no such teacher, or it is the only one.
     """
-    root, name = Path(config.cache), str(config.teacher)
+    root, name = local_path(config.cache, "dropping from it"), str(config.teacher)
     writer = StoreWriter.open(root)
     before = _size(root)
     if name in stray_units(root, writer.manifest):  # what an interrupted drop left
-        for folder in ("spaces", COMMITS, f"{SPARE}/spaces", f"{SPARE}/{COMMITS}"):
-            shutil.rmtree(root / folder / name, ignore_errors=True)
-        if name == PIXELS:
-            shutil.rmtree(root / PIXELS, ignore_errors=True)
+        remove_unit(root, name)
     else:
         if writer.plan.spaces_of(name) and len(writer.plan.teachers) == 1:
             raise StoreError(
@@ -322,12 +319,12 @@ def _refuse_pending(writer: StoreWriter, names: Sequence[str]) -> None:
 # -- texts -----------------------------------------------------------------------------------------
 
 
-def _damage(report: VerifyReport, path: Path) -> str:
+def _damage(report: VerifyReport, kept: str) -> str:
     shown = "; ".join(str(problem) for problem in report.problems[:_SHOWN])
     more = len(report.problems) - _SHOWN
     return (
         f"{report.store} is not whole: {shown}{f' and {more} more' if more > 0 else ''}. "
-        f"All of it is in {path}; run `preceptor repair cache={report.store} data.shards=... "
+        f"{kept[0].upper()}{kept[1:]}; run `preceptor repair cache={report.store} data.shards=... "
         "teachers=...`"
     )
 
@@ -341,6 +338,9 @@ def _size(root: Path) -> int:
     return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
 
 
-def _write_summary(root: Path, verb: str, summary: Mapping[str, Any]) -> None:
-    path = Path(f"{str(root).rstrip('/')}.{verb}.json")
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+def _kept(report: VerifyReport) -> str:
+    """Write a report beside the store; where it is, or why it is not: a store may be read-only."""
+    try:
+        return f"the report is {report.save()}"
+    except StoreError as error:
+        return f"the report was not kept: {error}"

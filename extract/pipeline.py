@@ -6,7 +6,6 @@ so there is nothing to synchronise but the calibration before and the statistics
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,8 @@ from ..cache import (
 )
 from ..cache.convert import copy_calibration
 from ..cache.plan import PIXELS
+from ..cache.rows import is_text
+from ..cache.verify_report import write_beside
 from ..engine import launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
@@ -66,6 +67,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
             teacher_record(teacher, options, str(precision(config.engine)))
             for teacher, options in zip(teachers, config.teachers.values(), strict=True)
         ),
+        key_bytes=key_room(index),
         pixels=stored_pixels(config.pixels),
     )
     runner = TeacherRunner(fabric, teachers, index, policy, config)
@@ -79,9 +81,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
     if fabric.global_rank == 0:
         writer.finish()
         summary = _summary(config, started, runner, problems)
-        Path(f"{str(config.cache).rstrip('/')}.extract.json").write_text(
-            json.dumps(summary, indent=2) + "\n", encoding="utf-8"
-        )
+        write_beside(config.cache, "extract", summary)
         print(
             f"{config.cache}: {summary['rows']:,} rows, {summary['bytes'] / 2**20:,.1f} MiB, "
             f"{summary['bytes_per_row']:,.0f} bytes a row; "
@@ -179,6 +179,19 @@ class TeacherRunner:
         return problems
 
 
+def key_room(index: SampleIndex) -> int:
+    """Bytes that hold every key: 128, or the multiple of 64 that the longest needs.
+
+    Raises:
+        DataError: a key cannot be stored.
+    """
+    for number, key in enumerate(index.keys):
+        if not is_text(key) or "\0" in key or not key:
+            raise DataError(f"the key of sample {index.where(number)} is not UTF-8: rename it")
+    longest = max(len(key.encode()) for key in index.keys)
+    return max(128, -(-longest // 64) * 64)
+
+
 def load_teachers(options: DictConfig) -> list[Teacher]:
     """The teachers of a configuration `{name: {source, size, checkpoint, spaces, ...}}`, in order.
 
@@ -189,7 +202,8 @@ def load_teachers(options: DictConfig) -> list[Teacher]:
         raise ConfigError("teachers is empty; name at least one, e.g. teachers=imagenet_hub")
     loaded = []
     for name, choice in ((str(key), options[key]) for key in options):
-        given = OmegaConf.to_container(choice, resolve=True)
+        whole = OmegaConf.is_config(choice)
+        given = OmegaConf.to_container(choice, resolve=True) if whole else choice
         if not isinstance(given, dict) or "source" not in given:
             raise ConfigError(f"teachers.{name} needs a source such as timm:NAME")
         given.pop("encoding", None)

@@ -13,12 +13,23 @@ import numpy as np
 import pytest
 import torch
 from preceptor.benchmarks.faults import flip
-from preceptor.benchmarks.small_store import TEACHERS, contents, extract, some_weights, tokens
+from preceptor.benchmarks.small_store import (
+    ROWS,
+    TEACHERS,
+    batch,
+    calibrate,
+    contents,
+    extract,
+    plan,
+    some_weights,
+    tokens,
+)
 from preceptor.cache import Cache, StorePlan, StoreWriter
 from preceptor.cache.convert import convert_store
 from preceptor.cache.encodings import encoding
+from preceptor.cache.report import draw
 from preceptor.cache.verify import verify_store
-from preceptor.errors import StoreError
+from preceptor.errors import ConfigError, StoreError
 
 GOLDEN = Path(__file__).parent / "golden" / "store"
 
@@ -28,6 +39,33 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("convert") / "store"
     extract(path)
     return path
+
+
+def test_shards_without_a_single_token_are_converted(tmp_path: Path) -> None:
+    writer = StoreWriter.open_or_create(tmp_path / "store", plan())
+    calibrate(writer)
+    for shard, units in writer.pending():
+        rows = batch(shard * 8, min(shard * 8 + 8, ROWS))
+        rows.valid[:] = False
+        spaces = [space for unit in units for space in plan().spaces_of(unit)]
+        with writer.shard(shard, units) as out:
+            none = {s.id: np.zeros((0, s.tokens, s.dim), np.float32) for s in spaces}
+            out.append(rows, none, np.zeros((0, 5, 3, 3), np.uint8))
+    writer.finish()
+    for name in ("fp16", "int8", "compact", "int4"):
+        convert_store(tmp_path / "store", tmp_path / name, name)
+        assert verify_store(tmp_path / name).whole
+        assert not Cache.open(tmp_path / name).valid.any()
+    with pytest.raises(StoreError, match="no row with tokens"):
+        draw(tmp_path / "store", tmp_path / "x.png")
+
+
+def test_a_store_is_not_converted_into_itself(store: Path) -> None:
+    before = contents(store)
+    for out in (store, store / "int4", store / "spaces/vit/../x"):
+        with pytest.raises(ConfigError, match="name another directory"):
+            convert_store(store, out, "int4")
+    assert contents(store) == before
 
 
 def test_every_token_is_the_decoded_one_encoded_again(store: Path, tmp_path: Path) -> None:

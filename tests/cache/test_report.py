@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import batch, contents, extract, fill_shard
 from preceptor.cache import Cache, SpaceSpec, StorePlan, StoreWriter, TeacherRecord
 from preceptor.cache.report import describe, fidelity
@@ -71,6 +72,18 @@ def test_expected_error_is_the_measured_one(encoding: str, rectified: bool, tmp_
     assert error == pytest.approx(told["relative_error"], rel=slack)
     assert error_z == pytest.approx(told["relative_error_standardised"], rel=slack)
     assert 1 - float(cosine) == pytest.approx(1 - told["p1_cosine"], rel=0.35, abs=1e-6)
+
+
+def test_damage_that_info_meets_is_told_beside_the_rest(tmp_path: Path) -> None:
+    extract(tmp_path / "store")
+    flip(tmp_path / "store/spaces/vit/patch/codes/c.0.0.0", np.random.default_rng(0))
+    found = describe(tmp_path / "store")
+    assert found["complete"]
+    assert "damaged in shard 0 of vit" in found["problem"]
+    assert "fidelity" not in found["spaces"]["vit/patch"]
+    assert found["spaces"]["cnn/patch"]["fidelity"]["relative_error"] > 0
+    flip(tmp_path / "store/rows/valid/c.0", np.random.default_rng(0))
+    assert "damaged in shard 0 of rows" in describe(tmp_path / "store")["problem"]
 
 
 def test_bytes_and_missing_shards(tmp_path: Path) -> None:

@@ -225,6 +225,54 @@ def test_convert_then_repair_says_to_convert_again(
     assert "another directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "options", "expected"),
+    [
+        ("verify", ["threads=0"], "threads must be at least 1"),
+        ("verify", ["sample=-5"], "sample=-5: how many rows to compare"),
+        ("convert", ["out={store}/x", "encoding=int4"], "name another directory"),
+        ("convert", ["out={store}-2", "encoding=int4", "spaces=[]"], "spaces=[] names none"),
+        ("convert", ["out={store}-2", "encoding=int4", "spaces=vit/x"], "no space 'vit/x'"),
+        ("convert", ["out=null", "encoding=int4"], "out=None: expected text"),
+        ("drop", ["teacher=7"], "teacher=7: expected text"),
+        ("info", ["json=/nowhere/x.json"], "json=/nowhere/x.json: there is no such folder"),
+        ("info", ["picture=x.foo"], "name a .png file"),
+        ("add", ["teachers={a: 3}"], "teachers.a needs a source"),
+    ],
+)  # fmt: skip
+def test_mistaken_options_are_told(
+    verb: str, options: list[str], expected: str, store: Path, good: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = [option.replace("{store}", str(store)) for option in options]
+    assert main([verb, f"cache={store}", *given]) == 1
+    assert expected in capsys.readouterr().err
+    assert contents(store) == good
+
+
+@pytest.mark.parametrize("verb", ["verify", "repair", "add", "drop"])
+def test_what_cannot_be_done_from_afar_is_told(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["teacher=vit"] if verb == "drop" else []
+    options += [teachers(vit="vit")] if verb == "add" else []
+    assert main([verb, "cache=s3://bucket/store", *options]) == 1
+    assert "s3://bucket/store is remote" in capsys.readouterr().err
+
+
+def test_a_store_beside_which_nothing_can_be_written_is_verified(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(f"{store}.verify.json").mkdir()
+    assert main(["verify", f"cache={store}"]) == 0
+    assert "whole" in (told := capsys.readouterr().out)
+    assert "the report was not kept" in told
+    flip(store / "spaces/vit/patch/codes/c.1.0.0", np.random.default_rng(0))
+    assert main(["verify", f"cache={store}"]) == 1
+    assert "shard 1 of vit" in (told := capsys.readouterr().err)
+    assert "The report was not kept" in told
+
+
 def test_info_of_whole_and_unfinished_stores(
     shards: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

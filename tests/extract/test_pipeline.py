@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ import zarr
 from PIL import Image
 from preceptor.cache import Cache
 from preceptor.cli import main
+from preceptor.errors import DataError
+from preceptor.extract.pipeline import key_room
 
 COUNT, SIZE = 11, 64
 
@@ -138,6 +141,8 @@ KILL_AFTER_FIRST_SHARD = """
 import os, signal, sys
 from preceptor.cache import StoreWriter
 from preceptor.cli import main
+from preceptor.errors import DataError
+from preceptor.extract.pipeline import key_room
 plain, count = StoreWriter.shard, 0
 class Killing:
     def __init__(self, inner): self.inner = inner
@@ -282,3 +287,18 @@ def test_two_processes_make_the_store_that_one_makes(
     )
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "store") == digests(store)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room"), [([5, 128], 128), ([129], 192), ([192, 7], 192), ([193], 256)]
+)
+def test_keys_of_any_length_are_stored(lengths: list[int], room: int) -> None:
+    index = SimpleNamespace(keys=["é" * (length // 2) + "x" * (length % 2) for length in lengths])
+    assert key_room(index) == room
+
+
+@pytest.mark.parametrize("key", ["", "a\0b", "caf\udce9"])
+def test_keys_that_cannot_be_stored_are_named_before_any_work(key: str) -> None:
+    index = SimpleNamespace(keys=["fine", key], where=lambda row: f"number {row}")
+    with pytest.raises(DataError, match="number 1 is not UTF-8"):
+        key_room(index)
