@@ -7,12 +7,13 @@ import copy
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cache import Cache
 from ..errors import ConfigError
 from .alignment import Alignment
-from .data import Views, decoded, normalise, prefetched
+from .data import StorePixels, Views, decoded, normalise, prefetched
 from .evaluation.knn import knn_predict
 from .students import Student
 
@@ -29,8 +30,16 @@ class KnnMonitor:
     on the training's random numbers is avoided: a run with the monitor ends with the same bits as
     one without.
 
+    Where the store holds the pixels, groups are drawn in place of images, and all labelled images
+    of a group taken: a checksum covers a group, so that one image costs the reading of its whole
+    group, and images drawn one by one that of nearly every group of the store, each many times
+    over. So each group is read once (by each of two ranks, where their parts meet in it). Which of
+    the images are asked about is drawn image by image all the same. In a store whose rows are
+    sorted by class a group is of one class, and the figure hangs on fewer classes than images.
+
     Args:
-        images: how many to draw; all where there are fewer.
+        images: how many to draw; all where there are fewer. The last group that is drawn is taken
+            whole.
         neighbours: k.
         batch_size: rows a forward pass.
 
@@ -58,15 +67,23 @@ class KnnMonitor:
         count = int(cache.manifest.plan.views["count"])
         first = np.arange(len(cache)) % count == 0
         rows = np.flatnonzero(first & np.asarray(cache.valid, dtype=bool) & (labels >= 0))
-        rows = np.random.default_rng(seed).permutation(rows)[:images]
+        random = np.random.default_rng(seed)
+        self._group = cache.plan.group_rows if isinstance(views, StorePixels) else None
+        if self._group is None:
+            rows = random.permutation(rows)[:images]
+        else:
+            rows = _of_groups(rows, self._group, images, random)
         rows = rows[: len(rows) // fabric.world_size * fabric.world_size]
-        self._asked = round(HELD_OUT * len(rows))
-        if not self._asked:
+        asked = np.arange(len(rows)) < round(HELD_OUT * len(rows))
+        if self._group is not None:  # these rows are in the store's order
+            asked = random.permutation(asked)
+        if not asked.any():
             raise ConfigError(
                 f"log.knn_every: the store has {len(rows)} labelled images (.cls), too few to hold "
                 "some out; say log.knn_every=0"
             )
         self._rows, self._labels = rows, torch.from_numpy(labels[rows])
+        self._asked = torch.from_numpy(asked)
 
     def accuracy(self, student: Student, alignment: Alignment) -> float:
         """Share of the held-out images that are classified as labelled; a collective call."""
@@ -80,24 +97,45 @@ class KnnMonitor:
             alignment.train(was_training[1])
         asked = self._asked
         predicted = knn_predict(
-            features[asked:], self._labels[asked:], features[:asked], k=self._neighbours
+            features[~asked], self._labels[~asked], features[asked], k=self._neighbours
         )
-        return float((predicted == self._labels[:asked]).double().mean())
+        return float((predicted == self._labels[asked]).double().mean())
 
     @torch.no_grad()
     def _features(self, student: Student, alignment: Alignment) -> Tensor:
         """Descriptors float32 [n, P] on the CPU; every rank computes its share."""
         fabric = self._fabric
-        own = self._rows[fabric.global_rank :: fabric.world_size]
-        parts = np.split(own, range(self._batch, len(own), self._batch))
-        orders = [[(int(row), 0) for row in part] for part in parts]
+        own = np.split(self._rows, fabric.world_size)[fabric.global_rank]
+        orders = [
+            [(int(row), 0) for row in part]
+            for part in _read_together(own, self._group or 1, self._batch)
+        ]
         found = []
         for pixels in prefetched(decoded(self._views, orders, self._workers), 2):
-            inputs = fabric.strategy.precision.convert_input(normalise(pixels, fabric.device))
-            with fabric.autocast():
-                output = alignment.run_student(student, inputs)
-                found.append(output.pooled.float())
+            for batch in pixels.split(self._batch):
+                inputs = fabric.strategy.precision.convert_input(normalise(batch, fabric.device))
+                with fabric.autocast():
+                    output = alignment.run_student(student, inputs)
+                    found.append(output.pooled.float())
         gathered = fabric.all_gather(torch.cat(found))
         assert isinstance(gathered, Tensor)
-        # [world, n / world, P], rank r holding rows r, r + world, ...: back into the rows' order.
-        return gathered.view(fabric.world_size, len(own), -1).transpose(0, 1).flatten(0, 1).cpu()
+        return gathered.view(len(self._rows), -1).cpu()
+
+
+def _of_groups(
+    rows: NDArray[np.int64], group: int, count: int, random: np.random.Generator
+) -> NDArray[np.int64]:
+    """Of ascending rows all those of random groups, as few as hold ``count``; ascending."""
+    groups, counts = np.unique(rows // group, return_counts=True)
+    order = random.permutation(len(groups))
+    enough = int(np.searchsorted(np.cumsum(counts[order]), count)) + 1
+    return rows[np.isin(rows // group, groups[order[:enough]])]
+
+
+def _read_together(rows: NDArray[np.int64], group: int, count: int) -> list[NDArray[np.int64]]:
+    """Rows cut into parts of ``count`` or more, but never within a group."""
+    cuts = [0]
+    for end in np.flatnonzero(np.diff(rows // group)) + 1:
+        if end - cuts[-1] >= count:
+            cuts.append(int(end))
+    return np.split(rows, cuts[1:])
