@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..cache import Cache
 from ..cache.durable import remove_torn, write_whole
 from ..errors import ConfigError, DataError, StoreError
-from .alignment import Alignment, build_alignment
+from .alignment import ALIGNMENTS, Alignment, alignment_options, build_alignment
 from .alignment.base import Space
 from .students import (
     MODEL,
@@ -139,13 +139,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Refuse to continue a checkpoint under another configuration.
 
+    An option of an alignment that one of them lacks, being older than it, has its default there.
+
     Args:
         stored, ours: what determines a run, as nested plain containers.
 
     Raises:
         ConfigError: names the options that differ, with both values.
     """
-    theirs, mine = flat(stored), flat(ours)
+    theirs, mine = _with_defaults(flat(stored)), _with_defaults(flat(ours))
     differing = [
         f"{key} ({theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here)"
         for key in sorted({*theirs, *mine})
@@ -157,6 +159,12 @@ def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any
             f"{path} belongs to another configuration: {', '.join(differing[:5])}{more}; use the "
             "same options, another out=..., or resume=false to start anew"
         )
+
+
+def _with_defaults(flattened: Mapping[str, Any]) -> dict[str, Any]:
+    kind = ALIGNMENTS.get(str(flattened.get("align.method")))
+    known = alignment_options(kind) if kind else {}
+    return {**{f"align.{name}": value for name, value in known.items()}, **flattened}
 
 
 def save_model(

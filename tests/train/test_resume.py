@@ -16,9 +16,14 @@ import torch
 from omegaconf import OmegaConf
 from preceptor.benchmarks import torture_train
 from preceptor.cli import main
-from preceptor.errors import StoreError
+from preceptor.errors import ConfigError, StoreError
 from preceptor.train import loop
-from preceptor.train.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from preceptor.train.checkpoint import (
+    Checkpoints,
+    check_same_run,
+    load_checkpoint,
+    save_checkpoint,
+)
 from preceptor.train.loop import train
 
 
@@ -235,3 +240,14 @@ def test_slurm_starts_the_ranks(tmp_path):
         out, errors = rank.communicate()
         assert rank.returncode == 0, errors
         assert out.split()[-2:] == ["2", "3.0"]
+
+
+def test_an_option_younger_than_the_checkpoint_had_its_default_there():
+    ours = {"align": {"name": "mine", "method": "model_token", "tokens": 2, "alone": 0.0}}
+    stored = {"align": {"name": "mine", "method": "model_token", "tokens": 2}}
+    check_same_run(Path("last.pt"), stored, ours)
+    ours["align"]["alone"] = 0.5
+    with pytest.raises(ConfigError, match=r"align\.alone \(0\.0 there, 0\.5 here\)"):
+        check_same_run(Path("last.pt"), stored, ours)
+    stored["align"]["alone"] = 0.5
+    check_same_run(Path("last.pt"), stored, ours)
