@@ -180,13 +180,23 @@ def is_whole(path: Path, manifest: Manifest, layout: Layout, unit: str, shard: i
 
 
 def discard(path: Path, manifest: Manifest, unit: str, shard: int) -> None:
-    """Delete one shard of one unit, its record first; it is then pending again."""
+    """Delete one shard of one unit, its record first; it is then pending again.
+
+    Raises:
+        StoreError: nothing can be deleted there.
+    """
     directory = path / COMMITS / unit
+    arrays = Layout(manifest.plan).unit_arrays(unit).values()
     with directory_lock(directory):
-        (path / record_name(unit, shard)).unlink(missing_ok=True)
-        sync_directory(directory)
-        for spec in Layout(manifest.plan).unit_arrays(unit).values():
-            (path / spec.file(shard)).unlink(missing_ok=True)
+        try:
+            (path / record_name(unit, shard)).unlink(missing_ok=True)
+            sync_directory(directory)
+            for spec in arrays:
+                (path / spec.file(shard)).unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"shard {shard} of {unit} in {path} cannot be removed: {error.strerror}"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,16 @@ def remove_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the names in a directory durable.
+
+    Raises:
+        StoreError: the device fails.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be synced: {error.strerror}") from error
     finally:
         os.close(fd)
 

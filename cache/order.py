@@ -20,7 +20,8 @@ class EpochOrder:
     The groups of rows are permuted by (seed, epoch); the rows of that sequence are dealt to the
     ranks in equal contiguous parts; each part is cut into windows of whole batches, and the rows
     of a window are permuted by (seed, epoch, rank, window). Any step can be found without reading
-    those before it. At most ``world - 1`` rows an epoch are left out.
+    those before it. At most ``world - 1`` rows an epoch are left out, with
+    ``drop_last`` fewer than a batch of every rank more.
 
     Args:
         eligible: bool ``[rows]``: rows that may be read.

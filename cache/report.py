@@ -41,11 +41,14 @@ def info(config: Any) -> dict[str, Any]:
         raise ConfigError(f"picture={config.picture}: it is written as PNG, so name a .png file")
     found = describe(config.cache)
     print_tables(found)
-    if config.json is not None:
-        Path(config.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if config.picture is not None:
-        draw(config.cache, config.picture)
-        print(f"picture: {config.picture}")
+    try:
+        if config.json is not None:
+            Path(config.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        if config.picture is not None:
+            draw(config.cache, config.picture)
+            print(f"picture: {config.picture}")
+    except OSError as error:
+        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}") from error
     return found
 
 

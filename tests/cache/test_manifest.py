@@ -227,6 +227,19 @@ def test_records_and_completions_round_trip(files, key: str, sizes: list[int]) -
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokens", [1]), ("statistics", None), ("records", "ab"), ("exact", 1), ("sizes", {"a": [3]})],
+)
+def test_a_completion_that_the_document_s_schema_refuses_is_refused(
+    name: str, value: object
+) -> None:
+    body = json.loads(Completion("vit", "c", ("a",), {"x": (4,)}).to_bytes())
+    body.pop("sha256")
+    with pytest.raises(StoreError, match="here lacks or misstates a member"):
+        Completion.from_bytes(sealed({**body, name: value}), "here")
+
+
+@pytest.mark.parametrize(
     "raw", [b"", b"[]", b"{}", b"null", b"\xff", b'{"sha256": 1}', b"[" * 100000, b'"format"']
 )
 def test_what_is_no_document_is_refused(raw: bytes) -> None:

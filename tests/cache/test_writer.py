@@ -372,6 +372,14 @@ def test_what_cannot_be_removed_is_told(store: Path, monkeypatch: pytest.MonkeyP
         StoreWriter.open(store).drop("cnn")
 
 
+def test_a_shard_that_cannot_be_removed_is_told(store: Path) -> None:
+    """A folder in the record's place stands for a file system that is read-only."""
+    (store / "commits/vit/1.json").unlink()
+    (store / "commits/vit/1.json").mkdir()
+    with pytest.raises(StoreError, match=r"shard 1 of vit in .* cannot be removed: Is a directory"):
+        discard(store, StoreWriter.open(store).manifest, "vit", 1)
+
+
 def test_a_folder_that_takes_no_files_is_one_sentence(store: Path) -> None:
     discard(store, StoreWriter.open(store).manifest, "vit", 1)
     codes = store / "spaces/vit/patch/codes"

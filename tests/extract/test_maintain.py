@@ -237,6 +237,7 @@ def test_convert_then_repair_says_to_convert_again(
         ("drop", ["teacher=7"], "teacher=7: expected text"),
         ("info", ["json=/nowhere/x.json"], "json=/nowhere/x.json: there is no such folder"),
         ("info", ["picture=x.foo"], "name a .png file"),
+        ("info", ["json=/"], "/ cannot be written: Is a directory"),
         ("add", ["teachers={a: 3}"], "teachers.a needs a source"),
     ],
 )  # fmt: skip
