@@ -88,7 +88,9 @@ def convert_store(
     plan = _converted(cache.plan, chosen, encoding_name)
     root = local_path(out, "converting")
     report = fresh_report(root)  # of a verification that found damage
-    writer = StoreWriter.open_or_create(root, plan)
+    kept = {name for name, space in plan.spaces.items() if space.encoding == cache[name].encoding}
+    writer = StoreWriter.open_or_create(root, plan, kept)
+    plan = writer.plan
     for unit, shard in report.shards if report else ():
         discard(root, writer.manifest, unit, shard)
     for target in plan.spaces.values():
@@ -180,7 +182,7 @@ def _parts(
     if tokens.encoding == target.encoding:
         parts = tokens.restored().parts
     else:
-        z, how = tokens.standardised(), encoding(target.encoding)
+        z, how = tokens.standardised(), target.how
         if bad := how.refused(z):
             raise DataError(
                 f"token {bad[1]} of {target.id} in row {int(rows[bad[0]])} is too large for the "

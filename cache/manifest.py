@@ -15,7 +15,7 @@ from .documents import Json, digest, member, only, sealed, unsealed
 from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec, StorePlan, TeacherRecord
 
 FORMAT = "preceptor-cache"
-VERSIONS = (1, 2)  # that this program reads; a store states the least that it needs
+VERSIONS = (1, 2, 3)  # that this program reads; a store states the least that it needs
 MANIFEST = "manifest.json"
 
 
@@ -94,10 +94,10 @@ class Manifest:
         if name != FORMAT:
             raise StoreError(f"{where} states the format {name!r}, not {FORMAT!r}")
         if type(version) is not int or version not in VERSIONS:
-            known = " and ".join(map(str, VERSIONS))
             raise StoreError(
-                f"{where} has format version {version!r} and this program reads versions {known}: "
-                "use the preceptor release that wrote it, or a newer one"
+                f"{where} has format version {version!r} and this program reads versions "
+                f"{VERSIONS[0]} to {VERSIONS[-1]}: use the preceptor release that wrote it, or a "
+                "newer one"
             )
         body = unsealed(raw, where)
         try:

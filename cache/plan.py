@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from ..errors import StoreError
 from .documents import Json, canonical, difference, member, only, sides
-from .encodings import encoding
+from .encodings import Encoding, encoding
+from .encodings.compact import STEP
 from .views import INTERPOLATIONS
 
 ROWS = "rows"  # the unit that holds the facts about rows
@@ -38,6 +39,9 @@ class SpaceSpec:
         encoding: name of the encoding (see ``cache.encodings``).
         plain: codes are stored without a prediction though the encoding has one, as all stores of
             version 1 do.
+        step: where the encoding has one, as a part of a token's root mean square: a multiple of
+            1/128 below 1. It is stated in the manifest, so that a store is continued and repaired
+            with its own. None: none is stated and it is 1/8, as in all stores of versions 1 and 2.
     """
 
     teacher: str
@@ -47,10 +51,16 @@ class SpaceSpec:
     grid: tuple[int, int] | None
     encoding: str = "int8"
     plain: bool = False
+    step: float | None = STEP
 
     def __post_init__(self) -> None:
         _checked_name(self.teacher, "teacher")
         _checked_name(self.name, "space")
+        if self.step is not None and not _is_step(self.step):
+            raise StoreError(
+                f"space {self.id}: step must be a multiple of 1/128 between 0 and 1, not "
+                f"{self.step!r}"
+            )
         if self.tokens < 1 or self.dim < 1:
             raise StoreError(
                 f"space {self.id}: tokens and dim must be at least 1, not {self.tokens}, {self.dim}"
@@ -71,6 +81,31 @@ class SpaceSpec:
         """Whether its codes are stored as what a prediction leaves."""
         return encoding(self.encoding).predicts and not self.plain
 
+    @property
+    def how(self) -> Encoding:
+        """The encoding, with the step of this space."""
+        return encoding(self.encoding).with_step(self.step)
+
+    @property
+    def states_step(self) -> bool:
+        return encoding(self.encoding).step is not None and self.step is not None
+
+    @property
+    def version(self) -> int:
+        """The first version of the format that has such a space."""
+        if self.states_step:
+            return 3
+        return 2 if self.predicted else 1
+
+    def formed_as(self, other: SpaceSpec) -> SpaceSpec:
+        """The same in the form that another of its encoding has: predicted or not, and its step.
+
+        To encode, one form is as good as another; a store that was begun keeps the one it has.
+        """
+        if other.encoding != self.encoding:
+            return self
+        return replace(self, plain=other.plain, step=other.step)
+
     def as_json(self) -> Json:
         grid = None if self.grid is None else list(self.grid)
         return {
@@ -80,6 +115,7 @@ class SpaceSpec:
             "grid": grid,
             "encoding": self.encoding,
             **({"predicted": True} if self.predicted else {}),
+            **({"step": self.step} if self.states_step else {}),
         }
 
     @classmethod
@@ -90,14 +126,24 @@ class SpaceSpec:
             KeyError, TypeError, ValueError, StoreError: members that are missing or cannot be.
         """
         name, coding = member(entry, "name", str), member(entry, "encoding", str)
-        only(entry, ("name", "tokens", "dim", "grid", "encoding", "predicted", "calibration"))
+        only(
+            entry, ("name", "tokens", "dim", "grid", "encoding", "predicted", "step", "calibration")
+        )
         grid = None if entry["grid"] is None else sides(entry["grid"], "grid")
         predicted = entry.get("predicted", False)
         if type(predicted) is not bool or (predicted and not encoding(coding).predicts):
             raise ValueError(f"predicted is {predicted!r} in a space of the encoding {coding}")
         plain = encoding(coding).predicts and not predicted
+        steps = encoding(coding).step is not None
+        if "step" in entry and not (steps and _is_step(entry["step"])):
+            raise ValueError(f"step is {entry['step']!r} in a space of the encoding {coding}")
+        step = entry.get("step") if steps else STEP
         tokens, dim = member(entry, "tokens", int), member(entry, "dim", int)
-        return cls(teacher, name, tokens, dim, grid, coding, plain)
+        return cls(teacher, name, tokens, dim, grid, coding, plain, step)
+
+
+def _is_step(value: Json) -> bool:
+    return isinstance(value, float) and 0 < value < 1 and (value * 128).is_integer()
 
 
 @dataclass(frozen=True)
@@ -119,6 +165,19 @@ class TeacherRecord:
             raise StoreError(f"teacher {self.name}: needs at least one space and distinct names")
         if any(space.teacher != self.name for space in self.spaces):
             raise StoreError(f"teacher {self.name}: a space names another teacher")
+
+    def formed_as(self, other: TeacherRecord, kept: Collection[str] = ()) -> TeacherRecord:
+        """The same with its spaces in the forms that another record has of them.
+
+        Args:
+            kept: ids of spaces that keep their own form.
+        """
+        forms = {space.name: space for space in other.spaces}
+        spaces = (
+            space if space.id in kept else space.formed_as(forms.get(space.name, space))
+            for space in self.spaces
+        )
+        return replace(self, spaces=tuple(spaces))
 
     def as_json(self) -> Json:
         return {
@@ -223,7 +282,7 @@ class StorePlan:
     @property
     def version(self) -> int:
         """The first version of the format whose readers can read the store."""
-        return 2 if any(space.predicted for space in self.spaces.values()) else 1
+        return max((space.version for space in self.spaces.values()), default=1)
 
     def spaces_of(self, unit: str) -> tuple[SpaceSpec, ...]:
         """The spaces of a unit: none unless it is a teacher."""
@@ -257,11 +316,17 @@ class StorePlan:
         return {} if self.pixels is None else {PIXELS: self.pixels.as_json()}
 
 
-def plan_difference(store: StorePlan, ours: StorePlan) -> str | None:
-    """The first difference between the plan of a store and another plan, in words."""
+def plan_difference(store: StorePlan, ours: StorePlan, kept: Collection[str] = ()) -> str | None:
+    """The first difference between the plan of a store and another plan, in words.
+
+    The forms of spaces (``SpaceSpec.formed_as``) are the store's affair and no difference, but for
+    the spaces in ``kept``.
+    """
+    theirs = {teacher.name: teacher for teacher in store.teachers}
+    formed = (one.formed_as(theirs.get(one.name, one), kept) for one in ours.teachers)
 
     def whole(plan: StorePlan) -> Json:
         teachers = [teacher.as_json() for teacher in plan.teachers]
         return {**plan.rows_json(), **plan.pixels_json(), "teachers": teachers}
 
-    return difference(whole(store), whole(ours))
+    return difference(whole(store), whole(replace(ours, teachers=tuple(formed))))

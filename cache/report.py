@@ -15,7 +15,6 @@ from rich.table import Table
 from ..errors import ConfigError, StoreError
 from .commit import committed
 from .copies import best_completion, best_manifest
-from .encodings import encoding
 from .layout import Layout
 from .manifest import Manifest
 from .pictures import Panel, draw_panels, principal_colours
@@ -153,7 +152,7 @@ def _space(
     found: dict[str, Any] = {
         **spec.as_json(),
         "shape": [layout.plan.rows, spec.tokens, spec.dim],
-        "levels": encoding(spec.encoding).levels,
+        "levels": spec.how.levels,
         "bytes": stored,
     }
     if cache is not None and stored is not None:
@@ -188,7 +187,7 @@ def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float]
     tokens = space.read(rows)
     z = tokens.standardised()
     # An error spread evenly over [-b, b] has the mean square b^2 / 3.
-    square = encoding(space.encoding).bound(z).expand(z.shape).double() ** 2 / 3
+    square = space.spec.how.bound(z).expand(z.shape).double() ** 2 / 3
     # a zero of a rectified dimension, which is centred on zero, was stored as it was
     square = torch.where((z == 0) & (space.mean == 0), 0.0, square)
     x = (space.decode(tokens)).double()

@@ -16,7 +16,6 @@ from ..errors import DataError, StoreError
 from .commit import COMMITS, Commit, FileRecord, is_whole, read_commit, record_name
 from .copies import best_completion
 from .durable import Staged, directory_lock, make_directory, sync_directory, write_whole
-from .encodings import encoding
 from .encodings.base import to_numpy
 from .encodings.prediction import Prediction
 from .layout import ArraySpec, Layout, pad_to_chunks
@@ -177,7 +176,7 @@ class ShardWriter:
     ) -> None:
         frozen = {name: side.to(x.device) for name, side in self._calibrations[space.id].items()}
         z = (x - frozen["mean"]) / frozen["std"]
-        how = encoding(space.encoding)
+        how = space.how
         if bad := how.refused(z):
             row, token = bad
             finite = bool(torch.isfinite(x[row, token]).all())

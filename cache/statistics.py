@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .encodings import encoding
 from .encodings.prediction import Prediction, fitted, neighbours
 from .plan import SpaceSpec
 
@@ -155,7 +154,7 @@ def prediction_weights(
     weights = fitted(covariance, moments.count, rectified)
     if space.grid is not None:
         z = (tokens.detach().cpu().float().numpy() - mean) / std
-        codes = encoding(space.encoding).encode(z)["codes"]
+        codes = space.how.encode(z)["codes"]
         left = Prediction(weights, None).residuals(codes)
         np.fill_diagonal(weights, neighbours(left, space.grid, rectified))
     return weights

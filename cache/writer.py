@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,8 +45,13 @@ class StoreWriter:
         self._layout = Layout(manifest.plan)
 
     @classmethod
-    def open_or_create(cls, path: str | Path, plan: StorePlan) -> StoreWriter:
-        """Begin the store of a plan, or continue it.
+    def open_or_create(
+        cls, path: str | Path, plan: StorePlan, kept: Collection[str] = ()
+    ) -> StoreWriter:
+        """Begin the store of a plan, or continue it in the forms of encodings that it has.
+
+        Args:
+            kept: ids of spaces whose codes come from elsewhere: their form must be the plan's.
 
         Raises:
             StoreError: the store there was made by another configuration (both sides named), the
@@ -55,7 +60,7 @@ class StoreWriter:
         path = local_path(path, "writing")
         if (path / MANIFEST).exists():
             writer = cls.open(path)
-            if found := plan_difference(writer.manifest.plan, plan):
+            if found := plan_difference(writer.plan, plan, kept):
                 raise StoreError(
                     f"{path} was made by another configuration: {found}; give the configuration "
                     "that made it, or another path"
@@ -85,7 +90,7 @@ class StoreWriter:
                 sync_directory(path.parent)
                 remove_torn(path)  # of a process that died before there was a manifest
                 return cls(path, manifest)
-        return cls.open_or_create(path, plan)  # another process made it meanwhile
+        return cls.open_or_create(path, plan, kept)  # another process made it meanwhile
 
     @classmethod
     def open(cls, path: str | Path) -> StoreWriter:

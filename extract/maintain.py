@@ -139,9 +139,10 @@ def add(config: DictConfig) -> dict[str, Any]:
     _refuse_pending(writer, names)
     index, policy = _images(config, writer.plan)
     for record in records:
-        if record.name not in present:
+        there = present.get(record.name)
+        if there is None:
             writer.add(record)
-        elif found := difference(present[record.name].as_json(), record.as_json()):
+        elif found := difference(there.as_json(), record.formed_as(there).as_json()):
             raise StoreError(
                 f"{root} has another teacher {record.name} already: {found}; give this one "
                 "another name, or drop that one first"
@@ -267,7 +268,8 @@ def _refuse_other_teacher(
     theirs, mine = stored.as_json(), ours.as_json()
     for record in (theirs, mine):  # the encoding is the store's affair, not the teacher's
         record["spaces"] = [
-            {**space, "encoding": None, "predicted": None} for space in record["spaces"]
+            {**space, "encoding": None, "predicted": None, "step": None}
+            for space in record["spaces"]
         ]
         if not strict:
             record["identity"] = {}

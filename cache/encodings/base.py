@@ -48,12 +48,18 @@ class Encoding(ABC):
         levels: in words, for tables.
         limit: the largest |z| that can be encoded.
         predicts: whether its codes are stored as what a prediction leaves (see ``prediction``).
+        step: of its codes, as a part of a token's root mean square; None: they have none such.
     """
 
     name: str
     levels: str
     limit: float
     predicts: bool = False
+    step: float | None = None
+
+    def with_step(self, step: float | None) -> Encoding:
+        """The same with the step that a space states; None: it states none."""
+        return self
 
     @abstractmethod
     def components(self, tokens: int, dim: int) -> tuple[Component, ...]:

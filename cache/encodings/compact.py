@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 from .base import (
     LARGEST_SCALE,
@@ -20,22 +21,32 @@ from .base import (
 
 LEVELS = 127
 FILL = -128
-STEP = 0.125  # of the root mean square: a relative error of 1/8 / sqrt(12) = 3.6 %
+STEP = 15 / 128  # of the root mean square: a relative error of 15/128 / sqrt(12) = 3.4 %
+UNSTATED_STEP = 1 / 8  # of stores of versions 1 and 2
 
 
 class Compact(Encoding):
-    """scale = max(1/8 rms(z), max|z| / 127) rounded up to float16; code = z / scale rounded.
+    """scale = max(step rms(z), max|z| / 127) rounded up to float16; code = z / scale rounded.
 
     The step follows each token's root mean square, not its largest value, so every token has
     about the same relative error, step / sqrt(12), whatever its outliers. Most codes need under
     6 bits. What is stored is what their prediction leaves (``prediction``), channels first and
-    compressed with Zstandard.
+    compressed with Zstandard. Decoding does not need the step: every token has its scale.
+
+    Args:
+        step: a multiple of 1/128, which float32 holds exactly.
     """
 
     name = "compact"
-    levels = "steps of 1/8 rms, zstd"
     limit = LEVELS * LARGEST_SCALE
     predicts = True
+
+    def __init__(self, step: float = STEP) -> None:
+        self.step: float = step
+        self.levels = f"steps of {Fraction(step)} rms, zstd"
+
+    def with_step(self, step: float | None) -> Compact:
+        return Compact(UNSTATED_STEP if step is None else step)
 
     def components(self, tokens: int, dim: int) -> tuple[Component, ...]:
         return (
@@ -54,7 +65,7 @@ class Compact(Encoding):
         unit = z / xp.where(peak > 0, peak, xp.ones_like(peak))
         total = folded_sum(unit * unit)
         rms = peak * xp.sqrt(total / xp.full_like(total, z.shape[-1]))
-        step = xp.maximum(rms * STEP, peak / xp.full_like(peak, LEVELS))
+        step = xp.maximum(rms * self.step, peak / xp.full_like(peak, LEVELS))
         return round_up_to_half(xp.clip(step, SMALLEST_SCALE, LARGEST_SCALE))
 
     def decode(self, parts: Mapping[str, Array], dim: int) -> Array:

@@ -2,6 +2,7 @@
 
 python tests/cache/make_golden.py 1 tests/cache/golden
 python tests/cache/make_golden.py 2 tests/cache/golden_2
+python tests/cache/make_golden.py 3 tests/cache/golden_3
 """
 
 from __future__ import annotations
@@ -25,20 +26,27 @@ SPACES = {
     1: (
         SpaceSpec("vit", "patch", 2, 5, (1, 2), "int8"),
         SpaceSpec("vit", "cls", 1, 3, None, "fp16"),
-        SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact", plain=True),
+        SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact", plain=True, step=None),
         SpaceSpec("vit", "small", 1, 9, None, "int4"),
     ),
     2: (
-        SpaceSpec("vit", "patch", 12, 10, (3, 4), "compact"),
-        SpaceSpec("vit", "cls", 1, 3, None, "compact"),
-        SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact", plain=True),
+        SpaceSpec("vit", "patch", 12, 10, (3, 4), "compact", step=None),
+        SpaceSpec("vit", "cls", 1, 3, None, "compact", step=None),
+        SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact", plain=True, step=None),
+        SpaceSpec("vit", "small", 1, 9, None, "int8"),
+    ),
+    3: (
+        SpaceSpec("vit", "patch", 12, 10, (3, 4), "compact", step=15 / 128),
+        SpaceSpec("vit", "cls", 1, 3, None, "compact", step=None),
+        SpaceSpec("vit", "dense", 2, 4, (2, 1), "compact", plain=True, step=40 / 128),
         SpaceSpec("vit", "small", 1, 9, None, "int8"),
     ),
 }
 
 
-def main() -> None:
-    spaces, path = SPACES[int(sys.argv[1])], Path(sys.argv[2])
+def write(version: int, path: Path) -> None:
+    """The store of a version at ``path/store``, and what it decodes to."""
+    spaces = SPACES[version]
     rng = np.random.default_rng(2024)
     plan = StorePlan(
         samples={"count": 5, "sha256": "0" * 64, "shards": []},
@@ -83,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(int(sys.argv[1]), Path(sys.argv[2]))

@@ -24,9 +24,10 @@ from preceptor.benchmarks.small_store import (
     some_weights,
     tokens,
 )
-from preceptor.cache import Cache, StorePlan, StoreWriter
+from preceptor.cache import Cache, StorePlan, StoreWriter, TeacherRecord
 from preceptor.cache.convert import convert_store
 from preceptor.cache.encodings import encoding
+from preceptor.cache.encodings.compact import Compact
 from preceptor.cache.report import draw
 from preceptor.cache.verify import verify_store
 from preceptor.errors import ConfigError, StoreError
@@ -153,6 +154,51 @@ def test_weights_are_kept_and_never_fitted_twice(tmp_path: Path) -> None:
     bound = encoding("compact").bound(space.read([0, 1]).standardised())
     error = found.read([0, 1]).standardised() - space.read([0, 1]).standardised()
     assert (error.abs() <= bound).all()
+
+
+def earlier() -> TeacherRecord:
+    """The small store's teacher ``cnn`` of a release that stated no step."""
+    spaces = tuple(replace(space, step=None) for space in TEACHERS[1].spaces)
+    return replace(TEACHERS[1], spaces=spaces)
+
+
+def test_codes_that_are_copied_keep_their_step(tmp_path: Path) -> None:
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    extract(old, earlier())
+    extract(new, TEACHERS[1])
+    assert [Cache.open(path)["cnn/patch"].spec.step for path in (old, new)] == [None, 15 / 128]
+    convert_store(old, out, "fp16", ["cnn/cls"])
+    assert Cache.open(out)["cnn/patch"].spec.step is None
+    name = "spaces/cnn/patch/codes/c.0.0.0"
+    assert contents(out)[name] == contents(old)[name] != contents(new)[name]
+    before = contents(out)
+    with pytest.raises(StoreError, match=r"another configuration: only this.*patch\]\.step"):
+        convert_store(new, out, "fp16", ["cnn/cls"])
+    assert contents(out) == before
+
+
+def test_a_conversion_that_an_earlier_release_began_goes_on_as_it_was_begun(
+    store: Path, tmp_path: Path
+) -> None:
+    out, plan = tmp_path / "out", replace_encoding(store, "vit/patch")
+    begun = [
+        replace(one, spaces=tuple(replace(s, step=None) for s in one.spaces))
+        if one.name == "vit"
+        else one
+        for one in plan.teachers
+    ]
+    StoreWriter.open_or_create(out, replace(plan, teachers=tuple(begun)))
+    convert_store(store, out, "compact", ["vit/patch"])
+    good, found = contents(out), Cache.open(out)["vit/patch"]
+    assert found.spec.step is None
+    z = Cache.open(store)["vit/patch"].read([0, 9]).standardised()
+    ours, theirs = found.read([0, 9]).restored().parts, Compact(1 / 8).encode(z)
+    assert all(torch.equal(part, theirs[name]) for name, part in ours.items())
+    assert not torch.equal(theirs["scales"], encoding("compact").encode(z)["scales"])
+    flip(out / "spaces/vit/patch/codes/c.1.0.0", np.random.default_rng(0))
+    verify_store(out).save()
+    convert_store(store, out, "compact", ["vit/patch"])
+    assert contents(out) == good
 
 
 def replace_encoding(source: Path, name: str) -> StorePlan:

@@ -116,7 +116,30 @@ def test_int8_is_the_formula_in_float64() -> None:
     assert ((parts["codes"] == expected) | near_half).all()
 
 
-@pytest.mark.parametrize(("name", "worst"), [("fp16", 0.0005), ("int8", 0.01), ("compact", 0.037)])
+@pytest.mark.parametrize("step", [15 / 128, 1 / 8, 3 / 128, None])
+@settings(max_examples=25, deadline=None)
+@given(z=adversarial())
+def test_compact_is_the_formula_in_float64(step: float | None, z: np.ndarray) -> None:
+    how = encoding("compact").with_step(step)
+    parts, exact = how.encode(z), z.astype(np.float64)
+    part = 1 / 8 if step is None else step
+    wanted = np.maximum(part * np.sqrt((exact**2).mean(-1)), np.abs(exact).max(-1) / 127)
+    wanted = np.clip(wanted, 2.0**-24, 65504)
+    scales = parts["scales"].astype(np.float64)
+    below = np.nextafter(parts["scales"], np.float16(0)).astype(np.float64)
+    # the least half that is not below, but for the rounding of a few float32 operations
+    assert (scales >= wanted * (1 - 1e-6)).all()
+    assert (below < wanted * (1 + 1e-6)).all()
+    exact /= scales[..., None]
+    near_half = np.abs(np.abs(exact) % 1 - 0.5) < 1e-4
+    assert ((parts["codes"] == np.clip(np.rint(exact), -127, 127)) | near_half).all()
+    in_torch = how.encode(torch.from_numpy(z))
+    assert all(part.tobytes() == in_torch[n].numpy().tobytes() for n, part in parts.items())
+    decoded = how.decode(parts, z.shape[-1])
+    assert decoded.tobytes() == encoding("compact").decode(parts, z.shape[-1]).tobytes()
+
+
+@pytest.mark.parametrize(("name", "worst"), [("fp16", 0.0005), ("int8", 0.01), ("compact", 0.0345)])
 def test_relative_error_of_gaussian_tokens(name: str, worst: float) -> None:
     z = np.random.default_rng(1).standard_normal((2, 64, 384)).astype(np.float32)
     decoded = encoding(name).decode(encoding(name).encode(z), 384)

@@ -10,11 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import jsonschema
+import make_golden
 import numpy as np
 import pytest
 import tensorstore
@@ -23,9 +25,12 @@ from preceptor.benchmarks.small_store import extract
 from preceptor.cache import Cache
 from preceptor.cache.encodings import ENCODINGS
 from preceptor.cache.layout import Layout
-from small_stores import CORRUPT, ROWS, tokens_of
+from small_stores import CORRUPT, ROWS, SPACES, make_plan, tokens_of, write_store
 
-GOLDEN = {1: Path(__file__).parent / "golden", 2: Path(__file__).parent / "golden_2"}
+GOLDEN = {
+    version: Path(__file__).parent / name
+    for version, name in ((1, "golden"), (2, "golden_2"), (3, "golden_3"))
+}
 DOCUMENT = (Path(__file__).parents[2] / "cache_format.md").read_text()
 VALID = np.array([row for row in range(ROWS) if row not in CORRUPT])
 
@@ -105,8 +110,8 @@ def scale(y: np.float32) -> np.float16:
     return up16(min(max(y, np.float32(2.0**-24)), np.float32(65504)))
 
 
-def encode(name: str, z: np.ndarray) -> tuple[np.ndarray, Any]:
-    """Codes and scales of one token, float32 ``[D]``."""
+def encode(name: str, z: np.ndarray, h: float = 0.125) -> tuple[np.ndarray, Any]:
+    """Codes and scales of one token, float32 ``[D]``; h: the step that the space states."""
     f32 = np.float32
     p = f32(np.abs(z).max())
     if name == "fp16":
@@ -123,7 +128,7 @@ def encode(name: str, z: np.ndarray) -> tuple[np.ndarray, Any]:
         q = [*(u * u), *[f32(0)] * (2 ** int(np.ceil(np.log2(len(u)))) - len(u))]
         while len(q) > 1:
             q = [a + b for a, b in zip(q[: len(q) // 2], q[len(q) // 2 :], strict=True)]
-        step = max(p * np.sqrt(q[0] / f32(len(u))) / f32(8), step)
+        step = max(p * np.sqrt(q[0] / f32(len(u))) * f32(h), step)
     s = scale(step)
     return np.clip(np.rint(z / f32(s)), -127, 127).astype(np.int8), s
 
@@ -154,12 +159,25 @@ def test_the_golden_store_is_read(version: int) -> None:
     assert cache.valid.tolist() == expected["valid"]
     used = {space.encoding for space in cache.spaces.values()}
     assert used == (set(ENCODINGS) if version == 1 else {"compact", "int8"})
-    forms = {space.spec.predicted for space in cache.spaces.values() if space.encoding == "compact"}
-    assert forms == ({False} if version == 1 else {False, True})
+    specs = [space.spec for space in cache.spaces.values() if space.encoding == "compact"]
+    assert {spec.predicted for spec in specs} == ({False} if version == 1 else {False, True})
+    assert {spec.step for spec in specs} == ({15 / 128, 40 / 128, None} if version == 3 else {None})
     for name, values in expected["decoded"].items():
         tokens = cache[name].read(np.flatnonzero(cache.valid))
         assert (cache[name].decode(tokens).numpy() == np.array(values)).all(), name
         assert cache[name].statistics().count == 4 * cache[name].spec.tokens
+
+
+@EACH_VERSION
+def test_a_store_of_an_earlier_release_is_encoded_as_it_was(version: int, tmp_path: Path) -> None:
+    make_golden.write(version, tmp_path)
+    for space in make_golden.SPACES[version]:
+        for part in ("codes", "scales") if space.encoding != "fp16" else ("codes",):
+            ours, theirs = (
+                by_zarr(root / "store/spaces" / space.id / part)
+                for root in (tmp_path, GOLDEN[version])
+            )
+            assert ours.tobytes() == theirs.tobytes(), (space.id, part)
 
 
 @READERS
@@ -173,13 +191,23 @@ def test_a_store_decodes_by_the_document_to_what_the_reader_gives(
         assert ours.tobytes() == theirs.tobytes(), name
 
 
-def test_the_document_s_encoders_give_the_stored_bits(finished: Path) -> None:
+@pytest.mark.parametrize("step", [15 / 128, None])
+def test_the_document_s_encoders_give_the_stored_bits(
+    finished: Path, tmp_path: Path, step: float | None
+) -> None:
+    if step is None:  # as stores of version 2 have it
+        finished = tmp_path / "store"
+        write_store(finished, make_plan([replace(space, step=None) for space in SPACES]))
     cache = Cache.open(finished)
+    version = json.loads((finished / "manifest.json").read_text())["version"]
+    assert version == (2 if step is None else 3)
     for name, space in cache.spaces.items():
+        entry = json.loads((finished / "spaces" / name / "zarr.json").read_text())["attributes"]
+        assert entry.get("step") == (step if space.encoding == "compact" else None)
         tokens = space.read(VALID[:3])
         z = (tokens_of(space.spec, VALID[:3]) - space.mean.numpy()) / space.std.numpy()
         for row in range(3):
-            pairs = [encode(space.encoding, token) for token in z[row]]
+            pairs = [encode(space.encoding, token, entry.get("step", 0.125)) for token in z[row]]
             codes = np.stack([pair[0] for pair in pairs])
             if space.spec.predicted:
                 weights = by_zarr(finished / "spaces" / name / "weights")
@@ -200,7 +228,7 @@ def canonical_sha256(document: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("kind", ["golden 1", "golden 2", "fresh", "pixels"])
+@pytest.mark.parametrize("kind", ["golden 1", "golden 2", "golden 3", "fresh", "pixels"])
 def test_hashes_and_checksums_are_those_of_the_document(
     kind: str, finished: Path, tmp_path: Path
 ) -> None:
@@ -264,7 +292,7 @@ def check_file(root: Path, path: str, shard: int, entry: dict[str, Any]) -> None
 
 
 def test_the_document_names_every_array_and_encoding() -> None:
-    layout = Layout(Cache.open(GOLDEN[2] / "store").plan)
+    layout = Layout(Cache.open(GOLDEN[3] / "store").plan)
     for name in [*layout.row_arrays(), "codes", "scales", "mean", "std", "weights", "covariance"]:
         assert name in DOCUMENT
     for name in ENCODINGS:

@@ -21,7 +21,7 @@ from preceptor.cache.documents import canonical, difference, digest, sealed
 from preceptor.cache.encodings import ENCODINGS
 from preceptor.cache.manifest import Calibration, Manifest
 from preceptor.cache.mend import repair_store
-from preceptor.cache.plan import SpaceSpec, StorePlan, TeacherRecord
+from preceptor.cache.plan import SpaceSpec, StorePlan, TeacherRecord, plan_difference
 from preceptor.cache.rows import decode_keys
 from preceptor.cache.verify import verify_store
 from preceptor.errors import StoreError
@@ -52,7 +52,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
             tokens = grid[0] * grid[1] if grid else 1
             dim, how = draw(st.integers(1, 2000)), draw(st.sampled_from(list(ENCODINGS)))
             plain = draw(st.booleans()) and how == "compact"
-            spaces.append(SpaceSpec(name, space, tokens, dim, grid, how, plain))
+            step = draw(st.none() | st.integers(1, 127).map(lambda k: k / 128))
+            spaces.append(SpaceSpec(name, space, tokens, dim, grid, how, plain, step))
             if draw(st.booleans()):
                 calibrations[spaces[-1].id] = Calibration(draw(st.integers(1, 99)), draw(HEX))
         identity = draw(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
@@ -91,22 +92,53 @@ def edited(manifest: Manifest, **changes: object) -> bytes:
     return sealed({**body, "version": version})
 
 
+def forms() -> list[Manifest]:
+    """The same store as versions 1, 2 and 3 have it."""
+    second = [replace(space, step=None) for space in SPACES]
+    first = [replace(space, plain=space.encoding == "compact") for space in second]
+    assert not any(space.predicted for space in first)
+    return [Manifest(make_plan(spaces)) for spaces in (first, second, SPACES)]
+
+
 def test_a_store_states_the_least_version_that_reads_it() -> None:
-    plain = [replace(space, plain=space.encoding == "compact") for space in SPACES]
-    assert not any(space.predicted for space in plain)
-    old, new = Manifest(make_plan(plain)), Manifest(make_plan())
-    assert [json.loads(one.to_bytes())["version"] for one in (old, new)] == [1, 2]
-    assert old.configuration("rows") == new.configuration("rows")
-    assert old.configuration("vit") == new.configuration("vit")
-    assert old.configuration("cnn") != new.configuration("cnn")
-    assert Manifest.from_bytes(edited(old, predicted=True, version=2), "here").plan == new.plan
+    first, second, third = forms()
+    assert [json.loads(m.to_bytes())["version"] for m in (first, second, third)] == [1, 2, 3]
+    for unit, distinct in (("rows", 1), ("vit", 1), ("cnn", 3)):
+        assert len({m.configuration(unit) for m in (first, second, third)}) == distinct
+
+    def again(manifest: Manifest, **changes: object) -> SpaceSpec:
+        return Manifest.from_bytes(edited(manifest, **changes), "here").plan.spaces["cnn/map"]
+
+    assert again(first, predicted=True, version=2) == second.plan.spaces["cnn/map"]
+    assert again(second, step=0.1171875, version=3) == third.plan.spaces["cnn/map"]
+    assert third.plan.spaces["cnn/map"].step == 15 / 128
+
+
+def test_the_form_of_an_encoding_is_the_store_s_affair() -> None:
+    for store in forms():
+        for ours in forms():
+            assert plan_difference(store.plan, ours.plan) is None
+            found = plan_difference(store.plan, ours.plan, kept=["cnn/map"])
+            assert (found is None) == (store == ours)
+    other = [replace(space, dim=8) if space.name == "map" else space for space in SPACES]
+    assert "dim is 9 in the store" in str(plan_difference(forms()[1].plan, make_plan(other)))
+    other = [replace(space, encoding="int8") if space.name == "map" else space for space in SPACES]
+    assert "encoding" in str(plan_difference(forms()[1].plan, make_plan(other)))
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"version": 1}, "version is 1 and should be 2"),
-        ({"version": 3}, "reads versions 1 and 2"),
+        ({"version": 1}, "version is 1 and should be 3"),
+        ({"version": 2}, "version is 2 and should be 3"),
+        ({"version": 4}, "reads versions 1 to 3"),
+        ({"step": 0.1}, "step is 0.1 in a space"),
+        ({"step": 0.0}, "step is 0.0"),
+        ({"step": 1}, "step is 1 "),
+        ({"step": True}, "step is True"),
+        ({"step": None}, "step is None"),
+        ({"step": "1/8"}, "step is '1/8'"),
+        ({"encoding": "int8", "predicted": False}, "step is 0.1171875 in a space of the encoding"),
         ({"predicted": "yes"}, "predicted is 'yes'"),
         ({"encoding": "int8"}, "predicted is True in a space of the encoding int8"),
         ({"encoding": "int5"}, "no encoding 'int5'"),
@@ -251,7 +283,7 @@ def test_what_is_no_document_is_refused(raw: bytes) -> None:
 def test_the_configuration_hash_is_the_documented_one() -> None:
     manifest = Manifest(make_plan())
     body = json.loads(manifest.to_bytes())
-    assert body["version"] == 2
+    assert body["version"] == 3
     members = ("format", "samples", "views", "rows", "shard_rows", "group_rows", "key_bytes")
     rows = {"version": 1, **{name: body[name] for name in members}}
     text = json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()
@@ -292,6 +324,9 @@ def test_impossible_plans_are_refused() -> None:
         SpaceSpec("vit", "patch", 5, 8, (2, 2))
     with pytest.raises(StoreError, match="does not hold 5 tokens"):
         SpaceSpec("vit", "cls", 5, 8, None)
+    for step in (0.1, 0, 1.0, -0.5):
+        with pytest.raises(StoreError, match=r"multiple of 1/128 between 0 and 1"):
+            SpaceSpec("vit", "cls", 1, 8, None, "compact", step=step)
     with pytest.raises(StoreError, match="multiple"):
         make_plan(shard_rows=1000, group_rows=32)
     with pytest.raises(StoreError, match="at least one row"):

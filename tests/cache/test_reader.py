@@ -301,7 +301,7 @@ def test_another_format_or_version_is_refused(store: Path) -> None:
     manifest = store / "manifest.json"
     body = json.loads(manifest.read_text())
     for member, value, words in (
-        ("version", 3, "format version 3 and this program reads versions 1 and 2"),
+        ("version", 4, "format version 4 and this program reads versions 1 to 3"),
         ("format", "other", "states the format 'other'"),
     ):
         manifest.write_text(json.dumps({**body, member: value}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import webdataset
 from PIL import Image
 from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import contents, restore
-from preceptor.cache import Cache
+from preceptor.cache import Cache, StoreWriter
+from preceptor.cache.plan import TeacherRecord
 from preceptor.cli import main
 from preceptor.extract.live import _levels
 
@@ -115,6 +117,74 @@ def test_verify_names_the_damage_and_repair_extracts_exactly_that(
     assert contents(store) == good
     assert all((store / n).stat().st_mtime_ns == time for n, time in untouched.items())
     assert not Path(f"{store}.verify.json").exists()
+    assert main(["verify", f"cache={store}"]) == 0
+
+
+def earlier(teacher: TeacherRecord, *, plain: bool) -> TeacherRecord:
+    """The record that releases made which stated no step, or none and no prediction."""
+    spaces = (replace(s, plain=plain and s.predicted, step=None) for s in teacher.spaces)
+    return replace(teacher, spaces=tuple(spaces))
+
+
+@pytest.mark.parametrize(("plain", "version"), [(True, 1), (False, 2)])
+def test_a_store_begun_by_an_earlier_release_goes_on_as_it_was_begun(
+    plain: bool, version: int, shards: str, configs: Path, store: Path, tmp_path: Path
+) -> None:
+    begun, tiny = tmp_path / "begun", ("--config-dir", str(configs), "teachers=tiny")
+    plan = Cache.open(store).plan
+    assert plan.version == 3
+    forms = tuple(earlier(teacher, plain=plain) for teacher in plan.teachers)
+    StoreWriter.open_or_create(begun, replace(plan, teachers=forms))
+    assert run("extract", begun, shards, *tiny) == 0
+    good, manifest = contents(begun), json.loads((begun / "manifest.json").read_text())
+    assert manifest["version"] == version
+    assert all("step" not in s for t in manifest["teachers"] for s in t["spaces"])
+    assert eighths(begun, "vit/patch")
+    assert not eighths(store, "vit/patch")
+
+    flip(begun / "spaces/vit/patch/codes/c.1.0.0", np.random.default_rng(0))
+    (begun / "spaces/vit/cls/scales/c.2.0").unlink()
+    assert main(["verify", f"cache={begun}"]) == 1
+    assert run("repair", begun, shards, *tiny) == 0
+    assert contents(begun) == good
+    (begun / "commits/vit/0.json").unlink()
+    assert run("extract", begun, shards, *tiny) == 0
+    assert contents(begun) == good
+    assert run("verify", begun, shards, *tiny, "sample=8") == 0
+    live = json.loads((tmp_path / "begun.verify.json").read_text())["live"]["spaces"]["vit/patch"]
+    assert live["expected_standardised"] == pytest.approx(1 / 8 / 12**0.5, rel=0.02)
+    assert live["relative_error_standardised"] == pytest.approx(1 / 8 / 12**0.5, rel=0.1)
+    assert main(["info", f"cache={begun}", f"json={tmp_path / 'info.json'}"]) == 0
+    told = json.loads((tmp_path / "info.json").read_text())["spaces"]["vit/patch"]
+    assert told["levels"] == "steps of 1/8 rms, zstd"
+
+
+def eighths(store: Path, name: str) -> bool:
+    """Whether scales are an eighth of the root mean square of tokens, rather than 15/128 of it."""
+    cache = Cache.open(store)
+    tokens = cache[name].read(np.flatnonzero(cache.valid))
+    assert tokens.scales is not None
+    rms = tokens.standardised().double().square().mean(-1).sqrt()
+    part = float((tokens.scales.double() / rms).median())
+    assert min(abs(part - 1 / 8), abs(part - 15 / 128)) < 0.001
+    return abs(part - 1 / 8) < 0.001
+
+
+def test_a_teacher_that_an_earlier_release_was_adding_is_added_as_it_began(
+    shards: str, store: Path, tmp_path: Path
+) -> None:
+    third = f"teachers={{third: {{source: '{CALL}:vit', encoding: compact}}}}"
+    now = tmp_path / "now"
+    shutil.copytree(store, now)
+    assert run("add", now, shards, third) == 0
+    record = Cache.open(now).plan.teacher("third")
+    StoreWriter.open(store).add(earlier(record, plain=False))
+    assert run("add", store, shards, third) == 0
+    assert {space.step for space in record.spaces} == {15 / 128}
+    assert {space.step for space in Cache.open(store).plan.teacher("third").spaces} == {None}
+    assert eighths(store, "third/patch")
+    assert not eighths(now, "third/patch")
+    assert not eighths(store, "vit/patch")
     assert main(["verify", f"cache={store}"]) == 0
 
 
