@@ -316,7 +316,7 @@ def table(title: str, encodings: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Error and cosine against size; a mark an encoding, a line a space with a grid."""
+    """Error and cosine against size; a mark an encoding, a colour a space with a grid."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.8), layout="constrained")
@@ -327,20 +327,18 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         if not grids:
             continue
         colour = f"C{number // 2}"
-        order = sorted(grids, key=lambda name: grids[name]["bytes_vs_fp16"])
-        for axis, values in (
-            (left, [100 * grids[n]["relative_error_standardised"] for n in order]),
-            (right, [1 - grids[n]["p1_cosine_standardised"] for n in order]),
-        ):
-            sizes = [grids[n]["bytes_vs_fp16"] for n in order]
-            label = f"{title}, {grids[order[0]]['shape'][1]} x {grids[order[0]]['shape'][2]}"
-            axis.plot(sizes, values, color=colour, linewidth=0.8, label=label)
-            for name, size, value in zip(order, sizes, values, strict=True):
-                axis.plot(size, value, marks[name], color=colour, markersize=6)
+        _, tokens, dim = next(iter(grids.values()))["shape"]
+        right.plot([], [], color=colour, linewidth=5, label=f"{title}, {tokens} x {dim}")
+        for name, one in grids.items():
+            cosine = min(one["p1_cosine"], one["p1_cosine_standardised"])
+            error = 100 * one["relative_error_standardised"]
+            for axis, value in ((left, error), (right, 1 - cosine)):
+                size = one["bytes_vs_fp16"]
+                axis.plot(size, value, marks[name], color=colour, markersize=6, alpha=0.8)
     left.axhline(1, color="0.6", linestyle=":", linewidth=1)
     right.axhline(1e-3, color="0.6", linestyle=":", linewidth=1)
     left.set_ylabel("relative error, standardised tokens (%)")
-    right.set_ylabel("1 - cosine, worst percentile of tokens")
+    right.set_ylabel("1 - cosine, worst percentile of tokens\n(raw or standardised, the larger)")
     for axis in (left, right):
         axis.set_yscale("log")
         axis.set_xlabel("bytes, as a share of half floats")
