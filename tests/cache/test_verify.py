@@ -156,3 +156,17 @@ def test_files_larger_than_a_block_are_checked_whole(tmp_path: Path) -> None:
         "group 0 is not what was committed",
         "group 1 is not what was committed",
     ]
+
+
+def test_metadata_may_be_laid_out_otherwise_but_not_cut(
+    good: dict[str, bytes], tmp_path: Path
+) -> None:
+    path, name = tmp_path / "store", "spaces/vit/zarr.json"
+    restore(path, good)
+    (path / name).write_text(json.dumps(json.loads(good[name])), encoding="utf-8")
+    assert verify_store(path).whole
+    (path / name).write_bytes(good[name][:-1])  # JSON of the same meaning all the same
+    report = verify_store(path)
+    assert [problem.file for problem in report.problems] == [name]
+    repair_store(path, report.shards, fill)
+    assert contents(path) == good
