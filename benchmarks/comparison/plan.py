@@ -15,7 +15,7 @@ from .bed import Bed
 
 PRECISIONS = ("bf16-mixed", "32-true")
 PRECISION = PRECISIONS[0]
-"""What students are trained in on a GPU; a CPU with bfloat16 products takes half the time too."""
+"""What students are trained in on a GPU; a CPU with bfloat16 products is faster by it too."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Plan:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Where students are trained: PyTorch's fused attention for CPUs takes some twenty times as
-        long backwards in bfloat16 as in float32 (2.14), the plain one does not."""
+        """Where students are trained: PyTorch's fused attention for CPUs (2.14) takes five times as
+        long backwards in bfloat16 as in float32, and eight times as long as the plain one."""
         with sdpa_kernel(SDPBackend.MATH):
             yield
 
