@@ -13,7 +13,7 @@ import torch
 from ..errors import StoreError
 from .buffers import BufferPool
 from .encodings.prediction import Prediction
-from .gather import Destination, Gatherer, GroupRows, Task, by_group, holes, tasks
+from .gather import Destination, Gatherer, GroupRows, Task, by_group, tasks
 from .layout import Layout
 from .order import EpochOrder
 from .plan import PIXELS, SpaceSpec
@@ -182,12 +182,6 @@ class BatchIterator(Iterator[Batch]):
         tokens = {}
         for space, place in window.spaces.items():
             parts = place.pop(number)
-            for at, array in holes(place.arrays, parts).items():
-                error = self._gatherer.chunks.hole(place.unit, int(rows[at]), array)
-                if not self._keep_going:
-                    self.close()
-                    raise error
-                damaged.setdefault(at, str(error))
             tokens[space.id] = Tokens.from_parts(
                 parts, space.encoding, space.dim, self._predictions[space.id]
             )
@@ -204,12 +198,23 @@ class BatchIterator(Iterator[Batch]):
             for group, error in window.failed:
                 for place in group.places.tolist():
                     window.damaged.setdefault(place, str(error))
+            self._look_for_holes(window)
         except BaseException:
             self.close()
             raise
         window.reads.clear()
         self._base = self._step
         self._current = window
+
+    def _look_for_holes(self, window: _Window) -> None:
+        for destination in window.spaces.values():
+            for place, array in destination.holes().items():
+                if place in window.damaged:  # was not read, so what is there means nothing
+                    continue
+                error = self._gatherer.chunks.hole(destination.unit, int(window.rows[place]), array)
+                if not self._keep_going:
+                    raise error
+                window.damaged[place] = str(error)
 
     def close(self) -> None:
         """Stop reading ahead; no further batch comes."""

@@ -110,6 +110,25 @@ class Destination:
             here = batches == batch
             buffers[batch][within[here]] = values[here]
 
+    def holes(self) -> dict[int, str]:
+        """The rows that were never written, by place, and an array that shows it.
+
+        No encoded row has the fill value for its first one; pixels alone have no value to spare.
+        """
+        found: dict[int, str] = {}
+        for name, spec in self.arrays.items():
+            if spec.path == PIXELS:
+                continue
+            width = np.dtype(spec.dtype).itemsize
+            start = 0
+            for buffer in self._bytes[name]:
+                first = buffer[:, :width].view(spec.dtype)[:, 0]
+                empty = np.isnan(first) if isinstance(spec.fill, float) else first == spec.fill
+                if empty.any():
+                    found |= {start + at: spec.path for at in np.flatnonzero(empty).tolist()}
+                start += len(buffer)
+        return found
+
     def pop(self, batch: int) -> dict[str, torch.Tensor]:
         """The arrays of one batch; the destination lets go of them."""
         parts = {name: buffers[batch] for name, buffers in self._parts.items()}
@@ -118,22 +137,6 @@ class Destination:
             if batch < len(self._bytes[name]):
                 self._bytes[name][batch] = None  # type: ignore[call-overload]
         return parts
-
-
-def holes(arrays: Mapping[str, ArraySpec], parts: Mapping[str, torch.Tensor]) -> dict[int, str]:
-    """The rows that were never written, by place, and an array that shows it.
-
-    No encoded row has the fill value for its first one; pixels alone have no value to spare.
-    """
-    found: dict[int, str] = {}
-    for name, spec in arrays.items():
-        if spec.path == PIXELS or not len(parts[name]):
-            continue
-        first = parts[name].flatten(1)[:, 0]
-        unwritten = first.isnan() if isinstance(spec.fill, float) else first == spec.fill
-        if bool(unwritten.any()):
-            found |= {place: spec.path for place in unwritten.nonzero()[:, 0].tolist()}
-    return found
 
 
 class Gatherer:

@@ -73,17 +73,15 @@ class EpochOrder:
         end = min(start + self.window_rows, self._first + self.rows)
         first = int(np.searchsorted(self._ends, start, "right"))
         last = int(np.searchsorted(self._ends, end, "left"))
-        parts = [self._rows_of(int(group)) for group in self._groups[first : last + 1]]
-        rows = np.concatenate(parts)
-        skipped = start - (int(self._ends[first]) - len(parts[0]))
-        rows = rows[skipped : skipped + end - start]
+        groups = self._groups[first : last + 1]
+        rows = (groups[:, None] * self._group_rows + np.arange(self._group_rows)).ravel()
+        rows = rows[rows < len(self._eligible)]
+        rows = rows[self._eligible[rows]]
+        before = int(self._ends[first - 1]) if first else 0
+        rows = rows[start - before : end - before]
         if self._shuffle:
             rows = rows[permutation(len(rows), *self._key, 1, self._rank, number)]
         return rows
-
-    def _rows_of(self, group: int) -> np.ndarray:
-        start = group * self._group_rows
-        return start + np.flatnonzero(self._eligible[start : start + self._group_rows])
 
 
 def _eligible_in_groups(eligible: np.ndarray, group_rows: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from .constants import (
 )
 from .encodings.prediction import Prediction
 from .facts import Keys, RowFacts
-from .gather import Destination, Gatherer, by_group, holes
+from .gather import Destination, Gatherer, by_group
 from .layout import ArraySpec, Layout
 from .manifest import Manifest
 from .opening import read_files
@@ -118,10 +118,9 @@ class OpenStore:
         else:
             for group in groups:
                 self.gatherer.fill(place, group)
-        parts = place.pop(0)
-        for at, array in holes(arrays, parts).items():
+        for at, array in place.holes().items():
             raise self.chunks.hole(unit, int(wanted[at]), array)
-        return parts
+        return place.pop(0)
 
 
 class Space:
