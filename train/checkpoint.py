@@ -35,6 +35,8 @@ CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints."""
 AVERAGE, BEST = "ema", "best"
 """Folders within a run's: the averaged weights and the best ones, each a finished run in itself."""
+_LATER = {"recipe.alignment_lr": 1.0}
+"""Keys of a recipe that checkpoints of earlier versions lack, with what they did."""
 KEPT = {"last": "", "ema": AVERAGE, "best": BEST}
 """Which weights of a finished run -> their folder within it."""
 
@@ -139,7 +141,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Refuse to continue a checkpoint under another configuration.
 
-    An option of an alignment that one of them lacks, being older than it, has its default there.
+    An option of an alignment or a recipe that one of them lacks, being older than it, has its
+    default there.
 
     Args:
         stored, ours: what determines a run, as nested plain containers.
@@ -164,7 +167,8 @@ def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any
 def _with_defaults(flattened: Mapping[str, Any]) -> dict[str, Any]:
     kind = ALIGNMENTS.get(str(flattened.get("align.method")))
     known = alignment_options(kind) if kind else {}
-    return {**{f"align.{name}": value for name, value in known.items()}, **flattened}
+    defaults = {f"align.{name}": value for name, value in known.items()}
+    return {**defaults, **_LATER, **flattened}
 
 
 def save_model(

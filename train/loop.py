@@ -379,7 +379,7 @@ def _validate(config: DictConfig) -> None:
     if (recipe.steps is None) == (recipe.epochs is None):
         raise ConfigError("recipe: give either steps or epochs, and null for the other")
     length = "epochs" if recipe.steps is None else "steps"
-    for key in (length, "batch_size", "accumulate", "lr", "log_every"):
+    for key in (length, "batch_size", "accumulate", "lr", "alignment_lr", "log_every"):
         if not recipe[key] > 0:
             raise ConfigError(f"recipe.{key}={recipe[key]}: expected a positive number")
     if not 0 <= recipe.warmup <= 1:

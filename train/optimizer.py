@@ -37,12 +37,13 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
 
     Biases, norms and what the modules name themselves are not decayed. With ``layer_decay`` below 1
     the learning rate of a backbone's layer i of n is lr * layer_decay ** (n - 1 - i), layers as
-    timm counts them (Bao et al. 2022, arXiv:2106.08254); the alignment has the full rate.
+    timm counts them (Bao et al. 2022, arXiv:2106.08254). The alignment's learning rate is
+    lr * alignment_lr: its modules may want another than the backbone, a CNN's above all.
 
     Args:
         module: a `Trained` module.
         recipe: keys ``optimizer``, ``optimizer_options``, ``lr``, ``weight_decay``,
-            ``layer_decay``.
+            ``layer_decay``, ``alignment_lr``.
         fused: whether a fused step may be taken, where there is one; a gradient scaler and clipping
             do not go with it.
 
@@ -58,8 +59,8 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
     if fused and recipe.optimizer in FUSED:
         options.setdefault("fused", True)
     parameters: Any = module
-    if recipe.layer_decay < 1:
-        parameters = _layered(module, recipe)
+    if recipe.layer_decay < 1 or recipe.alignment_lr != 1:
+        parameters = _grouped(module, recipe)
     try:
         return create_optimizer_v2(
             parameters,
@@ -81,23 +82,26 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
         ) from error
 
 
-def _layered(module: Any, recipe: DictConfig) -> list[dict[str, Any]]:
-    """Groups of the backbone by layer, then those of all the rest."""
+def _grouped(module: Any, recipe: DictConfig) -> list[dict[str, Any]]:
+    """Groups of the backbone, by layer where their rates differ, then those of the alignment."""
     backbone: nn.Module = module.student.model
     prefix = "student.model."
     undecayed = module.no_weight_decay()
-    groups = layer_groups(
-        backbone,
-        recipe.weight_decay,
-        no_weight_decay_list={name.removeprefix(prefix) for name in undecayed},
-        layer_decay=recipe.layer_decay,
-    )
+    own = {name.removeprefix(prefix) for name in undecayed}
+    decay: float = recipe.weight_decay
+    if recipe.layer_decay < 1:
+        groups = layer_groups(
+            backbone, decay, no_weight_decay_list=own, layer_decay=recipe.layer_decay
+        )
+    else:
+        groups = decay_groups(backbone, decay, no_weight_decay_list=own)
     rest: Any = _Rest(
         (name, parameter)
         for name, parameter in module.named_parameters()
         if not name.startswith(prefix)
     )
-    return [*groups, *decay_groups(rest, recipe.weight_decay, no_weight_decay_list=undecayed)]
+    others = decay_groups(rest, decay, no_weight_decay_list=undecayed)
+    return [*groups, *({**group, "lr_scale": recipe.alignment_lr} for group in others)]
 
 
 class _Rest:

@@ -20,6 +20,7 @@ RECIPE = {
     "lr": 0.1,
     "weight_decay": 0.05,
     "layer_decay": 1.0,
+    "alignment_lr": 1.0,
     "ema": 0.0,
 }
 VIT = {
@@ -40,9 +41,13 @@ def distiller():
     return Distiller(student, build_alignment({"name": "regression"}, student, {"vit/p": space}))
 
 
+@pytest.mark.parametrize("alignment_lr", [1.0, 0.25])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
-def test_every_parameter_is_in_one_group_and_only_matrices_decay(distiller, layer_decay):
-    optimizer = build_optimizer(distiller, recipe(layer_decay=layer_decay))
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(
+    distiller, layer_decay, alignment_lr
+):
+    own = recipe(layer_decay=layer_decay, alignment_lr=alignment_lr)
+    optimizer = build_optimizer(distiller, own)
     names = {id(parameter): name for name, parameter in distiller.named_parameters()}
     found = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     assert sorted(found) == sorted(names.values())
@@ -67,6 +72,26 @@ def test_earlier_layers_of_the_backbone_learn_more_slowly(distiller):
     expected |= {"patch_embed.proj.weight": 0.25, "pos_embed": 0.25}
     assert {name: scale[f"{model}{name}"] for name in expected} == expected
     assert {s for name, s in scale.items() if name.startswith("alignment.")} == {1.0}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_the_alignment_has_its_own_learning_rate(distiller, layer_decay):
+    own = recipe(layer_decay=layer_decay, alignment_lr=0.25, weight_decay=0.0)
+    optimizer = build_optimizer(distiller, own)
+    for group in optimizer.param_groups:  # as the loop sets it
+        group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
+    before = {name: p.detach().clone() for name, p in distiller.named_parameters()}
+    for parameter in distiller.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    # Adam's first step is the learning rate itself, whatever the gradient
+    moved = {
+        name: float((before[name] - p.detach()).max()) for name, p in distiller.named_parameters()
+    }
+    assert moved["student.model.norm.weight"] == pytest.approx(0.1, rel=1e-4)
+    alignment = {step for name, step in moved.items() if name.startswith("alignment.")}
+    assert alignment
+    assert all(step == pytest.approx(0.025, rel=1e-4) for step in alignment)
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():

@@ -251,3 +251,8 @@ def test_an_option_younger_than_the_checkpoint_had_its_default_there():
         check_same_run(Path("last.pt"), stored, ours)
     stored["align"]["alone"] = 0.5
     check_same_run(Path("last.pt"), stored, ours)
+    ours["recipe"] = {"alignment_lr": 1.0}
+    check_same_run(Path("last.pt"), stored, ours)
+    ours["recipe"]["alignment_lr"] = 0.25
+    with pytest.raises(ConfigError, match=r"recipe\.alignment_lr \(1\.0 there, 0\.25 here\)"):
+        check_same_run(Path("last.pt"), stored, ours)
