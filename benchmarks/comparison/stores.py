@@ -1,8 +1,9 @@
 """What the cache costs a student: the same run on the same pool, stored otherwise.
 
 Encodings: ``fp16``, ``int8``, ``compact``, ``int4``, each of one view, the whole image. Stored
-views: ``views1``, ``views2`` and ``views4`` random crops an image, and ``online``: so many that no
-step sees one twice, which is what teachers that run beside the student give.
+views: ``online`` is a store with so many random crops of every image that no step sees one twice,
+which is what teachers that run beside the student give; ``views1``, ``views2`` and ``views4`` are
+runs on the first ones of them alone.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ def compare(
         if store not in ENCODINGS + VIEWS:
             raise ConfigError(f"--stores {store}: valid are {', '.join(ENCODINGS + VIEWS)}")
         own = replace(plan, out=plan.out / "stores" / store, store=_made(plan, store))
+        first = (f"views={store[5:]}",) if store.startswith("views") else ()
+        one = replace(variant, options=(*variant.options, *first))
         for seed in seeds:
             for student in students:
-                found = run(own, student, name, variant, seed)
+                found = run(own, student, name, one, seed)
                 figure = report.mean([found], "test")
                 print(f"{store}, {student} {name} s{seed}: {figure:.2f}", flush=True)
 
@@ -93,7 +96,7 @@ def _made(plan: Plan, name: str) -> Path:
         arguments = ["convert", f"cache={whole}", f"out={store}", f"encoding={name}"]
     else:
         images = int(plan.bed.facts["plan"]["pool"])
-        count = int(name[5:]) if name in VIEWS[:3] else math.ceil(plan.steps * BATCH / images)
+        count = math.ceil(plan.steps * BATCH / images)
         store = folder / "stores" / f"pool-random{count}"
         arguments = [
             "extract", "--config-dir", str(folder / "configs"), "teachers=testbed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -202,6 +203,22 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
         assert set(times) == set(timing.timed(variants([])))
         assert times["model_token"]["ratio"] == 1
         assert all(own["ms"] > 0 and own["quartiles_ms"][0] > 0 for own in times.values())
+
+    # What the cache costs: the first views of the very store that has one for every step.
+    method.main([*arguments, "--variants", "none", "--stores", "fp16,views1,online"])
+    commands = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("$ preceptor train")
+    ]
+    caches = [re.search(r"cache=\S*/(\S+)", line)[1] for line in commands]
+    assert caches == ["pool-fp16", "pool-random1", "pool-random1"]
+    assert [" views=1 " in line for line in commands] == [False, True, False]
+    found = json.loads((tmp_path / "method.json").read_text())["stores"]["cnn"]
+    assert set(found) == {"fp16", "views1", "online"}
+    assert found["views1"]["difference"]["mean"] == pytest.approx(
+        found["views1"]["mean"] - found["online"]["mean"]
+    )
 
     with pytest.raises(SystemExit, match="not 3: choose another --out"):
         method.main([*arguments[:-4], "--steps", "3", "--report"])
