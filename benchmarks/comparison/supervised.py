@@ -57,7 +57,9 @@ def train_supervised(
     Returns:
         The student, and an untrained alignment that gives its readouts.
     """
-    options = [*variant.all_options(student), "recipe=short", f"recipe.steps={plan.steps}"]
+    # its heads are one linear layer each, as those of plain supervised training, at its rate
+    own = ["recipe=short", f"recipe.steps={plan.steps}", "recipe.alignment_lr=1"]
+    options = [*variant.all_options(student), *own]
     config = compose_options("train", [f"cache={plan.store}", "data.shards=unused", *options])
     model = build_student(plain(config.student), seed)
     taught = Taught(model, plan.bed)

@@ -11,7 +11,7 @@ from ...train.alignment import ALIGNMENTS
 STUDENTS: Mapping[str, tuple[str, ...]] = {
     "cnn": (
         "student=resnet_micro", "student.name=cnn", "student.options.channels=[24,48,96,192]",
-        "recipe.lr=0.008",
+        "recipe.lr=0.008", "recipe.alignment_lr=0.25",
     ),
     "vit": (
         "student=vit_micro", "student.name=vit", "student.size=48", "student.options.patch_size=8",
