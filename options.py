@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIGS = "preceptor.configs"
+_MAY_BE_NULL = ("recipe.steps", "recipe.epochs")
+"""Options that are numbers by default and may be left out. Alignments check their own."""
 
 
 def check_options(name: str, options: Sequence[str]) -> None:
@@ -178,9 +180,12 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
         default = None if isinstance(node, Container) else node._value()
         for value in _values(item):
             expected = _mismatch(default, value)
+            if value is None and not (key in _MAY_BE_NULL or key.startswith("align.")):
+                expected = _number(default)
             if expected:
                 such = "" if default == "???" else f", such as the default {default!r}"
-                raise ConfigError(f"{key}={value}: expected {expected}{such}")
+                given = "null" if value is None else value
+                raise ConfigError(f"{key}={given}: expected {expected}{such}")
 
 
 def _check_whole(overrides: Sequence[Override], composer: _Composer) -> None:
@@ -215,17 +220,24 @@ def _mismatch(default: Any, value: Any) -> str | None:
         value = value.text
     if default == "???":  # a path or a name, or several paths
         return None if isinstance(value, str | list) else "text (a number in quotes: \"'7'\")"
-    if value is None or not isinstance(default, bool | int | float):
+    expected = _number(default)
+    if value is None or expected is None:
         return None
     if isinstance(value, str) and value.startswith("${"):
         return None
     if isinstance(default, bool):
-        return None if isinstance(value, bool) else "true or false"
+        return None if isinstance(value, bool) else expected
+    kind = int if isinstance(default, int) else int | float
+    return None if isinstance(value, kind) and not isinstance(value, bool) else expected
+
+
+def _number(default: Any) -> str | None:
+    """What an option of this default takes; None where that may be many things."""
+    if isinstance(default, bool):
+        return "true or false"
     if isinstance(default, int):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return None if whole else "a whole number"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return None if number else "a number"
+        return "a whole number"
+    return "a number" if isinstance(default, float) else None
 
 
 def _values(item: Override) -> list[Any]:
