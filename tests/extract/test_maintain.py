@@ -303,7 +303,7 @@ def test_convert_then_repair_says_to_convert_again(
         ("convert", ["out={store}/x", "encoding=int4"], "name another directory"),
         ("convert", ["out={store}-2", "encoding=int4", "spaces=[]"], "spaces=[] names none"),
         ("convert", ["out={store}-2", "encoding=int4", "spaces=vit/x"], "no space 'vit/x'"),
-        ("convert", ["out=null", "encoding=int4"], "out=None: expected text"),
+        ("convert", ["out=null", "encoding=int4"], "out=null: expected text"),
         ("drop", ["teacher=7"], "teacher=7: expected text"),
         ("info", ["json=/nowhere/x.json"], "json=/nowhere/x.json: there is no such folder"),
         ("info", ["picture=x.foo"], "name a .png file"),
