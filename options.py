@@ -181,7 +181,7 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
         for value in _values(item):
             expected = _mismatch(default, value)
             if value is None and not (key in _MAY_BE_NULL or key.startswith("align.")):
-                expected = _number(default)
+                expected = expected or _number(default)
             if expected:
                 such = "" if default == "???" else f", such as the default {default!r}"
                 given = "null" if value is None else value
