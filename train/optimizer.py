@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
@@ -37,8 +38,7 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
     Biases, norms and what the modules name themselves are not decayed. With ``layer_decay`` below 1
     the learning rate of a backbone's layer i of n is lr * layer_decay ** (n - 1 - i), layers as
     timm counts them (Bao et al. 2022, arXiv:2106.08254). The alignment's learning rate is
-    lr * alignment_lr, for its heads may want another than the backbone, a CNN's above all; what of
-    it lives inside the backbone has the backbone's.
+    lr * alignment_lr: its modules may want another than the backbone, a CNN's above all.
 
     Args:
         module: a `Trained` module.
@@ -95,24 +95,20 @@ def _grouped(module: Any, recipe: DictConfig) -> list[dict[str, Any]]:
         )
     else:
         groups = decay_groups(backbone, decay, no_weight_decay_list=own)
-    inside = {f"alignment.{name}" for name in module.alignment.inside()}
-    others = [
+    rest: Any = _Rest(
         (name, parameter)
         for name, parameter in module.named_parameters()
         if not name.startswith(prefix)
-    ]
-    for scale, here in ((1.0, True), (recipe.alignment_lr, False)):
-        part: Any = _Part([one for one in others if (one[0] in inside) is here])
-        found = decay_groups(part, decay, no_weight_decay_list=undecayed)
-        groups += [{**group, "lr_scale": scale} for group in found if group["params"]]
-    return groups
+    )
+    others = decay_groups(rest, decay, no_weight_decay_list=undecayed)
+    return [*groups, *({**group, "lr_scale": recipe.alignment_lr} for group in others)]
 
 
-class _Part:
+class _Rest:
     """Some named parameters, as timm's grouping wants them."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
-        self._named = named
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = list(named)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return self._named

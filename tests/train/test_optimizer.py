@@ -94,27 +94,6 @@ def test_the_alignment_has_its_own_learning_rate(distiller, layer_decay):
     assert all(step == pytest.approx(0.025, rel=1e-4) for step in alignment)
 
 
-def test_tokens_inside_the_backbone_learn_as_fast_as_it(distiller):
-    student, spaces = distiller.student, {"vit/p": Space("vit", 16, 24, (4, 4))}
-    options = {"name": "model_token", "write_back": 1, "layers": 1, "width": 16, "heads": 2}
-    inside = Distiller(student, build_alignment(options, student, spaces))
-    optimizer = build_optimizer(inside, recipe(alignment_lr=0.25))
-    names = {id(parameter): name for name, parameter in inside.named_parameters()}
-    scale = {
-        names[id(p)]: group.get("lr_scale", 1.0)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    assert sorted(scale) == sorted(names.values())
-    slow = {name for name, own in scale.items() if own == 0.25}
-    # What the pooled feature is not to be had without, as gradients tell.
-    output = inside.alignment.run_student(student, torch.randn(2, 3, 32, 32))
-    output.pooled.square().sum().backward()
-    used = {name for name, p in inside.named_parameters() if p.grad is not None}
-    assert not used & slow
-    assert {name for name in scale if name.startswith("alignment.")} - used == slow
-
-
 def test_learning_rate_warms_up_and_falls_along_a_cosine():
     recipe = OmegaConf.create({"lr": 2.0, "min_lr": 0.5, "warmup": 0.25})
     rates = [learning_rate(step, 8, recipe) for step in range(8)]

@@ -333,20 +333,12 @@ class Alignment(nn.Module, ABC):
             ConfigError: the alignment has no readout of that name.
         """
         self._check_readout(kind)
-        return sum(parameter.numel() for parameter in self._needed(kind).values())
-
-    def inside(self) -> set[str]:
-        """Names of parameters without which there is no pooled feature: in use they are a part of
-        the student, and what is thrown away with the alignment is all the others."""
-        needed = self._needed("pooled")
-        return {name for name, parameter in self.named_parameters() if id(parameter) in needed}
-
-    def _needed(self, kind: str) -> dict[int, nn.Parameter]:
-        return {
-            id(parameter): parameter
+        found = {
+            id(parameter): parameter.numel()
             for part in self._readout_parts(kind)
             for parameter in (part.parameters() if isinstance(part, nn.Module) else (part,))
         }
+        return sum(found.values())
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are to stay undecayed."""
