@@ -242,14 +242,15 @@ class Completion:
         """
         body = unsealed(raw, where)
         try:
+            records = tuple(member(body, "records", list))
             sizes = {
-                path: tuple(size for size, count in runs for _ in range(count))
+                path: _expanded(runs, len(records))
                 for path, runs in member(body, "sizes", dict).items()
             }
             return cls(
                 member(body, "unit", str),
                 member(body, "configuration", str),
-                tuple(member(body, "records", list)),
+                records,
                 sizes,
                 member(body, "tokens", dict),
                 member(body, "statistics", dict),
@@ -267,3 +268,11 @@ def _run_lengths(values: Sequence[int]) -> list[list[int]]:
         else:
             runs.append([value, 1])
     return runs
+
+
+def _expanded(runs: Sequence[Sequence[int]], shards: int) -> tuple[int, ...]:
+    """The lengths that runs stand for; refused before they are spread out, if they are not as many
+    as there are shards."""
+    if any(count < 1 for _, count in runs) or sum(count for _, count in runs) != shards:
+        raise ValueError(f"its sizes are not those of {shards} shards")
+    return tuple(size for size, count in runs for _ in range(count))

@@ -260,7 +260,16 @@ def test_records_and_completions_round_trip(files, key: str, sizes: list[int]) -
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tokens", [1]), ("statistics", None), ("records", "ab"), ("exact", 1), ("sizes", {"a": [3]})],
+    [
+        ("tokens", [1]),
+        ("statistics", None),
+        ("records", "ab"),
+        ("exact", 1),
+        ("sizes", {"a": [3]}),
+        ("sizes", {"a": [[4, 2]]}),
+        ("sizes", {"a": [[4, 2**60]]}),  # nor is memory asked for it
+        ("sizes", {"a": [[4, 2], [4, -1]]}),
+    ],
 )
 def test_a_completion_that_the_document_s_schema_refuses_is_refused(
     name: str, value: object
