@@ -108,6 +108,11 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
         "ungated": Variant("ablation", (*TOKENS, "align.gamma=null"), "exchange without gates"),
         "one_token": Variant("ablation", (*TOKENS, "align.tokens=1"), "M = 1"),
         "eight_tokens": Variant("ablation", (*TOKENS, "align.tokens=8"), "M = 8"),
+        "teacher_stream": Variant(
+            "ablation",
+            (*TOKENS, "align.teacher_stream=0.3"),
+            "the same tokens also read what the teachers saw",
+        ),
         "one_stage": Variant("ablation", (*TOKENS, "align.write_back=1"), "one stage is visited"),
     }
     for teacher in teachers:
