@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             columns = ("variant", *times["settings"])
             show(f"{student}: ms of a pass (ratio to ours)", columns, timing.rows(times))
     if found["stores"]:
-        columns = ("student", "store", "test", "difference", "to")
+        columns = ("student", "store", "test", "difference", "to", "held-out loss")
         show("what the cache costs", columns, stores.rows(found["stores"]))
     save(options.json, found)
 

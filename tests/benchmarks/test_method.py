@@ -220,6 +220,16 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
         found["views1"]["mean"] - found["online"]["mean"]
     )
 
+    losses = [
+        np.mean(list(json.loads(path.read_text())["losses"].values()))
+        for path in (
+            tmp_path / "stores" / name / "cnn/regression/s0/result.json"
+            for name in ("views1", "online")
+        )
+    ]
+    assert found["views1"]["held_out_difference"]["mean"] == pytest.approx(losses[0] - losses[1])
+    assert found["views1"]["held_out_loss"] == pytest.approx(losses[0])
+
     with pytest.raises(SystemExit, match="not 3: choose another --out"):
         method.main([*arguments[:-4], "--steps", "3", "--report"])
 
