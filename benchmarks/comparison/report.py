@@ -13,6 +13,7 @@ from .judge import chosen
 from .variants import OURS
 
 RESAMPLES = 10_000
+READOUTS = ("pooled", "spatial", "predictions", "tokens")
 
 Run = Mapping[str, Any]
 
@@ -37,6 +38,15 @@ def figures(run: Run, part: str, readout: str = "chosen") -> dict[str, float]:
 def mean(runs: Sequence[Run], part: str, readout: str = "chosen") -> float:
     """Over seeds and tasks."""
     return float(np.mean([list(figures(run, part, readout).values()) for run in runs]))
+
+
+def _by_readout(runs: Mapping[str, Sequence[Run]], readout: str) -> dict[str, float]:
+    """Test means of one readout for all tasks, of the variants that have it."""
+    return {
+        name: mean(own, "test", readout)
+        for name, own in runs.items()
+        if any(readout in readouts for readouts in own[0]["scores"].values())
+    }
 
 
 def by_task(runs: Sequence[Run]) -> dict[str, float]:
@@ -109,8 +119,7 @@ def summarise(
     summary: dict[str, Any] = {
         "means": {name: mean(own, "test") for name, own in runs.items()},
         "validation": {name: mean(own, "validation") for name, own in runs.items()},
-        "pooled": {name: mean(own, "test", "pooled") for name, own in runs.items()},
-        "spatial": {name: mean(own, "test", "spatial") for name, own in runs.items()},
+        **{readout: _by_readout(runs, readout) for readout in READOUTS},
         "deviation_over_seeds": {
             name: float(np.std([mean([run], "test") for run in own], ddof=1))
             for name, own in runs.items()

@@ -105,6 +105,8 @@ def test_the_best_rival_is_chosen_on_the_seeds_that_both_have():
     found = report.summarise(runs, {})
     assert found["best_rival"]["name"] == "ladder"
     assert found["best_rival"]["mean"] == -1
+    assert found["spatial"] == dict.fromkeys(runs, 99.0)
+    assert found["tokens"] == {}
 
 
 def test_the_test_part_never_chooses():
