@@ -38,7 +38,7 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
     Biases, norms and what the modules name themselves are not decayed. With ``layer_decay`` below 1
     the learning rate of a backbone's layer i of n is lr * layer_decay ** (n - 1 - i), layers as
     timm counts them (Bao et al. 2022, arXiv:2106.08254). The alignment's learning rate is
-    lr * alignment_lr: its modules may want another than the backbone, a CNN's above all.
+    lr * alignment_lr.
 
     Args:
         module: a `Trained` module.
