@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from dataclasses import replace
@@ -13,72 +12,11 @@ import pytest
 import webdataset
 from PIL import Image
 from preceptor.benchmarks.faults import flip
-from preceptor.benchmarks.small_store import contents, restore
+from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache, StoreWriter
 from preceptor.cache.plan import TeacherRecord
 from preceptor.cli import main
-from preceptor.extract.live import _levels
-
-COUNT = 11
-CALL = "call:preceptor.tests.extract.tiny_teachers"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Eleven images; the sixth cannot be decoded."""
-    path = tmp_path_factory.mktemp("shards") / "s-0.tar"
-    random = np.random.default_rng(0)
-    with webdataset.TarWriter(str(path)) as tar:
-        for key in range(COUNT):
-            coarse = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
-            image = Image.fromarray(coarse).resize((50 + key, 40), Image.Resampling.BICUBIC)
-            data = io.BytesIO()
-            image.save(data, "PNG")
-            raw = data.getvalue() if key != 6 else b"no image"
-            tar.write({"__key__": f"im{key:03d}", "png": raw, "cls": str(key % 3)})
-    return str(path)
-
-
-def teachers(**functions: str) -> str:
-    chosen = ", ".join(
-        f"{name}: {{source: '{CALL}:{function}'}}" for name, function in functions.items()
-    )
-    return f"teachers={{{chosen}}}"
-
-
-def run(verb: str, store: Path, shards: str, *options: str) -> int:
-    if verb in ("extract", "add"):
-        options = (*options, "calibration.images=6")
-    if verb == "extract":
-        options = (*options, "shard_rows=4", "group_rows=2", "on_corrupt=skip")
-    given = [f"cache={store}", f"data.shards='{shards}'", "batch_size=3", "workers=0"]
-    return main([verb, *options, *given, "engine=cpu"])
-
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of configuration groups with the choice ``teachers=tiny``."""
-    folder = tmp_path_factory.mktemp("groups")
-    group = folder / "configs" / "teachers"
-    group.mkdir(parents=True)
-    (group / "tiny.yaml").write_text(
-        f"cnn: {{source: '{CALL}:cnn'}}\nvit: {{source: '{CALL}:vit', encoding: compact}}\n"
-    )
-    return folder / "configs"
-
-
-@pytest.fixture(scope="module")
-def good(shards: str, configs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a store of two teachers."""
-    path = tmp_path_factory.mktemp("store") / "store"
-    assert run("extract", path, shards, "--config-dir", str(configs), "teachers=tiny") == 0
-    return contents(path)
-
-
-@pytest.fixture
-def store(good: dict[str, bytes], tmp_path: Path) -> Path:
-    restore(tmp_path / "store", good)
-    return tmp_path / "store"
+from preceptor.tests.extract.tiny_store import CALL, COUNT, run, teachers
 
 
 def test_verify_names_the_damage_and_repair_extracts_exactly_that(
@@ -371,91 +309,3 @@ def test_info_of_whole_and_unfinished_stores(
     assert "fidelity" not in found["spaces"]["vit/patch"]
     assert main(["info", f"cache={tmp_path / 'nowhere'}"]) == 1
     assert "holds no store" in capsys.readouterr().err
-
-
-def test_pixels_are_extracted_added_mended_and_dropped(
-    shards: str, configs: Path, good: dict[str, bytes], store: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    size = "pixels.size=[24,16]"
-    made = tmp_path / "made"
-    tiny = ("--config-dir", str(configs), "teachers=tiny")
-    assert run("extract", made, shards, *tiny, size) == 0
-    assert json.loads((tmp_path / "made.extract.json").read_text())["pixels"] == {
-        "size": [24, 16], "interpolation": "bicubic",
-    }  # fmt: skip
-    cache = Cache.open(made)
-    for sample in webdataset.WebDataset(shards, shardshuffle=False):
-        row = int(sample["__key__"][2:])
-        if not cache.valid[row]:
-            continue
-        image = Image.open(io.BytesIO(sample["png"])).convert("RGB")
-        left = (image.width - image.height) / 2
-        box = (left, 0, left + image.height, image.height)
-        expected = np.asarray(image.resize((16, 24), Image.Resampling.BICUBIC, box=box))
-        assert (cache.read_pixels([row])[0].numpy() == expected).all()
-
-    assert run("add", store, shards, size) == 0  # no teacher is needed
-    assert contents(store) == contents(made)
-    assert run("add", store, shards, size) == 0  # nothing left to do
-    assert run("verify", store, shards, teachers(vit="vit"), "sample=6") == 0
-    live = json.loads(Path(f"{store}.verify.json").read_text())["live"]
-    assert live["pixels"] == {"equal_rows": 6, "largest_mean_difference": 0.0, "other_rows": []}
-    rows = np.flatnonzero(cache.valid)[:2]
-    shown = cache.read_pixels(rows).permute(0, 3, 1, 2).int()
-    shown[1] += 3
-    assert _levels(cache, rows, shown).tolist() == [0, 3]
-    assert run("add", store, shards, "pixels.size=24") == 1
-    assert "other pixels already: pixels.size[1] is 16 in the store" in capsys.readouterr().err
-
-    flip(store / "pixels/c.1.0.0.0", np.random.default_rng(0))
-    (store / "commits/pixels/2.json").unlink()
-    assert main(["verify", f"cache={store}"]) == 1
-    told = json.loads((tmp_path / "store.verify.json").read_text())
-    assert told["shards"] == {"pixels": [1, 2]}
-    assert run("repair", store, shards) == 0
-    assert contents(store) == contents(made)
-
-    assert main(["drop", f"cache={store}", "teacher=pixels"]) == 0
-    assert contents(store) == good
-
-
-@pytest.mark.parametrize(
-    ("option", "expected"),
-    [
-        ("pixels.size=0", "pixels.size=0: expected a side in pixels"),
-        ("pixels.size=[1,2,3]", "expected a side in pixels, or [height,width]"),
-        ("pixels.size=224px", "pixels.size=224px"),
-        ("pixels={size: 8, interpolation: cubic}", "pixels.interpolation=cubic: valid are"),
-    ],
-)
-def test_mistaken_pixels_are_told(
-    shards: str, store: Path, option: str, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("add", store, shards, option) == 1
-    assert expected in capsys.readouterr().err
-
-
-def test_a_folder_of_class_folders_is_extracted_and_mended(
-    shards: str, configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    images = tmp_path / "images"
-    for sample in webdataset.WebDataset(shards, shardshuffle=False):
-        folder = images / f"class-{sample['cls'].decode()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{sample['__key__']}.png").write_bytes(sample["png"])
-    (images / "class-1/list.txt").write_text("no image")
-    store, tiny = tmp_path / "store", ("--config-dir", str(configs), "teachers=tiny")
-    assert run("extract", store, str(images), *tiny) == 0
-    err = capsys.readouterr().err
-    assert "1 files of" in err
-    assert "such as 'class-1/list.txt'" in err
-    cache, good = Cache.open(store), contents(store)
-    assert list(cache.keys) == sorted(
-        str(p.relative_to(images))[:-4] for p in images.rglob("*.png")
-    )
-    assert [key[:7] for key in cache.keys] == [f"class-{label}" for label in cache.labels]
-    assert [cache.keys[row][-5:] for row in np.flatnonzero(~cache.valid)] == ["im006"]
-    (store / "commits/cnn/1.json").unlink()
-    assert run("repair", store, str(images), *tiny) == 0
-    assert contents(store) == good
