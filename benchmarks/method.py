@@ -7,7 +7,8 @@ Every run is `preceptor train` on the bed's pool: the same steps, images, order 
 a seed. Its readouts are reduced to one width without labels, and probes, regularisation and readout
 are chosen on validation; docs/method.md has the protocol. A finished run is kept in --out and not
 done again, a begun one goes on, so the matrix can be collected over several sittings: with --report
-the table is made of what there is. --time measures how long the students take at inference.
+the table is made of what there is. --judge judges runs anew whose bed's tasks have changed since.
+--time measures how long the students take at inference.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from preceptor.benchmarks.comparison import report, stores, timing
 from preceptor.benchmarks.comparison.bed import Bed
 from preceptor.benchmarks.comparison.judge import WIDTH, judge
 from preceptor.benchmarks.comparison.plan import PRECISION, PRECISIONS, Plan
-from preceptor.benchmarks.comparison.runs import RESULT, run
+from preceptor.benchmarks.comparison.runs import RESULT, TAUGHT, finished, judge_anew, run
 from preceptor.benchmarks.comparison.variants import STUDENTS, Variant, choose, variants
 from preceptor.benchmarks.harness import machine, save, show
 from preceptor.benchmarks.testbed import shards
@@ -54,17 +55,7 @@ def collect(plan: Plan) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """All finished runs of these steps, by student and variant."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in sorted(plan.out.glob(f"*/*/s*/{RESULT}")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result["steps"] != plan.steps:
-            raise ConfigError(
-                f"{path} is a run of {result['steps']} steps, not {plan.steps}: choose another "
-                "--out"
-            )
-        if result["precision"] != plan.precision:
-            raise ConfigError(
-                f"{path} is a run in {result['precision']}, not {plan.precision}: choose another "
-                "--out"
-            )
+        result = finished(plan, path.parent)
         found.setdefault(result["student"], {}).setdefault(result["variant"], []).append(result)
     return found
 
@@ -72,11 +63,25 @@ def collect(plan: Plan) -> dict[str, dict[str, list[dict[str, Any]]]]:
 def teachers_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """Every teacher judged from the stores, once."""
     path = plan.out / "teachers.json"
-    if not path.exists():
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("bed") != plan.bed.identity:
         scores = {name: judge(plan.bed, plan.bed.teacher(name)) for name in plan.bed.teachers}
-        write_json(path, scores)
-    scores = json.loads(path.read_text(encoding="utf-8"))
-    return {name: [{"scores": own, "seed": None}] for name, own in scores.items()}
+        kept = {"bed": plan.bed.identity, "scores": scores}
+        write_json(path, kept)
+    return {name: [{"scores": own, "seed": None}] for name, own in kept["scores"].items()}
+
+
+def judge_all(plan: Plan) -> None:
+    """Judge anew every finished run that was judged on other tasks, and train nothing."""
+    for pattern in (f"*/*/s*/{RESULT}", f"stores/*/*/*/s*/{RESULT}"):
+        for path in sorted(plan.out.glob(pattern)):
+            name = path.parents[1].name
+            if name == TAUGHT:
+                print(f"{path.parent}: taught by labels; do it again", flush=True)
+                continue
+            found = judge_anew(plan, path.parent)
+            figure = report.mean([found], "test")
+            print(f"{path.parents[2].name} {name} {path.parent.name}: {figure:.2f}", flush=True)
 
 
 def results(plan: Plan) -> dict[str, Any]:
@@ -125,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "views1,views2,views4,online")  # fmt: skip
     parser.add_argument("--time", action="store_true", help="also time the students' inference, on "
                         "a machine that does nothing else")  # fmt: skip
+    parser.add_argument("--judge", action="store_true", help="as --report, after judging anew what "
+                        "was judged on another bed's tasks")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="run nothing: the table of what is")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--json", type=Path, default=None)
@@ -143,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.time:
             timing.keep(plan, students, variants(bed.teachers))
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        if not options.report:
+        if options.judge:
+            judge_all(plan)
+        elif not options.report:
             compare(plan, students, chosen, seeds)
             if options.stores:
                 names, own = options.stores.split(","), variants(bed.teachers)["regression"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,12 @@ class Bed:
     @property
     def tasks(self) -> Mapping[str, Mapping[str, Any]]:
         return self.facts["tasks"]
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the hashes of all its images and labels: what a figure is a figure of."""
+        digests = json.dumps(self.facts["digests"], sort_keys=True)
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     def sets(self) -> dict[str, str]:
         """Folder of every image set that models are asked about: the look, and all parts."""

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...cache import Cache, SampleIndex
 from ...cli import main as preceptor
-from ...errors import PreceptorError
+from ...errors import ConfigError, PreceptorError
 from ...train.alignment import Alignment
 from ...train.checkpoint import load_model, write_json
 from ...train.data import StoredViews, TrainData, normalise
@@ -33,32 +33,36 @@ from .variants import Variant
 
 BATCH = 128
 RESULT = "result.json"
-_WATCHED = ("regression", "random")
+TAUGHT, UNTRAINED = "supervised", "random"
+_WATCHED = ("regression", UNTRAINED)
 """Whose teachers' gradients are compared: after training, and before it."""
 
 
 def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dict[str, Any]:
     """Do one run, or read what it has left; it goes on where it was stopped.
 
+    A finished run that was judged on another bed's tasks is judged anew, not trained again.
+
     Raises:
         PreceptorError: the training failed; it has said why.
+        DataError: a run is to be judged anew whose weights are gone.
     """
     folder = plan.folder(student, name, seed)
     if (folder / RESULT).exists():
-        return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+        kept = _read(folder)
+        if kept.get("bed") == plan.bed.identity:
+            return kept
+        if name != TAUGHT:
+            return judge_anew(plan, folder)
     started = time.monotonic()
-    if name == "supervised":
+    if name == TAUGHT:
         model, alignment = train_supervised(plan, student, variant, seed)
         summary: dict[str, Any] = {}
     else:
-        steps = 1 if name == "random" else plan.steps
+        steps = 1 if name == UNTRAINED else plan.steps
         summary = _train(plan, folder, variant.all_options(student), seed, steps)
-        model, alignment, facts = load_model(folder)
-        if name == "random":
-            model = build_student(facts["student"], seed)
+        model, alignment = _trained(folder, name, seed)
     trained = time.monotonic() - started
-    own = ("pooled", "spatial") if variant.kind == "reference" else None
-    outputs = look(plan.bed, model, alignment, own)
     result = {
         "student": student,
         "variant": name,
@@ -66,7 +70,8 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         "seed": seed,
         "steps": plan.steps,
         "precision": plan.precision,
-        "scores": judge(plan.bed, outputs),
+        "bed": plan.bed.identity,
+        "scores": _scores(plan.bed, model, alignment, variant.kind),
         "losses": {} if variant.kind == "reference" else held_out(plan, model, alignment),
         "train_losses": summary.get("losses", {}),
         "cosines": weight_cosines(plan, model, alignment) if name in _WATCHED else {},
@@ -76,6 +81,57 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
     write_json(folder / RESULT, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+def judge_anew(plan: Plan, folder: Path) -> dict[str, Any]:
+    """A finished run's scores from its weights, where they are of another bed's tasks.
+
+    Raises:
+        DataError: the weights are gone.
+    """
+    result = _read(folder)
+    if result.get("bed") != plan.bed.identity:
+        model, alignment = _trained(folder, result["variant"], result["seed"])
+        result["scores"] = _scores(plan.bed, model, alignment, result["kind"])
+        result["bed"] = plan.bed.identity
+        write_json(folder / RESULT, result)
+    return result
+
+
+def finished(plan: Plan, folder: Path) -> dict[str, Any]:
+    """What a run has left, if it is one of this plan.
+
+    Raises:
+        ConfigError: it is of other steps or another precision, or was judged on other tasks.
+    """
+    result = _read(folder)
+    for what, ours in (("steps", plan.steps), ("precision", plan.precision)):
+        if result[what] != ours:
+            raise ConfigError(
+                f"{folder}: a run with {what}={result[what]}, not {ours}: choose another --out"
+            )
+    if result.get("bed") != plan.bed.identity:
+        raise ConfigError(
+            f"{folder} was judged on other images than {plan.bed.folder} has: --judge judges it "
+            "anew, and a run that was taught by their labels has to be done again"
+        )
+    return result
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+
+
+def _trained(folder: Path, name: str, seed: int) -> tuple[Student, Alignment]:
+    model, alignment, facts = load_model(folder)
+    if name == UNTRAINED:
+        model = build_student(facts["student"], seed)
+    return model, alignment
+
+
+def _scores(bed: Bed, model: Student, alignment: Alignment, kind: str) -> dict[str, Any]:
+    own = ("pooled", "spatial") if kind == "reference" else None
+    return dict(judge(bed, look(bed, model, alignment, own)))
 
 
 def look(

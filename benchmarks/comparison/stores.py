@@ -8,7 +8,6 @@ runs on the first ones of them alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from ...train.evaluation import over_seeds
 from ..testbed import shards
 from . import report
 from .plan import Plan
-from .runs import RESULT, run
+from .runs import RESULT, finished, run
 from .variants import Variant
 
 ENCODINGS = ("fp16", "int8", "compact", "int4")
@@ -66,7 +65,7 @@ def collect(plan: Plan) -> dict[str, dict[str, Any]]:
     """
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in sorted((plan.out / "stores").glob(f"*/*/*/s*/{RESULT}")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = finished(plan, path.parent)
         runs.setdefault(result["student"], {}).setdefault(path.parents[3].name, []).append(result)
     found: dict[str, dict[str, Any]] = {}
     for student, by_store in runs.items():

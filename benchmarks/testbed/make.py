@@ -196,7 +196,9 @@ def _run(*arguments: str) -> None:
 
 
 def _describe(plan: Plan) -> dict[str, Any]:
-    return json.loads(json.dumps({**vars(plan), "course": vars(plan.course)}))
+    counts = {task: [plan.count(task, part) for part in PARTS] for task in plan.tasks}
+    described = {**vars(plan), "course": vars(plan.course), "tasks": counts}
+    return dict(json.loads(json.dumps(described)))
 
 
 def _same_plan(path: Path, plan: Plan) -> None:

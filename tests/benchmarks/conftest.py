@@ -30,7 +30,7 @@ def made_here(monkeypatch):
 PLAN = make.Plan(
     pool=128,
     heldout=20,
-    share=0.25,
+    share=0.1,
     tasks=("letters", "pose", "masks", "instances"),
     packaged=False,
     course=training.Course(images=128, epochs=1),

@@ -232,6 +232,22 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
     assert found["views1"]["held_out_difference"]["mean"] == pytest.approx(losses[0] - losses[1])
     assert found["views1"]["held_out_loss"] == pytest.approx(losses[0])
 
+    # Judged on a bed whose tasks have changed since: told, and judged anew without training.
+    for path in tmp_path.glob("**/s0/result.json"):
+        if "supervised" not in path.parts:
+            kept = json.loads(path.read_text())
+            path.with_suffix(".before").write_text(json.dumps(kept))
+            path.write_text(json.dumps({**kept, "bed": "another", "scores": {}}))
+    with pytest.raises(SystemExit, match="judged on other images"):
+        method.main([*arguments, "--report"])
+    capsys.readouterr()
+    method.main([*arguments, "--judge"])
+    assert "$ preceptor" not in capsys.readouterr().out
+    before = list(tmp_path.glob("**/result.before"))
+    assert len(before) == 7
+    for path in before:
+        assert json.loads(path.with_suffix(".json").read_text()) == json.loads(path.read_text())
+
     with pytest.raises(SystemExit, match="not 3: choose another --out"):
         method.main([*arguments[:-4], "--steps", "3", "--report"])
 
