@@ -31,6 +31,7 @@ def alignment_loss(
     tokens: Tensor,
     scale: Tensor | None = None,
     *,
+    gain: Tensor | None = None,
     mask: Tensor | None = None,
     beta: float = 1.0,
     reduction: Literal["mean", "none"] = "mean",
@@ -38,7 +39,7 @@ def alignment_loss(
 ) -> AlignmentLoss:
     """Cosine distance and smooth-L1 distance of predicted and stored tokens, in one pass.
 
-    With z the decoded token (``scale * tokens`` for codes) and p its prediction, per token::
+    With z the decoded token (``scale * tokens * gain``) and p its prediction, per token::
 
         cosine = 1 - p . z / (max(|p|, eps) max(|z|, eps))      smooth_l1 = mean_D h(p - z)
         h(e) = e^2 / (2 beta) where |e| < beta, |e| - beta / 2 elsewhere
@@ -52,7 +53,8 @@ def alignment_loss(
     Args:
         prediction: [B, N, D] float16, bfloat16, float32 or float64; gets the gradient.
         tokens: [B, N, D], int8 codes or a float dtype; a constant.
-        scale: [B, N] float, needed with int8 codes and only there.
+        scale: [B, N] float, needed with int8 codes and only there; a constant.
+        gain: [D] float, positive: of each dimension; 1 where not given. A constant.
         mask: [B, N] bool, True where a token counts. The mean is over the tokens that count, and 0
             where none does; with reduction "none" the others are 0.
         beta: where smooth-L1 turns from a parabola into a line; positive.
@@ -66,7 +68,7 @@ def alignment_loss(
         TypeError: an argument has a dtype that is not listed above.
         ValueError: shapes or devices do not match, or an option has a value that cannot be used.
     """
-    _check(prediction, tokens, scale, mask, beta, reduction, implementation)
+    _check(prediction, tokens, scale, gain, mask, beta, reduction, implementation)
     use_triton = implementation != "torch" and (tokens.is_cuda or implementation == "triton")
     if use_triton:
         reason = why_not_triton(prediction[:, :1], tokens, max_dim=8192)
@@ -74,11 +76,12 @@ def alignment_loss(
             raise ValueError(f'implementation="triton" {reason}')
         use_triton = reason is None
     scale = None if scale is None else scale.detach()
+    gain = None if gain is None else gain.detach()
     if torch.compiler.is_compiling() and not use_triton:
-        cosine, smooth = _traced(prediction, tokens.detach(), scale, float(beta))
+        cosine, smooth = _traced(prediction, tokens.detach(), scale, gain, float(beta))
     else:
         cosine, smooth, _ = torch.ops.preceptor.alignment_loss(
-            prediction, tokens, scale, float(beta), use_triton
+            prediction, tokens, scale, gain, float(beta), use_triton
         )
     if mask is not None:
         cosine, smooth = torch.where(mask, cosine, 0.0), torch.where(mask, smooth, 0.0)
@@ -92,6 +95,7 @@ def _check(
     prediction: Tensor,
     tokens: Tensor,
     scale: Tensor | None,
+    gain: Tensor | None,
     mask: Tensor | None,
     beta: float,
     reduction: str,
@@ -108,16 +112,25 @@ def _check(
         )
     if (tokens.dtype == torch.int8) != (scale is not None):
         raise ValueError("scale [B, N] must be given with int8 tokens and only with them")
-    for name, value in (("scale", scale), ("mask", mask)):
-        if value is not None and value.shape != tokens.shape[:2]:
-            raise ValueError(
-                f"{name} must have the shape {tuple(tokens.shape[:2])}, got {tuple(value.shape)}"
-            )
-    if scale is not None and not scale.is_floating_point():
-        raise TypeError(f"scale must have a float dtype, got {scale.dtype}")
+    each, dimensions = tokens.shape[:2], tokens.shape[2:]
+    for name, value, shape in (
+        ("scale", scale, each),
+        ("mask", mask, each),
+        ("gain", gain, dimensions),
+    ):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(value.shape)}")
+    for name, value in (("scale", scale), ("gain", gain)):
+        if value is not None and not value.is_floating_point():
+            raise TypeError(f"{name} must have a float dtype, got {value.dtype}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must have the bool dtype, got {mask.dtype}")
-    for name, value in (("prediction", prediction), ("scale", scale), ("mask", mask)):
+    for name, value in (
+        ("prediction", prediction),
+        ("scale", scale),
+        ("gain", gain),
+        ("mask", mask),
+    ):
         if value is not None and value.device != tokens.device:
             raise ValueError(
                 f"{name} must be on the device of tokens, {tokens.device}, got {value.device}"
@@ -138,21 +151,26 @@ def _accumulate_dtype(prediction: Tensor) -> torch.dtype:
 
 @custom_op("preceptor::alignment_loss", mutates_args=())
 def _forward(
-    prediction: Tensor, tokens: Tensor, scale: Tensor | None, beta: float, triton: bool
+    prediction: Tensor,
+    tokens: Tensor,
+    scale: Tensor | None,
+    gain: Tensor | None,
+    beta: float,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [B, N] and the statistics [3, B, N] (p . z, |p|^2, |z|^2) that the backward needs."""
     if triton:
         from . import triton_loss
 
         with torch.cuda.device_of(tokens):
-            return triton_loss.forward(prediction, tokens, scale, beta)
+            return triton_loss.forward(prediction, tokens, scale, gain, beta)
     dtype = _accumulate_dtype(prediction)
     options: dict[str, Any] = {"dtype": dtype, "device": prediction.device}
     batch, count = prediction.shape[:2]
     smooth = torch.empty(batch * count, **options)
     statistics = torch.empty(3, batch * count, **options)
     inner, predicted, stored = statistics
-    for step, p, z, spare in _chunks(prediction, tokens, scale, dtype):
+    for step, p, z, spare in _chunks(prediction, tokens, scale, gain, dtype):
         torch.ops.aten.smooth_l1_loss.out(p, z, 0, beta, out=spare)
         torch.mean(spare, -1, out=smooth[step])
         torch.sum(torch.mul(p, z, out=spare), -1, out=inner[step])
@@ -183,6 +201,7 @@ def _backward(
     prediction: Tensor,
     tokens: Tensor,
     scale: Tensor | None,
+    gain: Tensor | None,
     along_prediction: Tensor,
     along_target: Tensor,
     smooth_factor: Tensor,
@@ -195,14 +214,14 @@ def _backward(
 
         with torch.cuda.device_of(tokens):
             return triton_loss.backward(
-                prediction, tokens, scale, along_prediction, along_target, smooth_factor, beta
+                prediction, tokens, scale, gain, along_prediction, along_target, smooth_factor, beta
             )
     dtype = _accumulate_dtype(prediction)
     gradient = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     rows = gradient.view(-1, prediction.shape[-1])
     by_p, by_z = along_prediction.reshape(-1, 1), along_target.reshape(-1, 1)
     by_slope = smooth_factor.reshape(-1, 1) / beta
-    for step, p, z, spare in _chunks(prediction, tokens, scale, dtype):
+    for step, p, z, spare in _chunks(prediction, tokens, scale, gain, dtype):
         total = rows[step] if rows.dtype == dtype else spare
         torch.sub(p, z, out=total).clamp_(-beta, beta).mul_(by_slope[step])
         total.addcmul_(p, by_p[step]).addcmul_(z, by_z[step])
@@ -217,15 +236,15 @@ def _backward_fake(prediction: Tensor, *rest: Any) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    prediction, tokens, scale, ctx.beta, ctx.triton = inputs
+    prediction, tokens, scale, gain, ctx.beta, ctx.triton = inputs
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(prediction, tokens, scale, output[2])
+    ctx.save_for_backward(prediction, tokens, scale, gain, output[2])
 
 
 def _differentiate(
     ctx: Any, grad_cosine: Tensor, grad_smooth: Tensor, unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    prediction, tokens, scale, statistics = ctx.saved_tensors
+    prediction, tokens, scale, gain, statistics = ctx.saved_tensors
     inner, predicted, stored = statistics
     by_p, by_z = _inverse_norm(predicted), _inverse_norm(stored)
     # Below the epsilon the norm of p is a constant: only the numerator depends on p.
@@ -235,13 +254,14 @@ def _differentiate(
         prediction,
         tokens,
         scale,
+        gain,
         along_prediction,
         -grad_cosine * by_p * by_z,
         grad_smooth / prediction.shape[-1],
         ctx.beta,
         ctx.triton,
     )
-    return gradient, None, None, None, None
+    return gradient, None, None, None, None, None
 
 
 register_autograd("preceptor::alignment_loss", _differentiate, setup_context=_save_for_backward)
@@ -252,7 +272,11 @@ def _inverse_norm(squared: Tensor) -> Tensor:
 
 
 def _chunks(
-    prediction: Tensor, tokens: Tensor, scale: Tensor | None, dtype: torch.dtype
+    prediction: Tensor,
+    tokens: Tensor,
+    scale: Tensor | None,
+    gain: Tensor | None,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Rows of the prediction and of the decoded tokens, some at a time, and a spare block.
 
@@ -262,6 +286,8 @@ def _chunks(
     dim = prediction.shape[-1]
     predicted, stored = prediction.reshape(-1, dim), tokens.reshape(-1, dim)
     factor = None if scale is None else scale.reshape(-1, 1).to(dtype)
+    gain = None if gain is None else gain.to(dtype)
+    as_stored = tokens.dtype == dtype and gain is None
     rows = len(predicted)
     most = min(rows, max(1, _STEP_BYTES // max(1, dim * dtype.itemsize)))
     blocks = torch.empty(3, most, dim, dtype=dtype, device=prediction.device)
@@ -269,20 +295,24 @@ def _chunks(
         step = slice(start, min(start + most, rows))
         p, z, spare = blocks[:, : step.stop - start]
         p = predicted[step] if prediction.dtype == dtype else p.copy_(predicted[step])
-        z = stored[step] if tokens.dtype == dtype else z.copy_(stored[step])
+        z = stored[step] if as_stored else z.copy_(stored[step])
         if factor is not None:
             z = z.mul_(factor[step])
+        if gain is not None:
+            z = z.mul_(gain)
         yield step, p, z, spare
 
 
 def _traced(
-    prediction: Tensor, tokens: Tensor, scale: Tensor | None, beta: float
+    prediction: Tensor, tokens: Tensor, scale: Tensor | None, gain: Tensor | None, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Losses [B, N] by operations that autograd and a compiler see."""
     dtype = _accumulate_dtype(prediction)
     p, z = prediction.to(dtype), tokens.to(dtype)
     if scale is not None:
         z = z * scale.to(dtype).unsqueeze(-1)
+    if gain is not None:
+        z = z * gain.to(dtype)
     norms = _inverse_norm((p * p).sum(-1)) * _inverse_norm((z * z).sum(-1))
     smooth = functional.smooth_l1_loss(p, z, reduction="none", beta=beta).mean(-1)
     return 1 - (p * z).sum(-1) * norms, smooth

@@ -14,23 +14,28 @@ from .triton_tiles import round_to_bfloat16
 
 
 @triton.jit
-def load_target(tokens, scale, row, column, inside, dim, HAS_SCALE: tl.constexpr):
+def load_target(
+    tokens, scale, gain, row, column, inside, dim,
+    HAS_SCALE: tl.constexpr, HAS_GAIN: tl.constexpr,
+):  # fmt: skip
     z = tl.load(tokens + row * dim + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_SCALE:
         z = z * tl.load(scale + row).to(tl.float32)
+    if HAS_GAIN:
+        z = z * tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
     return z
 
 
 @triton.jit
 def loss_forward(
-    prediction, tokens, scale, cosine, smooth, statistics, rows, dim, beta,
-    HAS_SCALE: tl.constexpr, BD: tl.constexpr,
+    prediction, tokens, scale, gain, cosine, smooth, statistics, rows, dim, beta,
+    HAS_SCALE: tl.constexpr, HAS_GAIN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BD)
     inside = column < dim
     p = tl.load(prediction + row * dim + column, mask=inside, other=0.0).to(tl.float32)
-    z = load_target(tokens, scale, row, column, inside, dim, HAS_SCALE)
+    z = load_target(tokens, scale, gain, row, column, inside, dim, HAS_SCALE, HAS_GAIN)
     inner = tl.sum(p * z, axis=0)
     predicted = tl.sum(p * p, axis=0)
     stored = tl.sum(z * z, axis=0)
@@ -47,14 +52,15 @@ def loss_forward(
 
 @triton.jit
 def loss_backward(
-    prediction, tokens, scale, along_prediction, along_target, smooth_factor, gradient,
-    dim, beta, HAS_SCALE: tl.constexpr, EMULATE: tl.constexpr, BD: tl.constexpr,
+    prediction, tokens, scale, gain, along_prediction, along_target, smooth_factor, gradient,
+    dim, beta, HAS_SCALE: tl.constexpr, HAS_GAIN: tl.constexpr, EMULATE: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BD)
     inside = column < dim
     p = tl.load(prediction + row * dim + column, mask=inside, other=0.0).to(tl.float32)
-    z = load_target(tokens, scale, row, column, inside, dim, HAS_SCALE)
+    z = load_target(tokens, scale, gain, row, column, inside, dim, HAS_SCALE, HAS_GAIN)
     slope = tl.minimum(tl.maximum((p - z) / beta, -1.0), 1.0)
     total = slope * tl.load(smooth_factor + row)
     total += p * tl.load(along_prediction + row) + z * tl.load(along_target + row)
@@ -64,18 +70,18 @@ def loss_backward(
 
 
 def forward(
-    prediction: Tensor, tokens: Tensor, scale: Tensor | None, beta: float
+    prediction: Tensor, tokens: Tensor, scale: Tensor | None, gain: Tensor | None, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [B, N] and statistics [3, B, N], float32."""
-    prediction, tokens, scale = _contiguous(prediction, tokens, scale)
+    prediction, tokens, scale, gain = _contiguous(prediction, tokens, scale, gain)
     batch, count, dim = prediction.shape
     options = {"dtype": torch.float32, "device": prediction.device}
     cosine, smooth = torch.empty(batch, count, **options), torch.empty(batch, count, **options)
     statistics = torch.empty(3, batch, count, **options)
     if batch * count:
         loss_forward[(batch * count,)](
-            prediction, tokens, scale, cosine, smooth, statistics, batch * count, dim, beta,
-            HAS_SCALE=scale is not None, **_shape(dim),
+            prediction, tokens, scale, gain, cosine, smooth, statistics, batch * count, dim, beta,
+            HAS_SCALE=scale is not None, HAS_GAIN=gain is not None, **_shape(dim),
         )  # fmt: skip
     return cosine, smooth, statistics
 
@@ -84,19 +90,21 @@ def backward(
     prediction: Tensor,
     tokens: Tensor,
     scale: Tensor | None,
+    gain: Tensor | None,
     along_prediction: Tensor,
     along_target: Tensor,
     smooth_factor: Tensor,
     beta: float,
 ) -> Tensor:
     """The gradient of the prediction [B, N, D]."""
-    prediction, tokens, scale = _contiguous(prediction, tokens, scale)
+    prediction, tokens, scale, gain = _contiguous(prediction, tokens, scale, gain)
     batch, count, dim = prediction.shape
     gradient = torch.empty_like(prediction)
     if batch * count:
         loss_backward[(batch * count,)](
-            prediction, tokens, scale, along_prediction.contiguous(), along_target.contiguous(),
-            smooth_factor.contiguous(), gradient, dim, beta, HAS_SCALE=scale is not None,
+            prediction, tokens, scale, gain, along_prediction.contiguous(),
+            along_target.contiguous(), smooth_factor.contiguous(), gradient, dim, beta,
+            HAS_SCALE=scale is not None, HAS_GAIN=gain is not None,
             EMULATE=autotune.INTERPRETED and prediction.dtype == torch.bfloat16, **_shape(dim),
         )  # fmt: skip
     return gradient

@@ -18,8 +18,14 @@ def problem(batch, count, dim, dtype=torch.float32, codes=True, seed=0):
     return prediction, tokens, torch.rand(batch, count, generator=generator) * 0.02
 
 
-def reference(prediction, tokens, scale, mask=None, beta=1.0):
+def some_gain(dim, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(dim, generator=generator) * 2 + 0.1
+
+
+def reference(prediction, tokens, scale, mask=None, beta=1.0, gain=None):
     z = tokens.double() if scale is None else tokens.double() * scale.double().unsqueeze(-1)
+    z = z if gain is None else z * gain.double()
     p = prediction.double()
     cosine = 1 - functional.cosine_similarity(p, z, dim=-1)
     smooth = functional.smooth_l1_loss(p, z, reduction="none", beta=beta).mean(-1)
@@ -41,46 +47,55 @@ def values_and_gradient(function, prediction):
     count=st.integers(1, 30),
     dim=st.integers(2, 300),
     codes=st.booleans(),
+    gained=st.booleans(),
     masked=st.booleans(),
     beta=st.sampled_from([0.1, 1.0, 2.5]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     seed=st.integers(0, 2**16),
 )
-def test_values_and_gradient(batch, count, dim, codes, masked, beta, dtype, seed):
+def test_values_and_gradient(batch, count, dim, codes, gained, masked, beta, dtype, seed):
     prediction, tokens, scale = problem(batch, count, dim, dtype, codes, seed)
+    gain = some_gain(dim, seed) if gained else None
     mask = None
     if masked:
         mask = torch.rand(batch, count, generator=torch.Generator().manual_seed(seed)) > 0.5
     got = values_and_gradient(
-        lambda p: alignment_loss(p, tokens, scale, mask=mask, beta=beta), prediction
+        lambda p: alignment_loss(p, tokens, scale, gain=gain, mask=mask, beta=beta), prediction
     )
     wanted = values_and_gradient(
-        lambda p: reference(p, tokens, scale, mask, beta), prediction.double()
+        lambda p: reference(p, tokens, scale, mask, beta, gain), prediction.double()
     )
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for ours, theirs in zip(got, wanted, strict=True):
-        size = float(theirs.abs().max())
-        torch.testing.assert_close(
-            ours.double(), theirs, rtol=tolerance, atol=tolerance * max(size, 1e-6)
-        )
+        # A cosine's distance from 1 is no more precise than 1 is.
+        size = max(float(theirs.abs().max()), 0.1 if theirs.dim() == 0 else 1e-6)
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * size)
 
 
-def test_gradcheck_of_each_token():
+@pytest.mark.parametrize("gain", [None, some_gain(5)], ids=["plain", "gain"])
+def test_gradcheck_of_each_token(gain):
     prediction, tokens, scale = problem(2, 3, 5, torch.float64)
 
     def function(prediction):
-        return tuple(alignment_loss(prediction, tokens, scale, beta=0.3, reduction="none"))
+        options = {"gain": gain, "beta": 0.3, "reduction": "none"}
+        return tuple(alignment_loss(prediction, tokens, scale, **options))
 
     assert gradcheck(function, (prediction.requires_grad_(),))
 
 
-def test_many_chunks_equal_one(monkeypatch):
+@pytest.mark.parametrize("gain", [None, some_gain(16)], ids=["plain", "gain"])
+@pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
+def test_many_chunks_equal_one(monkeypatch, codes, gain):
     from preceptor.kernels import loss
 
-    prediction, tokens, scale = problem(3, 7, 16)
-    whole = values_and_gradient(lambda p: alignment_loss(p, tokens, scale), prediction)
+    prediction, tokens, scale = problem(3, 7, 16, codes=codes)
+
+    def function(p):
+        return alignment_loss(p, tokens, scale, gain=gain)
+
+    whole = values_and_gradient(function, prediction)
     monkeypatch.setattr(loss, "_STEP_BYTES", 5 * 16 * 4)
-    chunked = values_and_gradient(lambda p: alignment_loss(p, tokens, scale), prediction)
+    chunked = values_and_gradient(function, prediction)
     for ours, theirs in zip(chunked, whole, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -94,15 +109,16 @@ def test_zero_prediction_and_zero_target_have_finite_gradients():
     assert all(torch.isfinite(r).all() for r in results)
 
 
-def test_opcheck_and_compile():
+@pytest.mark.parametrize("gain", [None, some_gain(8)], ids=["plain", "gain"])
+def test_opcheck_and_compile(gain):
     prediction, tokens, scale = problem(2, 3, 8)
     torch.library.opcheck(
         torch.ops.preceptor.alignment_loss.default,
-        (prediction.requires_grad_(), tokens, scale, 1.0, False),
+        (prediction.requires_grad_(), tokens, scale, gain, 1.0, False),
     )
 
     def function(p):
-        cosine, smooth = alignment_loss(p * 1.0, tokens, scale, mask=scale > 0.005)
+        cosine, smooth = alignment_loss(p * 1.0, tokens, scale, gain=gain, mask=scale > 0.005)
         return cosine, smooth
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -114,8 +130,9 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("gain", [None, some_gain(24)], ids=["plain", "gain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_compiler_on_cpu_sees_operations_that_it_can_fuse(dtype):
+def test_a_compiler_on_cpu_sees_operations_that_it_can_fuse(dtype, gain):
     prediction, tokens, scale = problem(2, 5, 24, dtype)
     prediction[0, 0] = 0
     graphs = []
@@ -125,7 +142,7 @@ def test_a_compiler_on_cpu_sees_operations_that_it_can_fuse(dtype):
         return graph.forward
 
     def function(p):
-        return alignment_loss(p, tokens, scale, beta=0.7)
+        return alignment_loss(p, tokens, scale, gain=gain, beta=0.7)
 
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
@@ -142,7 +159,9 @@ def test_a_compiler_on_cpu_sees_operations_that_it_can_fuse(dtype):
 def test_targets_are_left_as_they_are():
     prediction, tokens, _ = problem(2, 3, 8, codes=False)
     before = tokens.clone(), prediction.clone()
-    alignment_loss(prediction.requires_grad_(), tokens).smooth_l1.backward()
+    for gain in (None, some_gain(8).requires_grad_()):
+        alignment_loss(prediction.requires_grad_(), tokens, gain=gain).smooth_l1.backward()
+        assert gain is None or gain.grad is None
     assert torch.equal(tokens, before[0])
     assert torch.equal(prediction, before[1])
 
@@ -160,6 +179,9 @@ P, CODES, SCALE = torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.int8), to
         ((P, P, SCALE), {}, ValueError, "scale"),
         ((P, CODES, SCALE[:1]), {}, ValueError, "scale must have the shape"),
         ((P, CODES, SCALE), {"mask": SCALE}, TypeError, "mask must have the bool dtype"),
+        ((P, CODES, SCALE), {"gain": SCALE}, ValueError, r"gain must have the shape \(4,\)"),
+        ((P, CODES, SCALE), {"gain": CODES[0, 0]}, TypeError, "gain must have a float dtype"),
+        ((P, P), {"gain": torch.ones(4, device="meta")}, ValueError, "gain must be on the device"),
         ((P, CODES, SCALE), {"beta": 0.0}, ValueError, "beta must be positive"),
         ((P, CODES, SCALE), {"reduction": "sum"}, ValueError, "reduction"),
         ((P, CODES, SCALE), {"implementation": "cuda"}, ValueError, "implementation"),

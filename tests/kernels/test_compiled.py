@@ -43,10 +43,11 @@ class Case:
     dim: int
     norm: bool = False
     emit: bool = False
+    gain: bool = False
 
     @property
     def name(self) -> str:
-        flags = " norm" * self.norm + " emit" * self.emit
+        flags = " norm" * self.norm + " emit" * self.emit + " gain" * self.gain
         return f"{self.kernel} {str(self.dtype).removeprefix('torch.')} D{self.dim}{flags}"
 
     @property
@@ -73,11 +74,12 @@ class Case:
         tokens = torch.zeros(samples, count, self.dim, dtype=self.dtype)
         one_each = torch.zeros(samples, count)
         weight = one_each if self.dtype == torch.int8 else None
+        each_dim = torch.ones(self.dim) if self.gain else None
         if self.kernel == "loss_forward":
-            triton_loss.forward(tokens.to(floating), tokens, weight, 1.0)
+            triton_loss.forward(tokens.to(floating), tokens, weight, each_dim, 1.0)
         elif self.kernel == "loss_backward":
             triton_loss.backward(
-                tokens.to(floating), tokens, weight, one_each, one_each, one_each, 1.0
+                tokens.to(floating), tokens, weight, each_dim, one_each, one_each, one_each, 1.0
             )
         elif self.kernel in ("forward", "merge"):
             triton_launch.forward(query, tokens, weight, 1e-5 if self.norm else None)
@@ -163,6 +165,12 @@ OTHERS = [
         for dtype in (torch.int8, torch.bfloat16, torch.float32)
         for dim in (384, 768, 1024, 1536)
     ),
+    # Floats come to the loss with their gain multiplied in.
+    *(
+        Case(kernel, torch.int8, dim, gain=True)
+        for kernel in ("loss_forward", "loss_backward")
+        for dim in (384, 768, 1024, 1536)
+    ),
 ]
 # Compiled in every run of the tests, with their first configuration.
 QUICK = [
@@ -174,6 +182,8 @@ QUICK = [
     (Case("merge", torch.bfloat16, 768), 90),
     *((Case("loss_forward", torch.int8, 768), arch) for arch in SHARED_LIMIT),
     *((Case("loss_backward", torch.int8, 768), arch) for arch in SHARED_LIMIT),
+    (Case("loss_forward", torch.int8, 768, gain=True), 90),
+    (Case("loss_backward", torch.int8, 768, gain=True), 90),
 ]
 
 

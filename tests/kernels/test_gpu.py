@@ -326,16 +326,20 @@ def test_module_against_its_standard_form():
 
 @pytest.mark.parametrize("dim", widths(192, 384, 768, 1000, 1536))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_alignment_loss(dim, dtype):
+@pytest.mark.parametrize("gained", [False, True])
+def test_alignment_loss(dim, dtype, gained):
     generator = torch.Generator(DEVICE).manual_seed(0)
     shape = scaled(4, 197, dim)
     prediction = torch.randn(shape, device=DEVICE, generator=generator).to(dtype)
     codes = torch.randint(-127, 128, shape, device=DEVICE, generator=generator).to(torch.int8)
     scale = torch.rand(shape[:2], device=DEVICE, generator=generator) * 0.02
+    gain = None
+    if gained:
+        gain = torch.rand(shape[-1], device=DEVICE, generator=generator) * 2 + 0.1
     results = []
     for implementation, p in (("triton", prediction), ("torch", prediction.double())):
         p = p.detach().requires_grad_()
-        cosine, smooth = alignment_loss(p, codes, scale, implementation=implementation)
+        cosine, smooth = alignment_loss(p, codes, scale, gain=gain, implementation=implementation)
         results.append((cosine, smooth, *torch.autograd.grad(cosine + 2 * smooth, p)))
     for ours, theirs, bound in zip(*results, (1e-5, 1e-5, 5e-3), strict=True):
         assert float((ours.double() - theirs).norm() / theirs.norm()) <= bound

@@ -59,13 +59,15 @@ def test_compiles_for_numbers_that_are_one_and_for_unaligned_storage(
         assert len(launch.grid) == 1
 
 
-def test_loss_compiles_for_one_token_and_unaligned_storage():
+@pytest.mark.parametrize("gained", [False, True])
+def test_loss_compiles_for_one_token_and_unaligned_storage(gained):
     codes = torch.zeros(2 * 50 + 1, dtype=torch.int8)[1:].view(1, 2, 50)
+    gain = torch.ones(51)[1:] if gained else None
     with chip(90) as launches:
         for count in (1, 2):
             p, scale = torch.zeros(1, count, 50, dtype=torch.bfloat16), torch.ones(1, count)
-            triton_loss.forward(p, codes[:, :count], scale, 0.5)
-            triton_loss.backward(p, codes[:, :count], scale, scale, scale, scale, 0.5)
+            triton_loss.forward(p, codes[:, :count], scale, gain, 0.5)
+            triton_loss.backward(p, codes[:, :count], scale, gain, scale, scale, scale, 0.5)
     assert [launch.grid for launch in launches] == [(1,), (1,), (2,), (2,)]
 
 
@@ -90,12 +92,14 @@ def test_fake_results_are_laid_out_like_the_real_ones(shape, dtype, norm_eps):
         )
         scale, prediction = weight, tokens.transpose(0, 1).contiguous().transpose(0, 1)
         prediction = prediction.to(torch.bfloat16)
-        each = torch.ones(batch, count)
-        loss = ops.alignment_loss(prediction, tokens, scale, 1.0, True)
-        gradient = ops.alignment_loss_backward(
-            prediction, tokens, scale, each, each, each, 1.0, True
-        )
-        return [*forward, *backward, *loss, gradient]
+        each, losses = torch.ones(batch, count), []
+        for gain in (None, torch.ones(dim)):
+            loss = ops.alignment_loss(prediction, tokens, scale, gain, 1.0, True)
+            gradient = ops.alignment_loss_backward(
+                prediction, tokens, scale, gain, each, each, each, 1.0, True
+            )
+            losses += [*loss, gradient]
+        return [*forward, *backward, *losses]
 
     with chip(90, kernels=()):
         real = call()

@@ -5,20 +5,23 @@ import torch
 from preceptor.kernels import alignment_loss
 
 
+@pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("codes", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [5, 33, 64])
-def test_values_and_gradient(dim, dtype, codes):
+def test_values_and_gradient(dim, dtype, codes, gained):
     generator = torch.Generator().manual_seed(dim)
     prediction = torch.randn(2, 3, dim, generator=generator).to(dtype)
     tokens, scale = torch.randn(2, 3, dim, generator=generator).to(dtype), None
     if codes:
         tokens = torch.randint(-127, 128, (2, 3, dim), generator=generator).to(torch.int8)
         scale = torch.rand(2, 3, generator=generator) * 0.02
+    gain = torch.rand(dim, generator=generator) * 2 + 0.1 if gained else None
+    options = {"gain": gain, "beta": 0.7}
     results = []
     for implementation, p in (("triton", prediction), ("torch", prediction.double())):
         p = p.detach().requires_grad_()
-        cosine, smooth = alignment_loss(p, tokens, scale, beta=0.7, implementation=implementation)
+        cosine, smooth = alignment_loss(p, tokens, scale, implementation=implementation, **options)
         (gradient,) = torch.autograd.grad(0.7 * cosine + 1.3 * smooth, p)
         results.append((cosine.detach(), smooth.detach(), gradient))
     tolerances = (1e-5, 1e-5, 4e-3 if dtype == torch.bfloat16 else 1e-5)
