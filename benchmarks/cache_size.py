@@ -29,8 +29,8 @@ from PIL import Image
 from preceptor.benchmarks.cache_read import facts
 from preceptor.benchmarks.harness import machine, save, show
 from preceptor.cache import (
-    Accumulator,
     Cache,
+    CalibrationSums,
     SampleIndex,
     SpaceSpec,
     StorePlan,
@@ -175,7 +175,7 @@ def write(path: Path, name: str, x: np.ndarray, encoding: str, sample: np.ndarra
         teachers=(TeacherRecord(teacher, (spec,), {}),),
     )
     writer = StoreWriter.open_or_create(path, plan)
-    sums = Accumulator(torch.from_numpy(sample[0].mean(0)))
+    sums = CalibrationSums(torch.from_numpy(sample[0].mean(0)))
     sums.add(torch.from_numpy(sample))
     mean, std = calibration(sums)
     weights = None

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from preceptor.cache import (
-    Accumulator,
+    CalibrationSums,
     PixelSpec,
     RowBatch,
     SpaceSpec,
@@ -82,7 +82,7 @@ def batch(first: int, last: int) -> RowBatch:
 
 def calibrate(writer: StoreWriter) -> None:
     for space in writer.uncalibrated:
-        sums = Accumulator(torch.full((space.dim,), 2.0))
+        sums = CalibrationSums(torch.full((space.dim,), 2.0))
         sums.add(torch.from_numpy(tokens(space, np.arange(4))))
         mean, std = calibration(sums)
         weights = some_weights(space) if space.predicted else None

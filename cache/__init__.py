@@ -7,7 +7,7 @@ from .reader import Cache
 from .rows import RowBatch
 from .samples import SampleIndex
 from .space import Space
-from .statistics import Accumulator, Moments, calibration, prediction_weights
+from .statistics import Accumulator, CalibrationSums, Moments, calibration, prediction_weights
 from .tokens import Tokens
 from .views import View, ViewPolicy
 from .writer import StoreWriter
@@ -16,6 +16,7 @@ __all__ = [
     "Accumulator",
     "Batch",
     "Cache",
+    "CalibrationSums",
     "Moments",
     "PixelSpec",
     "RowBatch",

@@ -179,7 +179,7 @@ def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float]
 
     Returns:
         ``relative_error``: |error| / |tokens| over all, in the teacher's units;
-        ``relative_error_standardised``: the same in units of the calibrated deviation;
+        ``relative_error_standardised``: the same in units of the calibrated s;
         ``p1_cosine``: 1st percentile over tokens of the cosine between token and decoded token.
     """
     if not len(rows):

@@ -1,4 +1,4 @@
-"""Exact streaming mean and covariance in float64: what standardisation, PHI-S and PCA need.
+"""Exact streaming moments in float64: what standardisation, PHI-S and PCA need.
 
 Sums are taken of values shifted by the calibrated mean, one set a shard; shards are merged in
 their order with the pairwise update of Chan, Golub & LeVeque (1979), so the result depends
@@ -34,6 +34,12 @@ class Moments:
     def covariance(self) -> np.ndarray:
         """Population covariance (divisor: count), float64 ``[D, D]``."""
         return self.scatter / max(self.count, 1)
+
+    def mean_square(self, centre: np.ndarray) -> np.ndarray:
+        """Mean of (x - centre)^2, float64 ``[D]``; centre: float64 ``[D]``."""
+        variance = np.maximum(np.diag(self.scatter), 0.0) / max(self.count, 1)
+        found: np.ndarray = variance + (self.mean - centre) ** 2
+        return found
 
     @classmethod
     def empty(cls, dim: int) -> Moments:
@@ -85,7 +91,6 @@ class Accumulator:
         self._shift = shift.double()
         self.count = 0
         self._sum = torch.zeros_like(self._shift)
-        self._zeros = torch.zeros(len(shift), dtype=torch.int64)
         self._products = torch.zeros(len(shift), len(shift), dtype=torch.float64)
 
     def add(self, tokens: torch.Tensor) -> None:
@@ -93,19 +98,11 @@ class Accumulator:
         if self._sum.device != tokens.device:
             self._shift = self._shift.to(tokens.device)
             self._sum = self._sum.to(tokens.device)
-            self._zeros = self._zeros.to(tokens.device)
             self._products = self._products.to(tokens.device)
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        self._zeros += (flat == 0).sum(0)
-        shifted = flat.double() - self._shift
+        shifted = tokens.reshape(-1, tokens.shape[-1]).double() - self._shift
         self.count += len(shifted)
         self._sum += shifted.sum(0)
         self._products.addmm_(shifted.T, shifted)
-
-    @property
-    def zeros(self) -> np.ndarray:
-        """int64 ``[D]``: how many values were exactly zero."""
-        return self._zeros.cpu().numpy()
 
     def moments(self) -> Moments:
         offset = self._sum / max(self.count, 1)
@@ -113,22 +110,79 @@ class Accumulator:
         return Moments(self.count, (self._shift + offset).cpu().numpy(), scatter.cpu().numpy())
 
 
-def calibration(sums: Accumulator) -> tuple[np.ndarray, np.ndarray]:
-    """The float32 centre and deviation that standardise a space, from a sample of its tokens.
+class CalibrationSums(Accumulator):
+    """The sums of a sample that :func:`calibration` needs beside its moments.
+
+    Args:
+        shift: float32 ``[D]``: the mean of some of the tokens to come. Fourth powers forgive less
+            than squares: a shift 1,000 spreads from the mean leaves the fourth moment no digit.
+    """
+
+    def __init__(self, shift: torch.Tensor) -> None:
+        super().__init__(shift)
+        # third powers, fourth powers, values that are exactly zero
+        self._more = torch.zeros(3, len(shift), dtype=torch.float64)
+
+    def add(self, tokens: torch.Tensor) -> None:
+        super().add(tokens)
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        shifted = flat.double() - self._shift
+        square = shifted.square()
+        more = ((square * shifted).sum(0), square.square().sum(0), (flat == 0).sum(0).double())
+        self._more = self._more.to(flat.device) + torch.stack(more)
+
+    @property
+    def mostly_zero(self) -> np.ndarray:
+        """bool ``[D]``: dimensions of which at least half of the values are exactly zero."""
+        zeros = self._more[2].cpu().numpy()
+        found: np.ndarray = 2 * zeros >= max(self.count, 1)
+        return found
+
+    def fourth_moment(self, centre: np.ndarray) -> np.ndarray:
+        """Mean of (x - centre)^4, float64 ``[D]``.
+
+        Args:
+            centre: float64 ``[D]``.
+        """
+        first, second = self._sum.cpu().numpy(), torch.diagonal(self._products).cpu().numpy()
+        third, fourth = self._more[:2].cpu().numpy()
+        gap = self._shift.cpu().numpy() - centre
+        # (y + gap)^4 summed over tokens, for y = x - shift
+        total = fourth + gap * (4 * third + gap * (6 * second + gap * (4 * first)))
+        found: np.ndarray = total / max(self.count, 1) + gap**4
+        return found
+
+
+def calibration(sums: CalibrationSums) -> tuple[np.ndarray, np.ndarray]:
+    """The float32 centre m and deviation s that standardise a space, from a sample of its tokens.
 
     The centre is the mean; but zero for a dimension that is exactly zero in at least half of the
     tokens, as behind a rectifier: its zeros are then stored without an error, which is what an
-    8-bit code with one scale a token owes to a token that is nearly empty. The deviation is around
-    the centre. A dimension that hardly moves would be blown up to noise, so deviations are at
-    least 1e-4 of their root mean square; where nothing moves at all they are 1.
+    8-bit code with one scale a token owes to a token that is nearly empty.
+
+        s = (mean (x - m)^4 / 3)^(1/4)
+
+    is the standard deviation where x is Gaussian and m its mean. A dimension with rare large values
+    has a larger s, so that such a value does not decide the one scale of its token alone, at the
+    cost of all other values in it. Training has the standard deviation proper, by a gain from the
+    store's exact statistics (``train.alignment.targets``).
     """
     moments = sums.moments()
-    centre = np.where(2 * sums.zeros >= max(moments.count, 1), 0.0, moments.mean)
-    square = np.diag(moments.scatter) / max(moments.count, 1) + (moments.mean - centre) ** 2
-    deviation = np.sqrt(np.maximum(square, 0.0))
-    floor = 1e-4 * np.sqrt(np.mean(deviation**2))
-    deviation = np.maximum(deviation, floor) if floor > 0 else np.ones_like(deviation)
+    centre = np.where(sums.mostly_zero, 0.0, moments.mean)
+    square = moments.mean_square(centre)
+    # No fourth moment is less than the square of the second, but for rounding.
+    fourth = np.maximum(sums.fourth_moment(centre), square**2)
+    deviation = floored((fourth / 3) ** 0.25)
     return centre.astype(np.float32), deviation.astype(np.float32)
+
+
+def floored(deviation: np.ndarray) -> np.ndarray:
+    """Deviations ``[D]`` of which none is less than 1e-4 of their root mean square.
+
+    A dimension that hardly moves would be blown up to noise. Where nothing moves at all they are 1.
+    """
+    floor = 1e-4 * np.sqrt(np.mean(deviation**2))
+    return np.maximum(deviation, floor) if floor > 0 else np.ones_like(deviation)
 
 
 SAMPLE_ROWS = 32

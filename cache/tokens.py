@@ -45,7 +45,7 @@ class Tokens:
         return {"codes": self.codes} | ({} if self.scales is None else {"scales": self.scales})
 
     def standardised(self) -> torch.Tensor:
-        """The tokens in units of the calibrated deviation: float32 ``[b, N, D]``."""
+        """z = (x - mean) / std of the calibration, float32 ``[b, N, D]``."""
         values: torch.Tensor = encoding(self.encoding).decode(self.restored().parts, self.dim)
         return values
 

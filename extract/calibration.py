@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cache import SpaceSpec
-from ..cache.statistics import SAMPLE_ROWS, Accumulator, calibration, prediction_weights
+from ..cache.statistics import SAMPLE_ROWS, CalibrationSums, calibration, prediction_weights
 from ..errors import DataError
 
 
@@ -33,7 +33,7 @@ def measure(
     Raises:
         DataError: there was no row at all.
     """
-    sums: dict[str, Accumulator] = {}
+    sums: dict[str, CalibrationSums] = {}
     kept: dict[str, list[Tensor]] = {spec.id: [] for spec in specs}
     for tokens in batches:
         for spec in specs:
@@ -41,8 +41,8 @@ def measure(
                 continue
             batch = tokens[spec.id]
             if spec.id not in sums:
-                # Sums are taken around the first batch's mean, so that they lose no digits.
-                sums[spec.id] = Accumulator(
+                # Sums are taken around the first batch's mean, so that they lose few digits.
+                sums[spec.id] = CalibrationSums(
                     batch.reshape(-1, spec.dim).mean(0, dtype=torch.float32)
                 )
             sums[spec.id].add(batch)

@@ -319,7 +319,7 @@ def _note(latest: Mapping[str, float]) -> str:
 
 
 def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str, Target]]:
-    """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space.
+    """Normalised pixels [B, 3, H, W] and targets [B, N, D] per space, standardised as stored.
 
     Tokens travel as codes; int8 ones stay codes until the loss reads them, unless only a region of
     their grid is wanted.

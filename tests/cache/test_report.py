@@ -11,7 +11,7 @@ from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import batch, contents, extract, fill_shard
 from preceptor.cache import Cache, SpaceSpec, StorePlan, StoreWriter, TeacherRecord
 from preceptor.cache.report import describe, fidelity
-from preceptor.cache.statistics import Accumulator, calibration
+from preceptor.cache.statistics import CalibrationSums, calibration
 
 ROWS = 16
 
@@ -50,7 +50,7 @@ def test_expected_error_is_the_measured_one(encoding: str, rectified: bool, tmp_
         teachers=(TeacherRecord("t", (space,), {}),),
     )
     writer = StoreWriter.open_or_create(tmp_path / "store", plan)
-    sums = Accumulator(torch.zeros(128))
+    sums = CalibrationSums(torch.zeros(128))
     sums.add(x)
     writer.calibrate(space.id, *calibration(sums), rows_used=ROWS)
     facts = batch(0, ROWS)

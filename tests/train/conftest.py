@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 from preceptor.cache import (
-    Accumulator,
+    CalibrationSums,
     PixelSpec,
     RowBatch,
     SpaceSpec,
@@ -94,7 +94,7 @@ def write_store(
     )
     writer = StoreWriter.open_or_create(path, plan)
     for space in writer.uncalibrated:
-        sums = Accumulator(torch.zeros(space.dim))
+        sums = CalibrationSums(torch.zeros(space.dim))
         sums.add(tokens[space.id])
         mean, std = calibration(sums)
         writer.calibrate(space.id, mean, std, rows_used=len(rows))

@@ -22,9 +22,11 @@ from preceptor.train.checkpoint import (
     Checkpoints,
     check_same_run,
     load_checkpoint,
+    load_model,
     save_checkpoint,
 )
 from preceptor.train.loop import train
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +201,34 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_ends(train_con
     assert again["loss"] == whole["loss"]
     assert again["losses"] == whole["losses"]
     assert (tmp_path / "run" / "student.safetensors").exists()
+
+
+def test_a_run_older_than_the_gain_ends_in_the_units_that_it_began_with(train_config, tmp_path):
+    """Its checkpoints and weights have none: tokens were learnt as the store has them."""
+    options = ("recipe.checkpoint_every=4", "recipe.ema=0.9")
+    train(train_config(*options, "recipe.steps=4"))
+    out = tmp_path / "run"
+    path = Checkpoints(out, 1).last
+    state = load_checkpoint(path)
+    for part in ("module", "average"):
+        kept = {name: x for name, x in state[part].items() if not name.endswith(".gain")}
+        assert len(kept) == len(state[part]) - 2
+        state[part] = kept
+    state["identity"]["recipe"]["steps"] = 8
+    save_checkpoint(path, state)
+    (out / "summary.json").unlink()
+    train(train_config(*options, "recipe.steps=8"))
+    for folder in (out, out / "ema"):
+        weights = load_file(folder / "alignment.safetensors")
+        gains = {name: x for name, x in weights.items() if name.endswith(".gain")}
+        assert len(gains) == 2
+        assert all((gain == 1).all() for gain in gains.values())
+        older = {name: x for name, x in weights.items() if name not in gains}
+        save_file(older, folder / "alignment.safetensors")
+        _, alignment, _ = load_model(folder)
+        loaded = alignment.state_dict()
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[name], x) for name, x in weights.items())
 
 
 def test_a_copied_checkpoint_of_other_options_is_refused_with_the_difference(train_config):

@@ -150,8 +150,8 @@ class Alignment(nn.Module, ABC):
         dense_weight: weight of the token terms; at 0 they are not computed.
         match: where grids differ, "teacher" resamples the student's prediction to the teacher's
             grid and "student" resamples the teacher's tokens to the student's grid.
-        targets: units of the targets: "standardise" (as stored), "phis" (PHI-S) or "none" (the
-            teacher's own); see `targets`.
+        targets: units of the targets: "standardise" (unit variance), "phis" (PHI-S) or "none"
+            (the teacher's own); see `targets`.
         balance: "fixed", "normalised", "drop" or "pcgrad"; see `balance`.
         weights: w_t by teacher; 1 where not given.
         momentum: of the running means of "normalised".
@@ -249,7 +249,7 @@ class Alignment(nn.Module, ABC):
 
         Args:
             output: what `run_student` gave: tokens [B, N, C], descriptor [B, P], ...
-            targets: standardised tokens [B, N_s, D_s] per space of `required_spaces`.
+            targets: tokens [B, N_s, D_s] as stored, per space of `required_spaces`.
 
         Raises:
             DataError: tokens are not those of the grids that the alignment was built for.
@@ -376,9 +376,9 @@ def token_loss(prediction: Tensor, target: Target, mask: Tensor | None = None) -
     Returns:
         Scalar float32 (float64 for a float64 prediction).
     """
-    tokens, scales = target if isinstance(target, Codes) else (target, None)
+    tokens, scales, gain = target if isinstance(target, Codes) else (target, None, None)
     with torch.autocast(prediction.device.type, enabled=False):
-        terms = alignment_loss(prediction, tokens, scales, mask=mask)
+        terms = alignment_loss(prediction, tokens, scales, gain=gain, mask=mask)
     return 0.9 * terms.cosine + 0.1 * terms.smooth_l1
 
 

@@ -297,9 +297,11 @@ class ModelToken(Alignment):
         seen = []
         for name, project in zip(self.streams, self.stream_inputs, strict=True):
             assert isinstance(project, nn.Linear)
-            target = targets[name]
-            tokens, scales = target if isinstance(target, Codes) else (target, None)
-            seen.append(ProjectedTokens(tokens, scales, project.weight, project.bias))
+            target, weight = targets[name], project.weight
+            tokens, scales, gain = target if isinstance(target, Codes) else (target, None, None)
+            if gain is not None:
+                weight = weight * gain
+            seen.append(ProjectedTokens(tokens, scales, weight, project.bias))
         return seen
 
     def _owned(self, teacher: str) -> list[int]:

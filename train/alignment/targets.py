@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...cache.statistics import floored
 from ...errors import ConfigError, DataError
 
 
 class Codes(NamedTuple):
-    """Standardised tokens as the store holds them: codes int8 [B, N, D] times scales [B, N]."""
+    """Tokens that are still codes: int8 [B, N, D] times scales [B, N] times gain [D]."""
 
     codes: Tensor
     scales: Tensor
+    gain: Tensor | None = None
+    """Of every dimension; 1 where there is none, as in the store."""
 
     def decode(self) -> Tensor:
         """The tokens, float32 [B, N, D]."""
-        return self.codes.float() * self.scales.float().unsqueeze(-1)
+        z = self.codes.float() * self.scales.float().unsqueeze(-1)
+        return z if self.gain is None else z * self.gain.float()
 
 
 Target = Tensor | Codes
-"""Standardised tokens [B, N, D] of a space: floats, or codes that stay codes where they can."""
+"""Tokens [B, N, D] of a space: floats, or codes that stay codes where they can."""
 
 
 def floats(target: Target) -> Tensor:
@@ -40,6 +44,7 @@ class SpaceMoments(Protocol):
     def mean(self) -> NDArray[np.float64]: ...
     @property
     def covariance(self) -> NDArray[np.float64]: ...
+    def mean_square(self, centre: NDArray[np.float64]) -> NDArray[np.float64]: ...
 
 
 class StoredSpace(Protocol):
@@ -53,20 +58,41 @@ class StoredSpace(Protocol):
 
 
 class Standardised(nn.Module):
-    """z as stored: every dimension with mean 0 and deviation 1. Codes stay codes."""
+    """Every dimension with unit mean square about the store's centre. Codes stay codes.
+
+    The store's z = (x - m) / s may have any s: the cache chooses it for its codes. With the exact
+    mean mu and covariance C of a space's tokens x [D],
+
+        y = gain * z = (x - m) / rms      gain_d = s_d / rms_d      rms_d^2 = C_dd + (mu_d - m_d)^2
+
+    where no rms_d is less than 1e-4 of the root mean square of all.
+    """
+
+    gain: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.register_buffer("gain", torch.ones(dim))
 
     def fit(self, stored: StoredSpace) -> None:
-        """Nothing to fit: the store is standardised."""
+        """Take the gain from the store's exact statistics."""
+        centre, deviation = stored.mean.double().numpy(), stored.std.double().numpy()
+        rms = floored(np.sqrt(stored.statistics().mean_square(centre)))
+        self.gain.copy_(torch.from_numpy(deviation / rms))
 
     def forward(self, target: Target) -> Target:
-        return target
+        if isinstance(target, Codes):
+            return Codes(target.codes, target.scales, self.gain)
+        return target * self.gain
 
     def standardised(self, values: Tensor) -> Tensor:
         """The way back, to the units of the store."""
-        return values
+        return values / self.gain
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        # A run of an earlier version learnt the tokens as they were stored, and has no gain.
+        state_dict.setdefault(f"{prefix}gain", torch.ones_like(self.gain))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class Units(nn.Module):
@@ -168,7 +194,7 @@ def build_units(
     if kind not in TARGETS:
         raise ConfigError(f"align.targets={kind}: valid are {', '.join(TARGETS)}")
     units = TARGETS[kind](dim)
-    if stored is not None and kind != "standardise":
+    if stored is not None:
         units.fit(stored())
     return units
 

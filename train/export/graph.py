@@ -53,8 +53,8 @@ class WithHeads(nn.Module):
 
     Args:
         calibration: mean and deviation [D] per space, to give descriptors and tokens in their
-            teacher's own units; None gives them standardised. Either way whatever ``align.targets``
-            was.
+            teacher's own units; None gives them standardised, as the store holds them. Either way
+            whatever ``align.targets`` was.
     """
 
     def __init__(

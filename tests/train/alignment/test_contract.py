@@ -220,11 +220,14 @@ def test_codes_give_the_loss_and_gradients_of_their_floats(make, run, targets, v
     for wanted in (codes, {space: c.decode() for space, c in codes.items()}):
         alignment = make(variant, match=match, balance="fixed")
         torch.manual_seed(4)
+        for units in alignment.units.values():
+            units.gain.uniform_(0.3, 3)
         output = run(alignment)
         output.tokens.retain_grad()
         loss = alignment(output, wanted).loss
         loss.backward()
-        found.append((loss.detach(), output.tokens.grad, output.pooled.grad))
+        learnt = {name: p.grad for name, p in alignment.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), output.tokens.grad, output.pooled.grad, learnt))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 

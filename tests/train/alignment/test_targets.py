@@ -7,24 +7,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from preceptor.cache import Accumulator, calibration
+from preceptor.cache import Accumulator, CalibrationSums, calibration
 from preceptor.errors import DataError
 from preceptor.train.alignment.targets import (
     Codes,
     PhiS,
     Standardised,
     Units,
+    build_units,
     equal_variance_rotation,
     hadamard,
 )
 from scipy.linalg import hadamard as sylvester
+from torch import nn
 
 
 def store(tokens: torch.Tensor):
     """What `cache.Space` gives of a space with these tokens [n, D]; standardised as a store is."""
     moments = Accumulator(tokens[:10].mean(0).float())
     moments.add(tokens)
-    part = Accumulator(torch.zeros(tokens.shape[1]))
+    part = CalibrationSums(tokens[:10].mean(0).float())
     part.add(tokens[:200])  # a store calibrates on a sample
     mean, std = (torch.from_numpy(x) for x in calibration(part))
     space = SimpleNamespace(mean=mean, std=std, statistics=moments.moments)
@@ -87,9 +89,55 @@ def test_predictions_go_back_to_the_units_of_the_store(tokens, kind):
     torch.testing.assert_close(units.standardised(units(z)), z, rtol=1e-3, atol=1e-3)
 
 
-def test_standardised_codes_are_passed_on_undecoded():
-    codes = Codes(torch.ones(2, 3, 4, dtype=torch.int8), torch.ones(2, 3))
-    assert Standardised(4)(codes) is codes
+def test_standardised_tokens_have_unit_mean_square_about_the_stores_centre(tokens):
+    """Whatever s and m the store has: a reader takes them as they are."""
+    generator = torch.Generator().manual_seed(1)
+    dim = tokens.shape[1]
+    space, _ = store(tokens)
+    space.std = space.std * (torch.rand(dim, generator=generator) * 5 + 0.2)
+    space.mean = torch.where(torch.rand(dim, generator=generator) < 0.5, 0.0, space.mean)
+    z = ((tokens - space.mean) / space.std).float()
+    units = build_units("standardise", dim, lambda: space)
+    y = units(z).double()
+    np.testing.assert_allclose(y.square().mean(0), 1, rtol=1e-4)
+    rms = (tokens - space.mean).square().mean(0).sqrt()
+    torch.testing.assert_close(y * rms + space.mean, tokens, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(units.standardised(y.float()), z, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dimension_that_hardly_moves_is_not_blown_up(tokens):
+    tokens = tokens.clone()
+    tokens[:, 0] = 3 + 1e-9 * tokens[:, 0]
+    space, _ = store(tokens)
+    units = build_units("standardise", tokens.shape[1], lambda: space)
+    rms = (tokens - space.mean).square().mean(0).sqrt()
+    floor = 1e-4 * rms.square().mean().sqrt()
+    assert rms[0] < floor < rms[1:].min()
+    expected = space.std / torch.maximum(rms, floor)
+    torch.testing.assert_close(units.gain, expected.float(), rtol=1e-3, atol=0)
+
+
+def test_standardised_codes_stay_codes():
+    codes = Codes(torch.ones(2, 3, 4, dtype=torch.int8), torch.rand(2, 3).half())
+    units = Standardised(4)
+    units.gain.copy_(torch.tensor([0.5, 1, 2, 3]))
+    found = units(codes)
+    assert isinstance(found, Codes)
+    assert found.codes is codes.codes
+    assert found.scales is codes.scales
+    torch.testing.assert_close(found.decode(), units(codes.decode()), rtol=0, atol=0)
+
+
+def test_weights_without_a_gain_are_of_tokens_as_stored(tokens):
+    """Of a run that is older than the gain: it goes on as it began, whatever the store says."""
+    space, z = store(tokens)
+    units = nn.ModuleDict({"vit/cls": build_units("standardise", z.shape[1], lambda: space)})
+    assert not torch.equal(units["vit/cls"].gain, torch.ones(z.shape[1]))
+    state = units.state_dict()
+    assert state.pop("vit/cls.gain") is not None
+    units.load_state_dict(state)
+    assert torch.equal(units["vit/cls"](z), z)
+    assert not state
 
 
 def test_tokens_that_do_not_vary_are_told():
@@ -99,18 +147,20 @@ def test_tokens_that_do_not_vary_are_told():
         PhiS(4).fit(space)
 
 
-@pytest.mark.parametrize("kind", ["phis", "none"])
+@pytest.mark.parametrize("kind", ["phis", "none", "standardise"])
 def test_the_loss_is_taken_in_the_units_that_are_asked_for(build, run, spaces, targets, kind):
     generator = torch.Generator().manual_seed(0)
-    stores = {
-        name: store(torch.randn(500, space.dim, generator=generator).double() * 3 + 1)[0]
+    tokens = {
+        name: torch.randn(500, space.dim, generator=generator).double() ** 3 + 1
         for name, space in spaces.items()
     }
+    stores = {name: store(x)[0] for name, x in tokens.items()}
     alignment = build("regression", stored=stores.__getitem__, targets=kind, balance="fixed")
     output = run(alignment)
     found = alignment(output, targets)
     plain = build("regression")
-    plain.load_state_dict(alignment.state_dict(), strict=False)
+    weights = {k: v for k, v in alignment.state_dict().items() if not k.startswith("units.")}
+    plain.load_state_dict(weights)
     converted = {}
     for name, z in targets.items():
         x = z * stores[name].std + stores[name].mean
@@ -118,6 +168,9 @@ def test_the_loss_is_taken_in_the_units_that_are_asked_for(build, run, spaces, t
             units = PhiS(spaces[name].dim)
             units.fit(stores[name])
             x = (units.matrix @ z.flatten(0, 1).t()).t().view_as(z) + units.offset
+        if kind == "standardise":
+            mean = stores[name].mean
+            x = ((x - mean) / (tokens[name] - mean).square().mean(0).sqrt()).float()
         converted[name] = x
     expected = plain(output, converted)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
