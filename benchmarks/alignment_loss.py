@@ -1,5 +1,6 @@
 """The fused alignment losses over int8 targets against the same losses over decoded targets.
 
+Codes are decoded by a scale a token and a gain a dimension, as `align.targets=standardise` has it.
 `eager` decodes the codes into a float tensor and calls torch.nn.functional; `compiled` is the same
 under torch.compile; `ours_compiled` is the fused loss inside a compiled function, which on a CPU
 is traced and left to the compiler. Times are of the forward and the backward pass together, taken
@@ -41,15 +42,17 @@ SIZES = {
 TINY = {"tiny": (2, 5, 32)}
 
 
-def fused(prediction: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def fused(prediction: Tensor, codes: Tensor, scale: Tensor, gain: Tensor) -> Tensor:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     implementation = "triton" if interpreted else "auto"
-    cosine, smooth = alignment_loss(prediction, codes, scale, implementation=implementation)
+    cosine, smooth = alignment_loss(
+        prediction, codes, scale, gain=gain, implementation=implementation
+    )
     return 0.9 * cosine + 0.1 * smooth
 
 
-def eager(prediction: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    target = (codes.float() * scale.unsqueeze(-1)).to(prediction.dtype)
+def eager(prediction: Tensor, codes: Tensor, scale: Tensor, gain: Tensor) -> Tensor:
+    target = (codes.float() * scale.unsqueeze(-1) * gain).to(prediction.dtype)
     cosine = (1 - functional.cosine_similarity(prediction, target, dim=-1)).mean()
     return 0.9 * cosine + 0.1 * functional.smooth_l1_loss(prediction, target)
 
@@ -60,6 +63,7 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
     prediction = torch.randn(shape, generator=generator).to(options.device, dtype).requires_grad_()
     codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8).to(options.device)
     scale = torch.full(shape[:2], 0.02, device=options.device)
+    gain = torch.linspace(0.5, 2.0, shape[2], device=options.device)
     rivals: dict[str, Callable[..., Tensor]] = {"ours": fused, "eager": eager}
     if options.compile:
         torch.compiler.reset()
@@ -69,7 +73,7 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
     for name, loss in rivals.items():
 
         def work(loss: Callable[..., Tensor] = loss) -> Tensor:
-            (gradient,) = torch.autograd.grad(loss(prediction, codes, scale), prediction)
+            (gradient,) = torch.autograd.grad(loss(prediction, codes, scale, gain), prediction)
             return gradient
 
         try:
