@@ -42,7 +42,7 @@ def compare(
     """Do every run that is not there; seed by seed, so that whatever is done can be paired."""
     for seed in seeds:
         for name, variant in chosen.items():
-            for student in students:
+            for student in [name for name in students if name in variant.students]:
                 found = run(plan, student, name, variant, seed)
                 figure = report.mean([found], "test")
                 print(
@@ -100,7 +100,12 @@ def results(plan: Plan) -> dict[str, Any]:
             "tasks": plan.bed.tasks,
             "students": {name: list(options) for name, options in STUDENTS.items()},
             "variants": {
-                name: {"kind": v.kind, "options": list(v.options), "says": v.says}
+                name: {
+                    "kind": v.kind,
+                    "options": list(v.options),
+                    "of_student": v.of_student or {},
+                    "says": v.says,
+                }
                 for name, v in variants(plan.bed.teachers).items()
             },
         },

@@ -27,6 +27,9 @@ TOKENS = ("align=model_token", "align.write_back=3", "align.layers=2", "align.wi
 """Model tokens inside the backbone and after it. They were inside alone until validation said that
 they need the last map too: docs/method.md."""
 
+STREAM = ("align.teacher_stream=0.3",)
+"""The tokens also read what the teachers saw. By validation it is worth it for the CNN alone."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -39,12 +42,14 @@ class Variant:
         of_student: further ones, by student. Times are those of 64 images on one thread; what they
             were is in docs/method.md.
         says: what it is.
+        students: those that it is another one for.
     """
 
     kind: str
     options: tuple[str, ...]
     says: str
     of_student: Mapping[str, tuple[str, ...]] | None = None
+    students: tuple[str, ...] = tuple(STUDENTS)
 
     def all_options(self, student: str) -> list[str]:
         return [*STUDENTS[student], *self.options, *(self.of_student or {}).get(student, ())]
@@ -53,7 +58,9 @@ class Variant:
 def variants(teachers: Sequence[str]) -> dict[str, Variant]:
     """Every variant, in the order in which they are worth running."""
     found = {
-        "model_token": Variant("ours", TOKENS, "model tokens inside the backbone and after it"),
+        OURS: Variant(
+            "ours", TOKENS, "model tokens inside the backbone and after it", {"cnn": STREAM}
+        ),
         "regression": Variant("rival", ("align=regression",), "one projector a space"),
     }
     for name in ALIGNMENTS:
@@ -110,8 +117,15 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
         "eight_tokens": Variant("ablation", (*TOKENS, "align.tokens=8"), "M = 8"),
         "teacher_stream": Variant(
             "ablation",
-            (*TOKENS, "align.teacher_stream=0.3"),
+            (*TOKENS, *STREAM),
             "the same tokens also read what the teachers saw",
+            students=("vit",),
+        ),
+        "no_stream": Variant(
+            "ablation",
+            TOKENS,
+            "without the teacher-side stream, as all other ablations",
+            students=("cnn",),
         ),
         "one_stage": Variant("ablation", (*TOKENS, "align.write_back=1"), "one stage is visited"),
     }
