@@ -1,8 +1,9 @@
 """Rows a second of this project's reader and of others, from the same bytes where they can.
 
 zarr-python and tensorstore read the very store that ours reads. np.memmap copies the same codes
-and scales out of flat files and checks nothing: the ceiling. WebDataset reads tars of bfloat16
-safetensors, one a row, the form in which features are usually published.
+and scales out of flat files and checks nothing: once into one batch over and over, the ceiling, and
+once into as many batches in turn as ours holds. WebDataset reads tars of bfloat16 safetensors, one
+a row, the form in which features are usually published.
 
 Shuffled groups: an epoch, groups of rows in random order, batches of 256 rows. Random rows: 256
 row numbers from anywhere at once. Each contender is measured with one and with two threads (for
@@ -229,6 +230,7 @@ def measure(folder: Path, arguments: argparse.Namespace, before: dict[str, Any])
         else before["verify"],
         "summary": {
             "vs_memmap": best["preceptor"] / best["np.memmap"],
+            "vs_memmap_8_batches": best["preceptor"] / best["np.memmap, 8 batches"],
             "vs_tensorstore": best["preceptor"] / best["tensorstore"],
             "vs_zarr": best["preceptor"] / best["zarr-python"],
             "vs_webdataset": best["preceptor"] / best["webdataset"],
