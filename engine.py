@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy
 from omegaconf import DictConfig
 
 from .errors import ConfigError
 
+T = TypeVar("T")
 
-def launch(engine: DictConfig, *, exact: str | None = None) -> Fabric:
+MOST_WORKERS = 16
+"""Processes that ``workers=auto`` starts at most."""
+
+
+def launch(
+    engine: DictConfig, *, exact: str | None = None, patience: timedelta | None = None
+) -> Fabric:
     """Fabric for this process, joined with those that torchrun or Slurm started beside it.
 
     Args:
         engine: the configuration group. Under torchrun and Slurm its default of one device means
             one for each process that they started.
         exact: a precision that must be kept, whatever `engine` says.
+        patience: how long a process waits for the others, where it is not the half hour of torch;
+            of the strategies ``auto`` and ``ddp``.
 
     Raises:
         ConfigError: this machine has no such accelerator or not so many devices, an option has a
@@ -35,13 +47,15 @@ def launch(engine: DictConfig, *, exact: str | None = None) -> Fabric:
             devices = int(os.environ["SLURM_NTASKS_PER_NODE"])
             nodes = int(os.environ["SLURM_NNODES"])
     try:
-        fabric = Fabric(
-            accelerator=engine.accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            strategy=engine.strategy,
-            precision=exact or precision(engine),  # type: ignore[arg-type]
-        )
+        parts: dict[str, Any] = {
+            "accelerator": engine.accelerator,
+            "devices": devices,
+            "num_nodes": nodes,
+            "precision": exact or precision(engine),
+        }
+        fabric = Fabric(strategy=engine.strategy, **parts)
+        if patience is not None and fabric.world_size > 1 and engine.strategy in ("auto", "ddp"):
+            fabric = Fabric(strategy=DDPStrategy(timeout=patience), **parts)
     except Exception as error:  # Fabric raises several kinds for a value that it cannot use
         line = str(error).strip().splitlines()[0]
         raise ConfigError(f"engine: {line}") from error
@@ -63,6 +77,48 @@ def _leave() -> None:
     group = torch.distributed
     if group.is_initialized() and group.get_backend() == "gloo":
         group.destroy_process_group()
+
+
+def gathered(fabric: Fabric, value: T) -> list[T]:
+    """The picklable value of every process, in the order of ranks; a collective call."""
+    if fabric.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(found, value)
+    return cast("list[T]", found)
+
+
+def refuse_several(verb: str) -> None:
+    """Raises ConfigError where torchrun started several processes of a command that takes one."""
+    if TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise ConfigError(f"preceptor {verb} works in one process: start it without torchrun")
+
+
+def decoders(workers: Any) -> int:
+    """How many processes the option ``workers`` asks for.
+
+    ``auto`` is the cores that this process may use, shared with those that torchrun or Slurm
+    started beside it on this machine: at least 1, at most `MOST_WORKERS`; and 2 in a process of a
+    pool, which has the cores to share too.
+
+    Raises:
+        ConfigError: neither ``auto`` nor a whole number from 0 up.
+    """
+    if workers == "auto":
+        if multiprocessing.parent_process() is not None:
+            return 2
+        listed = getattr(os, "sched_getaffinity", None)  # not on macOS
+        cores = len(listed(0)) if listed else os.cpu_count() or 1
+        if TorchElasticEnvironment.detect():
+            cores //= int(os.environ["LOCAL_WORLD_SIZE"])
+        elif "SLURM_CPUS_PER_TASK" in os.environ:
+            cores = min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))
+        elif SLURMEnvironment.detect():
+            cores //= int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
+        return min(max(cores, 1), MOST_WORKERS)
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 0:
+        raise ConfigError(f"workers={workers}: expected auto, or a whole number from 0 up")
+    return workers
 
 
 def precision(engine: DictConfig) -> Any:

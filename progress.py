@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -88,3 +90,20 @@ class ProgressLine:
             f"{self.seconds:.0f} s" + (f", {left:.0f} s left" if self.done < self.total else ""),
         ]
         print(", ".join([*parts, note] if note else parts), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def counting(title: str, unit: str, *, least: int = 1) -> Iterator[Callable[[int, int], None]]:
+    """A callback of (done, total) that shows a `ProgressLine` where the total is `least` or
+    more."""
+    with ExitStack() as stack:
+        lines: list[ProgressLine] = []
+
+        def show(done: int, total: int) -> None:
+            if total < least:
+                return
+            if not lines:
+                lines.append(stack.enter_context(ProgressLine(title, total, unit)))
+            lines[0].advance(done - lines[0].done)
+
+        yield show

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import DataError
+from ..progress import counting
 from . import tars
 from .folders import Folder, list_folder
 from .tars import TarShard
@@ -31,6 +33,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: 256 MiB as RGB, and Pillow's own warning level."""
 MAX_LABEL_BYTES = 64
+_MANY_SHARDS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +241,25 @@ class SampleIndex:
                 f"image {self.where(i)} ({len(data):,} bytes) cannot be decoded: {error}; "
                 "replace it, or let the extraction skip corrupt images"
             ) from error
+
+
+def list_samples(
+    shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    members: Sequence[str] = (),
+    *,
+    quiet: bool = False,
+) -> SampleIndex:
+    """`SampleIndex.from_shards`, with a progress line where there are many shards.
+
+    Args:
+        quiet: show none; of several processes one is enough.
+
+    Raises:
+        DataError: as `SampleIndex.from_shards`.
+    """
+    least = sys.maxsize if quiet else _MANY_SHARDS
+    with counting("list shards", "shards", least=least) as show:
+        return SampleIndex.from_shards(shards, show, members)
 
 
 class _Lists:

@@ -9,6 +9,7 @@ import bz2
 import gzip
 import lzma
 import os
+import resource
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,8 @@ from ..errors import DataError
 
 MAX_UNPACKED = 256 * 2**20
 """Largest total size of compressed shards after unpacking, in bytes; they are held in memory."""
-OPEN_SHARDS = 64
+OPEN_SHARDS = min(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4), 4096)
+"""Shards that stay open in a process: rows in permuted order come from all of them in turn."""
 
 _COMPRESSED: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,

@@ -15,15 +15,17 @@ from ..cache.copies import stray_units
 from ..cache.documents import difference
 from ..cache.mend import Repaired, mend_files, repair_store
 from ..cache.plan import PIXELS, ROWS, StorePlan
+from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path, write_beside
 from ..cache.writer import remove_unit
-from ..engine import launch, precision
+from ..engine import gathered, launch, precision, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
 from .images import stored_pixels
 from .pipeline import (
+    PATIENCE,
     TeacherRunner,
     calibrate,
     load_teachers,
@@ -39,6 +41,7 @@ def verify(config: DictConfig) -> dict[str, Any]:
     Raises:
         StoreError: something is wrong; the report beside the store has all of it.
     """
+    refuse_several("verify")
     if (config.sample or 0) < 0:
         raise ConfigError(f"sample={config.sample}: how many rows to compare, 0 or more")
     report = verify_store(config.cache, threads=int(config.threads or 0), progress=True)
@@ -79,6 +82,7 @@ def repair(config: DictConfig) -> dict[str, Any]:
         StoreError: both copies of a small file are damaged.
     """
     started = time.monotonic()
+    refuse_several("repair")
     root = local_path(config.cache, "repairing")
     report = fresh_report(root)
     if report is None:
@@ -127,6 +131,8 @@ def add(config: DictConfig) -> dict[str, Any]:
     root = local_path(config.cache, "adding to it")
     writer = StoreWriter.open(root)
     asked = str(precision(config.engine))
+    fabric = launch(config.engine, exact=asked, patience=PATIENCE)
+    first = fabric.global_rank == 0  # it changes what the store is made of, alone
     pixels = stored_pixels(config.pixels)
     chosen = config.teachers if config.teachers or pixels is None else OmegaConf.create({})
     teachers = load_teachers(chosen) if chosen or pixels is None else []
@@ -137,34 +143,41 @@ def add(config: DictConfig) -> dict[str, Any]:
     names = [record.name for record in records] + ([] if pixels is None else [PIXELS])
     present = {teacher.name: teacher for teacher in writer.plan.teachers}
     _refuse_pending(writer, names)
-    index, policy = _images(config, writer.plan)
+    index, policy = _images(config, writer.plan, quiet=not first)
     for record in records:
         there = present.get(record.name)
         if there is None:
-            writer.add(record)
+            if first:
+                writer.add(record)
         elif found := difference(there.as_json(), record.formed_as(there).as_json()):
             raise StoreError(
                 f"{root} has another teacher {record.name} already: {found}; give this one "
                 "another name, or drop that one first"
             )
     if pixels is not None and writer.plan.pixels is None:
-        writer.add_pixels(pixels)
+        if first:
+            writer.add_pixels(pixels)
     elif pixels is not None and writer.plan.pixels != pixels:
         found = difference(writer.plan.pixels_json(), {PIXELS: pixels.as_json()})
         raise StoreError(
             f"{root} has other pixels already: {found}; drop them first with `preceptor drop "
             f"cache={root} teacher={PIXELS}`"
         )
-    fabric = launch(config.engine, exact=asked)
     runner = TeacherRunner(fabric, teachers, index, policy, _options(config))
-    calibrate(writer, runner, config)
+    if first:
+        calibrate(writer, runner, config)
+    fabric.barrier()
+    writer = StoreWriter.open(root)
     runner.fill(writer)
+    extracted = sum(gathered(fabric, runner.rows_extracted))
+    if not first:
+        return {}
     writer.finish()
     cache = Cache.open(root)
     summary = {
         "store": str(root),
         "added": names,
-        "rows_extracted": runner.rows_extracted,
+        "rows_extracted": extracted,
         "spaces": {
             name: list(space.shape)
             for name, space in cache.spaces.items()
@@ -174,7 +187,7 @@ def add(config: DictConfig) -> dict[str, Any]:
     }
     write_beside(root, "add", summary)
     print(
-        f"{root}: {', '.join(names)} added, {runner.rows_extracted:,} rows extracted in "
+        f"{root}: {', '.join(names)} added, {extracted:,} rows extracted in "
         f"{summary['seconds']:.0f} s"
     )
     return summary
@@ -280,13 +293,15 @@ def _refuse_other_teacher(
         )
 
 
-def _images(config: DictConfig, plan: StorePlan) -> tuple[SampleIndex, ViewPolicy]:
+def _images(
+    config: DictConfig, plan: StorePlan, *, quiet: bool = False
+) -> tuple[SampleIndex, ViewPolicy]:
     if config.data.shards is None:
         raise ConfigError(
             f"the images that {config.cache} was made from are needed: give data.shards=..."
         )
     shards = config.data.shards
-    index = SampleIndex.from_shards(shards if isinstance(shards, str) else list(shards))
+    index = list_samples(shards if isinstance(shards, str) else list(shards), quiet=quiet)
     order = plan.samples["order"]
     if order["kind"] == "hashed":
         index = index.permuted(int(order["seed"]))

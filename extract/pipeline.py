@@ -6,9 +6,11 @@ so there is nothing to synchronise but the calibration before and the statistics
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,18 @@ from ..cache import (
 from ..cache.convert import copy_calibration
 from ..cache.plan import PIXELS
 from ..cache.rows import is_text
+from ..cache.samples import list_samples
 from ..cache.verify_report import write_beside
-from ..engine import launch, precision
+from ..engine import decoders, gathered, launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
 from ..progress import ProgressLine
 from .calibration import measure, sample_rows
 from .images import ViewBatch, ViewDataset, geometry, normalise, stored_pixels, view_batches
 from .teachers import Teacher, load_teacher
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other: their shares of a large store end hours apart."""
 
 
 def extract(config: DictConfig) -> dict[str, Any]:
@@ -53,8 +59,8 @@ def extract(config: DictConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     _validate(config)
-    fabric = launch(config.engine)
-    index = _sample_index(config)
+    fabric = launch(config.engine, patience=PATIENCE)
+    index = _sample_index(config, quiet=fabric.global_rank > 0)
     policy = ViewPolicy(**OmegaConf.to_container(config.views, resolve=True))  # type: ignore[arg-type]
     teachers = load_teachers(config.teachers)
     plan = StorePlan(
@@ -75,12 +81,13 @@ def extract(config: DictConfig) -> dict[str, Any]:
         calibrate(StoreWriter.open_or_create(config.cache, plan), runner, config)
     fabric.barrier()
     writer = StoreWriter.open_or_create(config.cache, plan)
-    problems = runner.fill(writer)
-    fabric.barrier()
+    done = gathered(fabric, (runner.fill(writer), runner.rows_extracted))
     summary: dict[str, Any] = {}
     if fabric.global_rank == 0:
         writer.finish()
-        summary = _summary(config, started, runner, problems)
+        problems = [problem for share, _ in done for problem in share]
+        extracted = sum(rows for _, rows in done)
+        summary = _summary(config, started, runner, extracted, problems)
         write_beside(config.cache, "extract", summary)
         print(
             f"{config.cache}: {summary['rows']:,} rows, {summary['bytes'] / 2**20:,.1f} MiB, "
@@ -104,7 +111,7 @@ class TeacherRunner:
     ) -> None:
         self.fabric, self.teachers = fabric, teachers
         self.index, self.policy = index, policy
-        self.batch_size, self.workers = int(config.batch_size), int(config.workers)
+        self.batch_size, self.workers = int(config.batch_size), decoders(config.workers)
         self.max_pixels = int(config.data.max_pixels)
         self.skip_corrupt = config.on_corrupt == "skip"
         self.rows_extracted = 0
@@ -151,8 +158,12 @@ class TeacherRunner:
         return found
 
     def fill(self, writer: StoreWriter) -> list[str]:
-        """Extract this process's share of the pending shards; returns the damaged images' names."""
-        pending = writer.pending()[self.fabric.global_rank :: self.fabric.world_size]
+        """Extract this process's share of the pending shards; returns the damaged images' names.
+
+        The first process shows how far its own share is: shares are equal to a shard.
+        """
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        pending = writer.pending()[rank::world]
         rows, problems = writer.plan.rows, list[str]()
         # Batches never cross a shard and always start at its first row: a shard's bytes do not
         # depend on where an earlier run was stopped.
@@ -163,7 +174,8 @@ class TeacherRunner:
         total = sum(len(batch) for batches in lists for batch in batches)
         pixels = writer.plan.pixels if any(PIXELS in units for _, units in pending) else None
         stream = iter(self.batches((batch for batches in lists for batch in batches), pixels))
-        with ProgressLine("extract", total, "rows") as line:
+        line = ProgressLine("extract" if world == 1 else f"extract, 1 of {world}", total, "rows")
+        with line if rank == 0 else contextlib.nullcontext():
             for (shard, units), batches in zip(pending, lists, strict=True):
                 with writer.shard(shard, units) as out:
                     for _ in batches:
@@ -175,7 +187,8 @@ class TeacherRunner:
                         out.append(batch.rows, self.tokens(batch, units), shown)
                         problems += batch.problems
                         self.rows_extracted += len(batch.rows.keys)
-                        line.advance(len(batch.rows.keys))
+                        if rank == 0:
+                            line.advance(len(batch.rows.keys))
         return problems
 
 
@@ -262,10 +275,10 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
         copy_calibration(other, writer, spec)
 
 
-def _sample_index(config: DictConfig) -> SampleIndex:
+def _sample_index(config: DictConfig, *, quiet: bool) -> SampleIndex:
     shards = OmegaConf.to_container(config.data, resolve=True)["shards"]  # type: ignore[call-overload, index]
-    index = SampleIndex.from_shards(shards)
-    if index.ignored:
+    index = list_samples(shards, quiet=quiet)
+    if index.ignored and not quiet:
         print(
             f"warning: {len(index.ignored):,} files of {shards} are no images by their extension "
             f"and are left out, such as {index.ignored[0]!r}",
@@ -273,7 +286,7 @@ def _sample_index(config: DictConfig) -> SampleIndex:
         )
     if config.order == "permuted":
         return index.permuted(int(config.seed))
-    if class_sorted(index.labels):
+    if not quiet and class_sorted(index.labels):
         print(
             "warning: the labels show that these shards are sorted by class, so neighbouring rows "
             "of the store will be alike and shuffled reading will be poor; order=permuted mends it",
@@ -300,7 +313,11 @@ def batched(rows: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def _summary(
-    config: DictConfig, started: float, runner: TeacherRunner, problems: Sequence[str]
+    config: DictConfig,
+    started: float,
+    runner: TeacherRunner,
+    extracted: int,
+    problems: Sequence[str],
 ) -> dict[str, Any]:
     cache = Cache.open(config.cache)
     seconds = time.monotonic() - started
@@ -308,7 +325,7 @@ def _summary(
     return {
         "store": str(config.cache),
         "rows": len(cache),
-        "rows_extracted": runner.rows_extracted,
+        "rows_extracted": extracted,
         "rows_invalid": int((~np.asarray(cache.valid)).sum()),
         "damaged_images": list(problems),
         "bytes": size,
@@ -317,6 +334,6 @@ def _summary(
         "pixels": cache.pixels and cache.pixels.as_json(),
         "device": str(runner.fabric.device),
         "seconds": seconds,
-        "rows_per_second": runner.rows_extracted / seconds,
+        "rows_per_second": extracted / seconds,
         "peak_memory_mb": peak_memory_mb(),
     }

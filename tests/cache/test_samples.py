@@ -6,10 +6,12 @@ import io
 import multiprocessing
 import os
 import pickle
+import resource
 import struct
 import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from preceptor.cache.samples import SampleIndex
+from preceptor.cache import tars
+from preceptor.cache.samples import SampleIndex, list_samples
 from preceptor.errors import DataError
 
 Member = tuple[str, bytes]
@@ -198,13 +201,17 @@ def test_reads_agree_over_threads_forks_and_pickles(tmp_path: Path, mode: str) -
     assert [index.read(i) for i in range(len(index))] == expected
 
 
-def test_more_shards_than_open_descriptors(tmp_path: Path) -> None:
+def test_more_shards_than_open_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_descriptor", lru_cache(8)(tars._descriptor.__wrapped__))
     paths = [write_tar(tmp_path / f"{n}.tar", simple(n, 1)) for n in range(90)]
     index = SampleIndex.from_shards(paths)
+    before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(4) as pool:
         read = list(pool.map(index.read, [*range(90)] * 3))
     assert read == [encoded(n) for n in range(90)] * 3
-    assert len(os.listdir("/proc/self/fd")) < 90 + 40
+    assert len(os.listdir("/proc/self/fd")) <= before + 8
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert max(64, tars.OPEN_SHARDS) <= max(64, limit // 4)  # room for the store and the sockets
 
 
 def test_missing_and_unusable_shards_are_named(tmp_path: Path) -> None:
@@ -344,6 +351,17 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
     assert np.array_equal(deep_, grey)
     assert (palette == (255, 0, 0)).all()
     assert (alpha == (9, 8, 7)).all()
+
+
+@pytest.mark.parametrize(("count", "quiet", "shown"), [(32, False, True), (32, True, False),
+                                                      (31, False, False)])  # fmt: skip
+def test_many_shards_are_listed_with_a_progress_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, quiet: bool, shown: bool
+) -> None:
+    paths = [write_tar(tmp_path / f"{n}.tar", simple(n, 1)) for n in range(count)]
+    index = list_samples(paths, quiet=quiet)
+    assert index.keys == SampleIndex.from_shards(paths).keys
+    assert ("list shards: 32/32 shards" in capsys.readouterr().err) == shown
 
 
 def test_progress_counts_shards(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...cache import Cache
-from ...cache.samples import SampleIndex
+from ...cache.samples import SampleIndex, list_samples
 from ...errors import ConfigError, DataError
 from ...progress import ProgressLine
 from ..alignment import Alignment
@@ -85,7 +85,7 @@ class LabelledRows:
         """
         store = Cache.open(cache)
         members = dict.fromkeys(task.member for task in tasks if task.member)
-        index = SampleIndex.from_shards(shards, members=list(members))
+        index = list_samples(shards, list(members))
         views = int(store.manifest.plan.views["count"])
         first = np.arange(len(store)) % views == 0
         rows = np.flatnonzero(first & np.asarray(store.valid, dtype=bool))

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ...cache import Cache
 from ...cache.documents import digest
 from ...cache.durable import file_sha256
+from ...engine import decoders
 from ...errors import ConfigError
 from ..alignment import Alignment
 from ..checkpoint import ALIGNMENT, load_model
@@ -134,7 +135,7 @@ def subjects(
         name, label, model = run.folder.name, run.model["student"]["name"], run.model
         options = {
             "batch_size": config.batch_size,
-            "workers": config.workers,
+            "workers": decoders(config.workers),
             "max_pixels": config.max_pixels,
             "interpolation": model["interpolation"],
         }

@@ -1,0 +1,70 @@
+"""How many processes decode images, and how long processes wait for each other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+from preceptor.engine import decoders
+from preceptor.errors import ConfigError
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1"}
+SLURM = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}
+
+
+@pytest.mark.parametrize(
+    ("cores", "variables", "expected"),
+    [
+        (12, {}, 12),
+        (1, {}, 1),
+        (96, {}, 16),
+        (96, {**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 12),
+        (4, {**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, 1),
+        (96, {**SLURM, "SLURM_CPUS_PER_TASK": "7"}, 7),
+        (32, {**SLURM, "SLURM_NTASKS_PER_NODE": "4"}, 8),
+    ],
+)
+def test_workers_auto_is_a_share_of_the_cores(monkeypatch, cores, variables, expected):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert decoders("auto") == expected
+    assert decoders(0) == 0
+    assert decoders(40) == 40
+
+
+def test_a_process_of_a_pool_does_not_take_all_cores():
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        assert pool.submit(decoders, "auto").result() == 2
+
+
+@pytest.mark.parametrize("workers", [None, "many", -1, True, 1.5])
+def test_other_numbers_of_workers_are_refused(workers):
+    with pytest.raises(ConfigError, match="expected auto, or a whole number"):
+        decoders(workers)
+
+
+def test_processes_wait_as_long_as_they_are_told(tmp_path):
+    """The default group of two processes has the time that was asked for."""
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "from datetime import timedelta; from pathlib import Path; import preceptor\n"
+        "import torch.distributed as dist; from omegaconf import OmegaConf\n"
+        "from preceptor.engine import gathered, launch\n"
+        "root = Path(preceptor.__file__).parent\n"
+        "engine = OmegaConf.load(root / 'configs' / 'engine' / 'cpu.yaml')\n"
+        "fabric = launch(engine, patience=timedelta(days=7))\n"
+        "group = dist.distributed_c10d._get_default_group()\n"
+        "backend = group._get_backend(fabric.device)\n"
+        "told = [backend.options._timeout.days, gathered(fabric, fabric.global_rank)]\n"
+        "Path(__file__).with_suffix(f'.{fabric.global_rank}').write_text(str(told))\n"
+    )
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = subprocess.run([sys.executable, *run, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [script.with_suffix(f".{rank}").read_text() for rank in "01"] == ["[7, [0, 1]]"] * 2
