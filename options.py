@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIGS = "preceptor.configs"
-_MAY_BE_NULL = ("recipe.steps", "recipe.epochs")
+_MAY_BE_NULL = ("recipe.steps", "recipe.epochs", "recipe.images_a_step")
 """Options that are numbers by default and may be left out. Alignments check their own."""
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..cache import Cache
 from ..cache.plan import ROWS
-from ..cache.samples import SampleIndex
-from ..engine import launch, precision
+from ..cache.samples import list_samples
+from ..engine import decoders, launch, precision
 from ..errors import ConfigError
 from ..measure import peak_memory_mb
 from ..progress import ProgressLine
@@ -39,7 +39,7 @@ from .diagnosis import Diagnosis
 from .logs import Logs, check_loggers
 from .meter import FiniteWatch, Meter
 from .monitor import KnnMonitor
-from .optimizer import average_of, build_optimizer, learning_rate
+from .optimizer import average_of, build_optimizer, learning_rate, parts_of_a_step
 from .state import METRICS, RunState
 from .stop import StopRequest, continuing_command
 from .students import Student, StudentOutput, build_student
@@ -98,6 +98,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     recipe, log, out = config.recipe, config.log, Path(config.out)
     fabric = launch(config.engine)
     rank_zero, world = fabric.global_rank == 0, fabric.world_size
+    batch_size, accumulate = parts_of_a_step(recipe, world)
 
     # What is read: the store, its images, and which of its spaces the alignment asks for.
     cache = Cache.open(config.cache)
@@ -112,7 +113,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     shards = _plain(config.data)["shards"]
     views, pixels_from = choose_views(
         cache,
-        None if shards is None else partial(SampleIndex.from_shards, shards),
+        None if shards is None else partial(list_samples, shards, quiet=not rank_zero),
         student.size,
         interpolation=recipe.interpolation,
         max_pixels=config.data.max_pixels,
@@ -124,17 +125,17 @@ def train(config: DictConfig) -> dict[str, Any]:
         cache,
         views,
         alignment.required_spaces,
-        recipe.batch_size,
+        batch_size,
         seed=config.seed,
-        workers=config.workers,
+        workers=decoders(config.workers),
         rank=fabric.global_rank,
         world=world,
         pin=fabric.device.type == "cuda",
         first_views=config.get("views"),
         on_damaged=config.on_damaged,
     )
-    images_a_step = recipe.batch_size * recipe.accumulate * world
-    steps = recipe.steps or max(1, recipe.epochs * data.steps_per_epoch // recipe.accumulate)
+    images_a_step = batch_size * accumulate * world
+    steps = recipe.steps or max(1, recipe.epochs * data.steps_per_epoch // accumulate)
     knn = _monitor(config, fabric, cache, views)
 
     # What is trained.
@@ -172,12 +173,16 @@ def train(config: DictConfig) -> dict[str, Any]:
             checkpoints.clear()
         checkpoints.tidy()
         OmegaConf.save(config, out / "config.yaml", resolve=True)
-        print(f"{pixels_from}\n{data.describe()}", flush=True)
+        print(
+            f"{pixels_from}\n{data.describe()}\n"
+            f"a step: {images_a_step:,} images ({world} rank(s) x {accumulate} x {batch_size})",
+            flush=True,
+        )
     diagnosis = Diagnosis(fabric, alignment, after=round(recipe.warmup * steps))
     line = ProgressLine(f"train {out.name}", (steps - first) * images_a_step, "images")
     batches = cast(
         "Generator[TrainBatch, None, None]",
-        data.batches(first * recipe.accumulate, steps * recipe.accumulate),
+        data.batches(first * accumulate, steps * accumulate),
     )
     latest = run.latest
     distiller.train()
@@ -195,16 +200,16 @@ def train(config: DictConfig) -> dict[str, Any]:
             done, ends = step + 1, step + 1 == steps
             distiller.watched = _due(done, log.gradients_every)
 
-            for micro in range(recipe.accumulate):
+            for micro in range(accumulate):
                 batch = meter.timed(batches)
-                more = micro + 1 < recipe.accumulate
+                more = micro + 1 < accumulate
                 with fabric.no_backward_sync(module, enabled=more and world > 1):
                     pixels, targets = to_device(batch, fabric.device)
                     output: AlignmentOutput = module(pixels, targets)
                     if distiller.seen is not None:
                         logs.log(diagnosis.sample(done, distiller.seen), done)
                         distiller.watched, distiller.seen = False, None
-                    fabric.backward(output.loss / recipe.accumulate)
+                    fabric.backward(output.loss / accumulate)
                 watch.see(step, output)
                 meter.count(output, batch)
             if recipe.clip:
@@ -258,7 +263,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         "align": config.align.name,
         "seed": config.seed,
         "steps": steps,
-        "epochs": steps * recipe.accumulate / data.steps_per_epoch,
+        "epochs": steps * accumulate / data.steps_per_epoch,
         "images": (steps - first) * images_a_step,
         "seconds": meter.seconds,
         "images_per_second": meter.images * world / meter.seconds,
@@ -418,7 +423,7 @@ def _monitor(config: DictConfig, fabric: Fabric, cache: Cache, views: Views) -> 
         neighbours=log.knn_neighbours,
         seed=config.seed,
         batch_size=config.recipe.batch_size,
-        workers=config.workers,
+        workers=decoders(config.workers),
     )
 
 

@@ -114,6 +114,35 @@ class _Rest:
         return self._named
 
 
+def parts_of_a_step(recipe: DictConfig, world: int) -> tuple[int, int]:
+    """Rows of a rank's forward pass, and forward passes of an optimiser step.
+
+    Where the recipe states ``images_a_step``, what its learning rate is for, the ranks share so
+    many equally, in the fewest equal passes of at most ``batch_size`` rows; otherwise these are
+    ``batch_size`` and ``accumulate``, whatever the number of ranks.
+
+    Raises:
+        ConfigError: so many images cannot be shared equally, or ``accumulate`` is given too.
+    """
+    images = recipe.get("images_a_step")
+    if images is None:
+        return recipe.batch_size, recipe.accumulate
+    told = f"recipe.images_a_step={images}"
+    if recipe.accumulate != 1:
+        raise ConfigError(
+            f"{told} decides how many forward passes there are: leave out "
+            f"recipe.accumulate={recipe.accumulate}, or say recipe.images_a_step=null"
+        )
+    if not isinstance(images, int) or images < world or images % world:
+        raise ConfigError(
+            f"{told}: {world} rank(s) cannot share them equally; give a multiple of {world}, or "
+            "null for recipe.batch_size rows a rank"
+        )
+    own = images // world
+    passes = next(n for n in range(-(-own // recipe.batch_size), own + 1) if not own % n)
+    return own // passes, passes
+
+
 def learning_rate(step: int, steps: int, recipe: DictConfig) -> float:
     """Linear warm-up over the first `recipe.warmup` share of the steps, then a half cosine to
     `recipe.min_lr`. A function of the step alone, so there is nothing to resume."""

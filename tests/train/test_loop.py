@@ -299,3 +299,11 @@ def test_mistakes_are_told_before_anything_is_written(train_config, tmp_path, ov
     with pytest.raises(ConfigError, match=message):
         train(train_config(override))
     assert not (tmp_path / "run").exists()
+
+
+def test_images_a_step_are_forward_passes_of_at_most_a_batch(train_config, tmp_path, capsys):
+    train(train_config("recipe.batch_size=8", "recipe.accumulate=2", out="told"))
+    train(train_config("recipe.batch_size=10", "+recipe.images_a_step=16", out="shared"))
+    assert "a step: 16 images (1 rank(s) x 2 x 8)" in capsys.readouterr().out.splitlines()[-2]
+    told, shared = (load_file(tmp_path / out / "student.safetensors") for out in ("told", "shared"))
+    assert all(torch.equal(told[name], shared[name]) for name in told)

@@ -10,7 +10,12 @@ from preceptor.train.alignment import build_alignment
 from preceptor.train.alignment.base import Space
 from preceptor.train.checkpoint import load_model
 from preceptor.train.loop import Distiller, train
-from preceptor.train.optimizer import average_of, build_optimizer, learning_rate
+from preceptor.train.optimizer import (
+    average_of,
+    build_optimizer,
+    learning_rate,
+    parts_of_a_step,
+)
 from preceptor.train.students import build_student
 from torch import nn
 
@@ -154,3 +159,33 @@ def test_other_optimisers_learn_too(train_config, tmp_path, name):
 def test_an_optimiser_that_cannot_be_made_is_told(distiller, options, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer(distiller, recipe(**options))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("most", [1, 48, 64, 512])
+def test_ranks_share_the_images_of_a_step_whatever_their_number(world, most):
+    own = recipe(images_a_step=512, batch_size=most, accumulate=1)
+    rows, passes = parts_of_a_step(own, world)
+    assert world * rows * passes == 512
+    assert rows <= most
+    fewer = [n for n in range(1, passes) if 512 // world % n == 0]
+    assert all(512 // world // n > most for n in fewer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images_a_step": 512, "accumulate": 2}, r"leave out recipe\.accumulate=2"),
+        ({"images_a_step": 500}, "8 rank.* a multiple of 8"),
+        ({"images_a_step": 0}, "cannot share"),
+    ],
+)
+def test_images_that_ranks_cannot_share_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        parts_of_a_step(recipe(**{"batch_size": 64, "accumulate": 1, **options}), 8)
+
+
+def test_a_recipe_that_states_no_images_a_step_takes_its_batches():
+    plain = {"batch_size": 64, "accumulate": 3}
+    assert parts_of_a_step(recipe(**plain), 8) == (64, 3)
+    assert parts_of_a_step(recipe(**plain, images_a_step=None), 8) == (64, 3)
