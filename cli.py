@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{', '.join(VERBS)} (preceptor --help)"
             )
         if any(option in ("-h", "--help") for option in options):
-            print(_help(name))
+            print(_help(name, options))
             return 0
         options = readable(options)
         check_options(name, options)
@@ -178,14 +179,16 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "preceptor COMMAND --help shows every option; -m runs a sweep (seed=0,1,2).",
+            "preceptor COMMAND --help shows every option, with group=choice those of that choice;",
+            "-m runs a sweep (seed=0,1,2).",
             "",
             f"example: {VERBS['train'].example}",
         ]
     )
 
 
-def _help(name: str) -> str:
+def _help(name: str, given: Sequence[str] = ()) -> str:
+    """All options of a command; those of each group as the given ``group=choice`` has them."""
     root = resources.files(CONFIGS)
     text = (root / f"{name}.yaml").read_text(encoding="utf-8")
     groups = []
@@ -204,8 +207,36 @@ def _help(name: str) -> str:
             "options and their defaults, written key=value or key.subkey=value:",
             "",
             *(f"  {line}" for line in options.splitlines()),
+            *_group_options(text, given),
         ]
     )
+
+
+def _group_options(text: str, given: Sequence[str]) -> list[str]:
+    """The options of every group that a verb's configuration begins with, group by group."""
+    told = dict(option.split("=", 1) for option in given if "=" in option)
+    lines = []
+    for group, default in re.findall(r"^  - (\w+): (?!null)(\w+)$", text, re.MULTILINE):
+        parts = _lineage(group, told.get(group, default))
+        for number, (choice, content) in enumerate(parts):
+            over = f", over those of {parts[number - 1][0]}" if number else ""
+            lines += ["", f"{group}=... options, as {group}={choice} has them{over}:", ""]
+            lines += [f"  {line}" for line in content.splitlines()]
+    return lines
+
+
+def _lineage(group: str, choice: str) -> list[tuple[str, str]]:
+    """A choice of a group that the package has, after the choices that it builds on."""
+    file = resources.files(CONFIGS) / group / f"{choice}.yaml"
+    if not file.is_file():
+        return []
+    text = file.read_text(encoding="utf-8")
+    found = re.search(r"^defaults:\n((?:  - \w+\n)+)\n?", text, re.MULTILINE)
+    if found is None:
+        return [(choice, text)]
+    bases = [base for base in re.findall(r"- (\w+)", found[1]) if base != "_self_"]
+    own = text.replace(found[0], "")
+    return [*(part for base in bases for part in _lineage(group, base)), (choice, own)]
 
 
 if __name__ == "__main__":

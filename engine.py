@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 MOST_WORKERS = 16
 """Processes that ``workers=auto`` starts at most."""
+IN_POOL = "PRECEPTOR_IN_POOL"
+"""Variable that a process of a pool sets for those that it starts."""
 
 
 def launch(
@@ -94,18 +96,22 @@ def refuse_several(verb: str) -> None:
         raise ConfigError(f"preceptor {verb} works in one process: start it without torchrun")
 
 
+def in_pool() -> bool:
+    """Whether this process is one of several that share the cores, such as a sweep's by joblib."""
+    return multiprocessing.parent_process() is not None or IN_POOL in os.environ
+
+
 def decoders(workers: Any) -> int:
     """How many processes the option ``workers`` asks for.
 
     ``auto`` is the cores that this process may use, shared with those that torchrun or Slurm
-    started beside it on this machine: at least 1, at most `MOST_WORKERS`; and 2 in a process of a
-    pool, which has the cores to share too.
+    started beside it on this machine: at least 1, at most `MOST_WORKERS`; and 2 `in_pool`.
 
     Raises:
         ConfigError: neither ``auto`` nor a whole number from 0 up.
     """
     if workers == "auto":
-        if multiprocessing.parent_process() is not None:
+        if in_pool():
             return 2
         listed = getattr(os, "sched_getaffinity", None)  # not on macOS
         cores = len(listed(0)) if listed else os.cpu_count() or 1

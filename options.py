@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,14 @@ class _Composer:
         try:
             return compose(self._name, [*self._search, *overrides])
         except HydraException as error:
-            raise ConfigError(_first_line(error)) from None
+            line = _first_line(error)
+            if found := re.fullmatch(r"Could not override '(\w+)'\.?", line):
+                group = found[1]
+                line = (
+                    f"{group} is one of {', '.join(self.options(group))} here; write options of "
+                    f"your own to DIR/{group}/mine.yaml and say --config-dir DIR {group}=mine"
+                )
+            raise ConfigError(line) from None
 
     def check_launcher(self, overrides: Sequence[Override]) -> None:
         """Refuse a launcher of jobs that is not installed."""

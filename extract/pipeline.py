@@ -61,7 +61,9 @@ def extract(config: DictConfig) -> dict[str, Any]:
     _validate(config)
     fabric = launch(config.engine, patience=PATIENCE)
     index = _sample_index(config, quiet=fabric.global_rank > 0)
-    policy = ViewPolicy(**OmegaConf.to_container(config.views, resolve=True))  # type: ignore[arg-type]
+    views: Any = OmegaConf.to_container(config.views, resolve=True)
+    # The other policies draw nothing, and their views are the same whatever the seed.
+    policy = ViewPolicy(**views, seed=int(config.seed) if views["name"] == "random" else 0)
     teachers = load_teachers(config.teachers)
     plan = StorePlan(
         samples=index.describe(),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import preceptor
 import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from preceptor.cli import VERBS, main
 from preceptor.errors import ConfigError
 from preceptor.options import check_options, readable
@@ -28,6 +32,28 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert f"example: preceptor {verb} " in text
     assert "options and their defaults" in text
+
+
+def test_help_shows_every_option_of_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*options: str) -> str:
+        assert main(["train", *options, "--help"]) == 0
+        return capsys.readouterr().out
+
+    def leaves(node: object) -> set[str]:
+        if not isinstance(node, dict):
+            return set()
+        return {str(key) for key in node} | {leaf for one in node.values() for leaf in leaves(one)}
+
+    with initialize_config_module("preceptor.configs", version_base="1.3"):
+        config = compose("train", ["recipe=vit_small_300ep", "align=ladder"])
+    text = shown("recipe=vit_small_300ep", "align=ladder")
+    for group in ("data", "student", "align", "recipe", "engine"):
+        names = leaves(OmegaConf.to_container(config[group]))
+        assert len(names) > 2
+        assert [name for name in names if f"{name}:" not in text] == []
+    assert "rung:" not in shown()  # of align=ladder alone
+    order = [text.index(f"recipe={c}") for c in ("imagenet_100ep has", "vit_small_100ep has")]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -64,6 +90,14 @@ def test_a_mistyped_option_is_answered_with_the_valid_ones(
     for part in expected:
         assert part in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_a_group_written_in_place_is_told_to_be_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["cache=a", "data.shards=b", "teachers={mine: {source: 'timm:resnet50'}}"]
+    assert main(["extract", *given]) == 1
+    message = capsys.readouterr().err
+    assert "teachers is one of imagenet_hub here" in message
+    assert "DIR/teachers/mine.yaml and say --config-dir DIR teachers=mine" in message
 
 
 def test_a_swept_group_brings_its_own_keys() -> None:
@@ -111,3 +145,25 @@ def test_ranges_of_shards_need_no_quotes_of_their_own(given: str, expected: str)
 def test_the_example_of_every_verb_is_accepted(verb: str) -> None:
     words = shlex.split(VERBS[verb].example)
     check_options(verb, readable(words[2:]))
+
+
+def readme_commands() -> list[list[str]]:
+    text = (Path(preceptor.__file__).parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line for b in blocks for line in b.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    called = (
+        re.sub(r"^torchrun .* -m preceptor\.cli ", "preceptor ", shlex.join(w)) for w in words
+    )
+    return [shlex.split(line) for line in called if line.startswith("preceptor ")]
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=lambda words: words[1])
+def test_every_command_of_the_readme_is_accepted(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "mine.yaml").write_text("mine: {source: 'call:mine:mine'}\n")
+    check_options(words[1], readable(["--config-dir", str(tmp_path), *words[2:]]))
+
+
+def test_the_readme_has_commands_for_every_verb() -> None:
+    assert {words[1] for words in readme_commands()} == set(VERBS)

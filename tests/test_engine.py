@@ -10,6 +10,7 @@ from multiprocessing import get_context
 import pytest
 from preceptor.engine import decoders
 from preceptor.errors import ConfigError
+from preceptor.train.ablate import job
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1"}
 SLURM = {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}
@@ -41,6 +42,19 @@ def test_workers_auto_is_a_share_of_the_cores(monkeypatch, cores, variables, exp
 def test_a_process_of_a_pool_does_not_take_all_cores():
     with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
         assert pool.submit(decoders, "auto").result() == 2
+
+
+def test_a_run_of_an_ablation_knows_that_its_launcher_is_a_pool(monkeypatch, tmp_path):
+    pool = "import sys; from preceptor.engine import decoders; sys.exit(decoders('auto') != 2)"
+    started = subprocess.run
+
+    def instead(command, **how):
+        return started([sys.executable, "-c", pool], **how)
+
+    monkeypatch.setattr(job.subprocess, "run", instead)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(job, "in_pool", lambda: True)
+    assert job.run_apart(tmp_path).startswith("was stopped")  # its status is 0
 
 
 @pytest.mark.parametrize("workers", [None, "many", -1, True, 1.5])

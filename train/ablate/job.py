@@ -6,6 +6,7 @@ python -m preceptor.train.ablate.job FOLDER
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ...engine import IN_POOL, in_pool
 from ...errors import DataError, PreceptorError
 from ..checkpoint import write_json
 
@@ -62,7 +64,8 @@ def run_apart(folder: Path) -> str | None:
     with (folder / LOG).open("a", encoding="utf-8") as log:
         # -P: the folder that the user stands in is no place to import from.
         command = [sys.executable, "-P", "-m", "preceptor.train.ablate.job", str(folder)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        own = {**os.environ, **({IN_POOL: "1"} if in_pool() else {})}
+        done = subprocess.run(command, env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     if (folder / RESULT).exists():
         return None
     if not (folder / FAILURE).exists():

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ...cache.durable import write_whole
-from ...engine import launch
+from ...engine import launch, refuse_several
 from ...errors import ConfigError, DataError
 from ...measure import peak_memory_mb
 from ..checkpoint import write_json
@@ -45,6 +45,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         ConfigError, DataError, StoreError: an input cannot be used.
     """
     started = time.perf_counter()
+    refuse_several("eval")
     if not config.students and not config.with_teachers:
         raise ConfigError("nothing to score: students is empty and with_teachers is false")
     suite, train, test, truths = prepare(config)

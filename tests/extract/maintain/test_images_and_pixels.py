@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import contents
-from preceptor.cache import Cache
+from preceptor.cache import Cache, ViewPolicy
 from preceptor.cli import main
 from preceptor.extract.live import _levels
 from preceptor.tests.extract.tiny_store import run, teachers
@@ -104,3 +104,21 @@ def test_a_folder_of_class_folders_is_extracted_and_mended(
     (store / "commits/cnn/1.json").unlink()
     assert run("repair", store, str(images), *tiny) == 0
     assert contents(store) == good
+
+
+def test_random_views_are_those_of_the_seed(shards: str, configs: Path, tmp_path: Path) -> None:
+    tiny = ("--config-dir", str(configs), "teachers=tiny")
+    views = ("views.name=random", "views.count=2", "views.flip=true")
+    boxes = {}
+    for seed in (3, 4):
+        path = tmp_path / str(seed)
+        assert run("extract", path, shards, *tiny, *views, f"seed={seed}") == 0
+        cache = Cache.open(path)
+        policy = ViewPolicy("random", 2, scale=(0.35, 1.0), flip=True, seed=seed)
+        for row in np.flatnonzero(cache.valid).tolist():
+            height, width = cache.sizes[row].tolist()
+            drawn = policy.draw(cache.keys[row], row % 2, width, height)
+            assert tuple(cache.boxes[row].tolist()) == drawn.box
+            assert cache.flips[row] == drawn.flip
+        boxes[seed] = cache.boxes
+    assert not np.array_equal(boxes[3], boxes[4])
