@@ -88,6 +88,7 @@ class SpaceSpec:
 
     @property
     def states_step(self) -> bool:
+        """Whether its entry in the manifest has a ``step``."""
         return encoding(self.encoding).step is not None and self.step is not None
 
     @property
@@ -107,6 +108,7 @@ class SpaceSpec:
         return replace(self, plain=other.plain, step=other.step)
 
     def as_json(self) -> Json:
+        """The space's entry in the manifest, without its calibration."""
         grid = None if self.grid is None else list(self.grid)
         return {
             "name": self.name,
@@ -180,6 +182,7 @@ class TeacherRecord:
         return replace(self, spaces=tuple(spaces))
 
     def as_json(self) -> Json:
+        """The teacher's entry in the manifest, without calibrations."""
         return {
             "name": self.name,
             "identity": json.loads(canonical(dict(self.identity))),
@@ -209,6 +212,7 @@ class PixelSpec:
             )
 
     def as_json(self) -> Json:
+        """The manifest's member ``pixels``."""
         return {"size": list(self.size), "interpolation": self.interpolation}
 
     @classmethod
@@ -295,6 +299,11 @@ class StorePlan:
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
 
     def teacher(self, name: str) -> TeacherRecord:
+        """The teacher of that name.
+
+        Raises:
+            StoreError: there is none; the message lists those that there are.
+        """
         for teacher in self.teachers:
             if teacher.name == name:
                 return teacher
@@ -302,6 +311,7 @@ class StorePlan:
         raise StoreError(f"the store has no teacher {name!r}: it has {known}")
 
     def rows_json(self) -> Json:
+        """What the configuration of the unit ``rows`` is made of, beside format and version."""
         return {
             "samples": json.loads(canonical(dict(self.samples))),
             "views": json.loads(canonical(dict(self.views))),

@@ -43,6 +43,7 @@ class Moments:
 
     @classmethod
     def empty(cls, dim: int) -> Moments:
+        """Of no tokens: zeros of the shapes above."""
         return cls(0, np.zeros(dim), np.zeros((dim, dim)))
 
     def merged(self, other: Moments) -> Moments:
@@ -105,6 +106,7 @@ class Accumulator:
         self._products.addmm_(shifted.T, shifted)
 
     def moments(self) -> Moments:
+        """The moments of all tokens so far, on the CPU; waits for the device."""
         offset = self._sum / max(self.count, 1)
         scatter = self._products - torch.outer(offset, self._sum)
         return Moments(self.count, (self._shift + offset).cpu().numpy(), scatter.cpu().numpy())

@@ -37,6 +37,14 @@ class Tokens:
         dim: int,
         prediction: Prediction | None = None,
     ) -> Tokens:
+        """Tokens of stored arrays.
+
+        Args:
+            parts: ``codes`` and, where the encoding has them, ``scales``, shaped as above.
+            name: of the encoding.
+            dim: D.
+            prediction: see above.
+        """
         return cls(parts["codes"], parts.get("scales"), name, dim, prediction)
 
     @property

@@ -127,6 +127,9 @@ class ViewPolicy:
         """View number ``view`` (from 0 to ``count`` - 1) of the image ``key`` of the given size.
 
         The box is exact in float32, in which the store keeps it.
+
+        Raises:
+            IndexError: there is no such view.
         """
         if not 0 <= view < self.count:
             raise IndexError(f"view {view} of {self.count}")

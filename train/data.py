@@ -331,8 +331,10 @@ def _moments(device: torch.device) -> tuple[Tensor, Tensor]:
 def prefetched(source: Iterator[T], ahead: int) -> Iterator[T]:
     """The items of an iterator, computed up to `ahead` items early by one thread.
 
-    An exception of the source is raised where its item would have come. Closing the generator stops
-    the thread.
+    Closing the generator stops the thread.
+
+    Raises:
+        Whatever the source does, where its item would have come.
     """
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()

@@ -135,6 +135,11 @@ def train(config: DictConfig) -> dict[str, Any]:
         on_damaged=config.on_damaged,
     )
     images_a_step = batch_size * accumulate * world
+    if recipe.get("images_a_step") and images_a_step > data.epoch_views.images:
+        raise ConfigError(
+            f"{config.cache} has {data.epoch_views.images:,} images with tokens, fewer than "
+            f"recipe.images_a_step={images_a_step}: lower it and recipe.lr, or say recipe=short"
+        )
     steps = recipe.steps or max(1, recipe.epochs * data.steps_per_epoch // accumulate)
     knn = _monitor(config, fabric, cache, views)
 

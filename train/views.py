@@ -168,6 +168,11 @@ class StorePixels:
         return pixels
 
     def take(self, items: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Problems]:
+        """As `StoredViews.take`; a store has no images that cannot be read.
+
+        Raises:
+            StoreError: damage.
+        """
         return self.__getitems__(items), {}
 
     def vary(self, pixels: Tensor, place: int, row: int, epoch: int) -> None:
@@ -177,6 +182,7 @@ class StorePixels:
             image[:] = self.jitter(image, (self.seed, epoch, row))
 
     def regions(self, rows: Sequence[int], epoch: int) -> None:
+        """As `StoredViews.regions`; whole views are stored, so there are none."""
         return None
 
 

@@ -247,13 +247,20 @@ def recipes() -> list[str]:
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_recipe_trains(train_config, recipe):
     """All but the length and the size of the batch as it stands, for one epoch of two steps."""
+    few = [] if recipe == "short" else ["recipe.images_a_step=20"]
     config = train_config(
-        f"recipe={recipe}", "recipe.steps=null", "recipe.epochs=1", "recipe.batch_size=20"
+        f"recipe={recipe}", "recipe.steps=null", "recipe.epochs=1", "recipe.batch_size=20", *few
     )
     with initialize_config_module("preceptor.configs", version_base="1.3"):
         named = compose("train", [f"recipe={recipe}"]).recipe
     assert recipe == "short" or recipe.endswith(f"_{named.epochs}ep")
     assert train(config)["steps"] == 2
+
+
+def test_a_step_of_more_images_than_there_are_is_refused(train_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"40 images with tokens, fewer than .*a_step=41"):
+        train(train_config("recipe.batch_size=10", "+recipe.images_a_step=41"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_that_lacks_a_key_is_told(train_config):

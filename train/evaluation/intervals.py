@@ -110,6 +110,9 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:
 
     For paired runs give the differences. With few seeds the t interval is the wide, honest one; a
     bootstrap over three numbers is not. NaN bounds for a single run.
+
+    Raises:
+        ValueError: there are no values, or they have more than one axis.
     """
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or not len(found):

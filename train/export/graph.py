@@ -188,7 +188,11 @@ def write_onnx(
 
 
 def open_onnx(path: Path) -> Run:
-    """An ONNX file in ONNX Runtime on the CPU."""
+    """An ONNX file in ONNX Runtime on the CPU.
+
+    Raises:
+        ConfigError: ONNX Runtime is not installed.
+    """
     try:
         import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
