@@ -68,13 +68,27 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def directory_lock(path: Path) -> Iterator[None]:
-    """Hold the directory's advisory lock; released by the kernel when the process dies."""
+    """Hold the directory's advisory lock; released by the kernel when the process dies.
+
+    Raises:
+        StoreError: the file system has no locks.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        _lock(fd, path)
         yield
     finally:
         os.close(fd)
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be locked ({error.strerror}), and without locks two writers could mix "
+            "their files: mount the file system with locks (Lustre: flock), or write to another"
+        ) from error
 
 
 class Staged:
@@ -157,7 +171,12 @@ def _create_locked(final: Path) -> tuple[int, Path]:
             raise StoreError(
                 f"writing {final} failed: {error.strerror}; nothing was committed"
             ) from error
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            _lock(fd, path)
+        except StoreError:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+            raise
         if os.fstat(fd).st_nlink:  # not removed between creation and lock
             return fd, path
         os.close(fd)

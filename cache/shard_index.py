@@ -18,7 +18,7 @@ from .manifest import Manifest
 from .sharding import parse_index, plain_index
 from .source import Source
 
-_SHARDS_KEPT = 16384
+_SHARDS_KEPT = 1 << 17  # files of which the index stays, 1.3 KiB each at 32 chunks
 _COMMITS_KEPT = 32
 
 

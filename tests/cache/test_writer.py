@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import torch
 from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache, RowBatch, StoreWriter
 from preceptor.cache.commit import discard
+from preceptor.cache.durable import write_whole
 from preceptor.errors import DataError, StoreError
 from small_stores import (
     SPACES,
@@ -25,6 +28,7 @@ from small_stores import (
     some_weights,
     tokens_of,
     write_shard,
+    write_store,
 )
 
 HERE = Path(__file__).parent
@@ -305,3 +309,20 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, size)
         signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = write_store(tmp_path / "begun")
+
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match=r"cannot be locked .*Lustre: flock"):
+        begun.drop(begun.plan.teachers[0].name)
+    with pytest.raises(StoreError, match=r"cannot be locked"):
+        write_whole(tmp_path / "file", b"bytes")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
