@@ -6,6 +6,7 @@ read is checked like anything else, so a wrong answer is refused, not used.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ from .source import Source
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 _ATTEMPTS = 3  # of whole requests whose answer broke off, on top of obstore's own retries
+_PATIENCE = 30.0  # seconds after which obstore's own retries were enough
 
 
 class RemoteSource(Source):
@@ -24,7 +26,8 @@ class RemoteSource(Source):
         location: ``s3://bucket/path``, ``gs://...``, ``az://...``, ``http(s)://...``.
         options: keyword arguments of ``obstore.store.from_url``: ``config`` (region, endpoint,
             credentials), ``client_options`` (timeout, proxy, ...), ``retry_config``. Credentials
-            and endpoints also come from the usual environment variables.
+            and endpoints also come from the usual environment variables. ``client_options`` has
+            ``allow_http`` where the address itself begins with ``http://``.
     """
 
     parallel = 16
@@ -39,9 +42,18 @@ class RemoteSource(Source):
                 f"{location}: reading remote stores needs obstore: pip install 'preceptor[remote]'"
             ) from None
         try:
-            self._store = from_url(location.rstrip("/"), **self._options)
+            self._store = from_url(location.rstrip("/"), **self._with_http())
         except (ValueError, TypeError, self._errors()) as error:
-            raise StoreError(f"{location} cannot be opened: {error}") from None
+            raise StoreError(
+                f"{location} cannot be opened: {_first_line(error)}; check the address, and the "
+                "account and credentials in the options or the environment"
+            ) from None
+
+    def _with_http(self) -> dict[str, Any]:
+        if not self.location.startswith("http://"):
+            return self._options
+        given = self._options.get("client_options") or {}
+        return {**self._options, "client_options": {"allow_http": True, **given}}
 
     @staticmethod
     def _errors() -> type[Exception]:
@@ -102,16 +114,23 @@ class RemoteSource(Source):
             FileNotFoundError: there is no such object.
             StoreError: no good answer.
         """
-        last: Exception | None = None
-        for _ in range(_ATTEMPTS):
+        started, attempts = time.monotonic(), 0
+        while True:
+            attempts += 1
             try:
                 return request()
             except FileNotFoundError:
                 raise
             except (OSError, self._errors()) as error:
-                last = error
-        summary = str(last).strip().splitlines()[0][:300]
-        raise StoreError(
-            f"{self.location}/{name} could not be read after {_ATTEMPTS} attempts: {summary}; "
-            "check the address, the credentials and the network"
-        ) from last
+                if attempts < _ATTEMPTS and time.monotonic() - started < _PATIENCE:
+                    continue
+                raise StoreError(
+                    f"{self.location}/{name} could not be read after {attempts} attempts: "
+                    f"{_first_line(error)}; check the address, the credentials and the network"
+                ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """obstore goes on with a picture of its own objects."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip()[:300]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import http.server
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import boto3
 import numpy as np
@@ -185,41 +188,299 @@ def test_what_is_missing_or_damaged_is_refused(s3: tuple[Moody, str], finished: 
         client.put_object(Bucket="bucket", Key=f"path/store/{name}", Body=whole)
 
 
+def test_google_storage_gives_what_the_disk_gives(s3: tuple[Moody, str], cache: Cache) -> None:
+    """Its XML interface is that of S3, so the same server answers; what is signed is another."""
+    client = client_of(s3[1])
+    for entry in client.list_objects_v2(Bucket="bucket", Prefix="path/store/")["Contents"]:
+        client.put_object_acl(Bucket="bucket", Key=entry["Key"], ACL="public-read")
+    client.put_bucket_acl(Bucket="bucket", ACL="public-read")
+    options = {
+        "config": {"base_url": s3[1], "skip_signature": True},
+        "client_options": {"allow_http": True},
+    }
+    same_as_local(Cache.open("gs://bucket/path/store", storage=options), cache)
+    with pytest.raises(StoreError, match="gs://bucket/nowhere holds no store"):
+        Cache.open("gs://bucket/nowhere", storage=options)
+
+
+class Blobs:
+    """A WSGI application: the two requests of Azure's blob storage that reading needs."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+
+    def __call__(self, environ: dict[str, Any], start: Start) -> Any:
+        _, account, container, *rest = environ["PATH_INFO"].split("/")
+        assert (account, container) == ("account", "container")
+        asked = parse_qs(environ["QUERY_STRING"])
+        if asked.get("comp") == ["list"]:
+            return self.listed(asked["prefix"][0], start)
+        raw = self.files.get("/".join(rest))
+        if raw is None:
+            start("404 The specified blob does not exist.", [])
+            return [b""]
+        headers = [
+            ("ETag", '"1"'),
+            ("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT"),
+            ("x-ms-blob-type", "BlockBlob"),
+        ]
+        first, found, last = environ.get("HTTP_RANGE", "").removeprefix("bytes=").partition("-")
+        if not found:
+            start("200 OK", [*headers, ("Content-Length", str(len(raw)))])
+            return [raw]
+        part = raw[int(first) : int(last) + 1]
+        headers.append(("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(raw)}"))
+        start("206 Partial Content", [*headers, ("Content-Length", str(len(part)))])
+        return [part]
+
+    def listed(self, prefix: str, start: Start) -> list[bytes]:
+        blobs = "".join(
+            f"<Blob><Name>{name}</Name><Properties>"
+            "<Last-Modified>Mon, 01 Jan 2024 00:00:00 GMT</Last-Modified><Etag>1</Etag>"
+            f"<Content-Length>{len(raw)}</Content-Length>"
+            "<Content-Type>application/octet-stream</Content-Type></Properties></Blob>"
+            for name, raw in sorted(self.files.items())
+            if name.startswith(prefix)
+        )
+        start("200 OK", [("Content-Type", "application/xml")])
+        return [
+            f"<EnumerationResults><Prefix>{prefix}</Prefix><Blobs>{blobs}</Blobs>"
+            "<NextMarker/></EnumerationResults>".encode()
+        ]
+
+
+def test_azure_storage_gives_what_the_disk_gives(finished: Path, cache: Cache) -> None:
+    files = {f"path/store/{name}": raw for name, raw in contents(finished).items()}
+    server = make_server("127.0.0.1", 0, Blobs(files), threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    options = {
+        "config": {
+            "account_name": "account",
+            "endpoint": f"http://127.0.0.1:{server.server_port}/account",
+            "skip_signature": True,
+        },
+        "client_options": {"allow_http": True},
+    }
+    try:
+        same_as_local(Cache.open("az://container/path/store", storage=options), cache)
+        with pytest.raises(StoreError, match="az://container/nowhere holds no store"):
+            Cache.open("az://container/nowhere", storage=options)
+        name = "spaces/cnn/map/codes/c.1.0.0"
+        files[f"path/store/{name}"] += b"."
+        with pytest.raises(StoreError, match=rf"shard 1 of cnn: {name} has"):
+            Cache.open("az://container/path/store", storage=options)
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+def unreachable() -> str:
+    """An address of this machine where nothing listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("location", "config"),
+    [
+        ("s3://bucket/store", {"endpoint": "", "region": "us-east-1", "skip_signature": True}),
+        ("gs://bucket/store", {"base_url": "", "skip_signature": True}),
+        (
+            "az://container/store",
+            {"endpoint": "", "account_name": "account", "skip_signature": True},
+        ),
+        ("http://", {}),
+    ],
+)
+def test_a_service_that_cannot_be_reached_is_one_sentence(
+    location: str, config: dict[str, Any]
+) -> None:
+    nowhere = unreachable()
+    location = f"{nowhere}/store" if location == "http://" else location
+    options = storage("", retries=2) | {"config": {k: v or nowhere for k, v in config.items()}}
+    started = time.monotonic()
+    with pytest.raises(StoreError) as found:
+        Cache.open(location, storage=options)
+    assert time.monotonic() - started < 20
+    why = str(found.value)
+    assert why.startswith(f"{location}/manifest.json could not be read after 3 attempts: ")
+    assert why.endswith("; check the address, the credentials and the network")
+    assert "\n" not in why
+
+
+def test_options_that_cannot_be_used_are_one_sentence() -> None:
+    for location, options, words in (
+        ("az://container/store", {}, "Account must be specified"),
+        ("gs://bucket/store", {"config": {"service_account_path": "/nowhere"}}, "nowhere"),
+        ("s3://bucket/store", {"config": {"no_such_key": "x"}}, "no_such_key"),
+        ("http://", {}, ""),
+    ):
+        with pytest.raises(StoreError, match=f"^{location} cannot be opened: .*{words}") as found:
+            Cache.open(location, storage=options)
+        assert "; check the address" in str(found.value)
+        assert "\n" not in str(found.value)
+
+
+def test_a_request_that_took_long_is_not_repeated(
+    s3: tuple[Moody, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """obstore's own retries, minutes of them by default, are enough where nobody answers."""
+    moody, endpoint = s3
+    monkeypatch.setattr("preceptor.cache.remote._PATIENCE", 0.5)
+    over = threading.Event()
+    moody.mood = lambda path: over
+    try:
+        with pytest.raises(StoreError, match=r"could not be read after 1 attempts"):
+            Cache.open("s3://bucket/path/store", storage=storage(endpoint, 0.6, retries=1))
+    finally:
+        over.set()
+
+
+Fault = Callable[[bytes, int, int], tuple[bytes, str | None, int]]
+"""From a file and the range asked for (last included): body, Content-Range and Content-Length."""
+
+
+def answer(body: bytes, first: int, total: int) -> tuple[bytes, str, int]:
+    return body, f"bytes {first}-{first + len(body) - 1}/{total}", len(body)
+
+
+def right(raw: bytes, first: int, last: int) -> tuple[bytes, str | None, int]:
+    return answer(raw[first : last + 1], first, len(raw))
+
+
+def without_the_last_byte(raw: bytes, first: int, last: int) -> tuple[bytes, str | None, int]:
+    return answer(raw[first:last], first, len(raw))
+
+
+def broken_off(raw: bytes, first: int, last: int) -> tuple[bytes, str | None, int]:
+    body, span, length = right(raw, first, last)
+    return body[:-1], span, length
+
+
+def shorter_than_it_says(raw: bytes, first: int, last: int) -> tuple[bytes, str | None, int]:
+    body, span, length = right(raw, first, last)
+    return body[:-1], span, length - 1
+
+
+def of_another_range(raw: bytes, first: int, last: int) -> tuple[bytes, str | None, int]:
+    return answer(raw[first : last + 1], first + 4, len(raw))
+
+
+def from_another_place(raw: bytes, first: int, last: int) -> tuple[bytes, str | None, int]:
+    moved = raw[1:] + raw[:1]
+    return right(moved, first, last)
+
+
+def without_a_range(raw: bytes, first: int, last: int) -> tuple[bytes, str | None, int]:
+    body = raw[first : last + 1]
+    return body, None, len(body)
+
+
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """The standard library's file server, with ranges."""
+    """The standard library's file server, with ranges.
+
+    Attributes:
+        fault: how ranges are answered; None: with the whole file, as servers do without ranges.
+        redirect: what a path is redirected to; None: nowhere.
+    """
+
+    protocol_version = "HTTP/1.1"
+    fault: Fault | None = staticmethod(right)
+    redirect: Callable[[str], str | None] = staticmethod(lambda path: None)
 
     def do_GET(self) -> None:
+        if elsewhere := self.redirect(self.path):
+            self.send_response(302)
+            self.send_header("Location", elsewhere)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         path = Path(self.translate_path(self.path))
         if not path.is_file():
             self.send_error(404)
             return
         raw = path.read_bytes()
-        status, asked = 200, self.headers.get("Range")
-        if asked:
+        status, span, length = 200, None, len(raw)
+        asked = self.headers.get("Range")
+        if asked and self.fault:
             first, _, last = asked.removeprefix("bytes=").partition("-")
-            total, start = len(raw), int(first)
-            raw = raw[start : int(last) + 1 if last else None]
+            raw, span, length = self.fault(raw, int(first), int(last))
             status = 206
         self.send_response(status)
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{start + len(raw) - 1}/{total}")
-        self.send_header("Content-Length", str(len(raw)))
+        if span:
+            self.send_header("Content-Range", span)
+        self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(raw)
+        self.close_connection = len(raw) != length
 
     def log_message(self, *args: object) -> None:
         pass
 
 
-def test_a_web_server_gives_what_the_disk_gives(finished: Path, cache: Cache) -> None:
+@pytest.fixture(scope="module")
+def web(finished: Path) -> Iterator[str]:
+    """The address of the finished store behind a web server."""
     handler = functools.partial(RangeHandler, directory=str(finished.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        location = f"http://127.0.0.1:{server.server_port}/store"
-        remote = Cache.open(location, storage={"client_options": {"allow_http": True}})
-        same_as_local(remote, cache)
-        with pytest.raises(StoreError, match="holds no store"):
-            Cache.open(location + "s", storage={"client_options": {"allow_http": True}})
+        yield f"http://127.0.0.1:{server.server_port}/store"
         server.shutdown()
         thread.join()
+
+
+def test_a_web_server_gives_what_the_disk_gives(web: str, cache: Cache) -> None:
+    same_as_local(Cache.open(web), cache)
+    with pytest.raises(StoreError, match="holds no store"):
+        Cache.open(web + "s", storage={"client_options": {"timeout": timedelta(seconds=30)}})
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        without_the_last_byte,
+        broken_off,
+        shorter_than_it_says,
+        of_another_range,
+        from_another_place,
+        without_a_range,
+    ],
+)
+def test_ranges_that_are_answered_wrongly_are_refused(
+    fault: Fault | None, web: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Cache.open(web)
+    assert remote.valid.sum() == len(VALID)
+    monkeypatch.setattr(RangeHandler, "fault", fault and staticmethod(fault))
+    with pytest.raises(StoreError, match=rf"^{web}.*spaces/vit/patch/codes/c\.0"):
+        remote["vit/patch"].read(VALID)
+    with pytest.raises(StoreError, match=f"^{web}.*rows/valid"):
+        _ = Cache.open(web).valid
+
+
+def test_redirections_are_followed_and_what_they_lead_to_is_checked(
+    web: str, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to(name: str | None) -> None:
+        def elsewhere(path: str) -> str | None:
+            old = path.startswith("/old/")
+            return (name or path.replace("/old/", "/store/", 1)) if old else None
+
+        monkeypatch.setattr(RangeHandler, "redirect", staticmethod(elsewhere))
+
+    old = web.removesuffix("store") + "old"
+    to(None)
+    same_as_local(Cache.open(old), cache)
+    remote = Cache.open(old)
+    to("/store/zarr.json")  # as a page to log in would be
+    with pytest.raises(StoreError, match=f"^{old} is damaged in shard 0 of"):
+        remote["vit/patch"].read([0], threads=1)
+    with pytest.raises(StoreError, match=rf"^{old}/manifest\.json is not the manifest of"):
+        Cache.open(old)
+    to("/old/again")
+    with pytest.raises(StoreError, match=rf"^{old}/manifest\.json could not be read"):
+        Cache.open(old, storage=storage("", retries=1) | {"config": {}})
