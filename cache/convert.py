@@ -27,6 +27,7 @@ from .durable import Staged, directory_lock, sync_directory, write_whole
 from .encodings import encoding
 from .encodings.prediction import Prediction
 from .layout import Layout
+from .opening import read_files
 from .plan import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
@@ -243,8 +244,10 @@ def _seal(cache: Cache, writer: StoreWriter, unit: str, same: bool) -> None:
     """The completion and, for a teacher, the statistics of the original features."""
     root, before = writer.path, cache.completions[unit]
     for space in writer.plan.spaces_of(unit):
-        for name in statistics_files(cache.layout, cache[space.id].spec):
-            _write_if_other(root, name, cache.source.read(name))
+        cache[space.id].statistics()  # a damaged one is not passed on
+        names = statistics_files(cache.layout, cache[space.id].spec)
+        for name, content in read_files(cache.source, names).items():
+            _write_if_other(root, name, content)
     if same:
         _write_if_other(root, completion_name(unit), before.to_bytes())
         return

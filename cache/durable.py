@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -16,6 +17,7 @@ from ..errors import StoreError
 
 TEMPORARY = ".tmp"
 _BLOCK = 8 << 20
+_NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # by a file system that lacks it
 
 
 def make_directory(path: Path) -> None:
@@ -54,26 +56,37 @@ def remove_directory(path: Path) -> None:
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable.
 
+    Some file systems sync no directories and say so. That is let pass: a power cut may then take
+    names away, and a shard of which one is gone counts as pending.
+
     Raises:
         StoreError: the device fails.
     """
-    fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError as error:
-        raise StoreError(f"{path} cannot be synced: {error.strerror}") from error
-    finally:
-        os.close(fd)
+        if error.errno not in _NO_SUCH_CALL:
+            raise StoreError(f"{path} cannot be synced: {error.strerror}") from error
 
 
 @contextlib.contextmanager
 def directory_lock(path: Path) -> Iterator[None]:
     """Hold the directory's advisory lock; released by the kernel when the process dies.
 
+    NFS locks directories among the processes of one machine alone. What two machines can then
+    still do to one shard, the hashes in its record tell.
+
     Raises:
-        StoreError: the file system has no locks.
+        StoreError: it is not there, or the file system has no locks.
     """
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be locked: {error.strerror}") from error
     try:
         _lock(fd, path)
         yield
@@ -133,7 +146,12 @@ class Staged:
         """
         if hasattr(os, "posix_fadvise"):  # so that the disk answers, not the page cache
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if file_sha256(self._path) != self.sha256:
+        try:
+            same = file_sha256(self._path) == self.sha256
+        except OSError as error:
+            self.discard()
+            raise StoreError(f"{self.final} cannot be read back: {error.strerror}") from error
+        if not same:
             self.discard()
             raise StoreError(f"{self.final}: the disk gave back other bytes than were written")
 
@@ -192,10 +210,17 @@ def file_sha256(path: Path) -> str:
 
 
 def write_whole(path: Path, raw: bytes | memoryview) -> None:
-    """Replace a file atomically and durably."""
+    """Replace a file atomically and durably.
+
+    Raises:
+        StoreError: it cannot be written, or the device fails; no temporary file is left.
+    """
     staged = Staged(path, [raw])
-    staged.verify()
-    staged.publish()
+    try:
+        staged.verify()
+        staged.publish()
+    finally:
+        staged.discard()
     sync_directory(path.parent)
 
 
@@ -208,9 +233,9 @@ def remove_torn(root: Path) -> int:
                 continue
             path = Path(directory, name)
             try:
-                fd = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue
+                fd = os.open(path, os.O_RDWR)  # NFS locks only what is open for writing
+            except OSError:
+                continue  # gone meanwhile, or another user's
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)

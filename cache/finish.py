@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -9,25 +10,37 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import StoreError
-from .commit import Commit, Completion, completion_name, record_name
+from .commit import COMMITS, Commit, Completion, completion_name, record_name
 from .constants import constant_bytes, statistics_sha256
+from .durable import directory_lock, remove_directory
 from .layout import Layout
 from .manifest import Manifest
 from .plan import SpaceSpec
-from .shard_writer import partial_name
+from .shard_writer import PARTIAL, partial_name
 from .spare import write_twice
 from .statistics import Moments
 
 
 def finish_unit(root: Path, manifest: Manifest, unit: str) -> None:
-    """Write the completion of a unit, unless the one that is there holds already.
+    """Write the completion of a unit, unless the one that is there holds already, and remove the
+    moments of its shards. Of several processes one does it and the others find it done.
 
     Raises:
         StoreError: a record or a shard's statistics are missing or damaged.
     """
+    with directory_lock(root / COMMITS / unit):
+        _seal(root, manifest, unit)
+        with contextlib.suppress(StoreError):  # left behind, they do no harm
+            remove_directory(root / PARTIAL / unit)
+
+
+def _seal(root: Path, manifest: Manifest, unit: str) -> None:
     layout = Layout(manifest.plan)
     names = [record_name(unit, shard) for shard in range(manifest.plan.shards)]
-    raws = [(root / name).read_bytes() for name in names]
+    try:
+        raws = [(root / name).read_bytes() for name in names]
+    except FileNotFoundError as error:
+        raise StoreError(f"{error.filename} is missing: run the extraction again") from None
     records = tuple(hashlib.sha256(raw).hexdigest() for raw in raws)
     before = _completion(root, manifest, unit)
     if before is not None and before.records == records:
@@ -38,20 +51,17 @@ def finish_unit(root: Path, manifest: Manifest, unit: str) -> None:
     }
     done = Completion(unit, manifest.configuration(unit), records, sizes)
     for space in manifest.plan.spaces_of(unit):
-        merged = _merged(root, space, commits)
-        if merged is not None:
+        names = [partial_name(space, commit.shard) for commit in commits]
+        if before is None or all((root / name).exists() for name in names):
+            merged = _merged(root, space, commits)
             values = {"mean": merged.mean, "covariance": merged.covariance}
             for name, spec in layout.statistics_arrays(space).items():
                 write_twice(root, spec.file(0), constant_bytes(spec, values[name]))
             tokens, seal = merged.count, statistics_sha256(**values)
-        elif before is not None:
+        else:
             # A repair: the moments of the other shards were merged and dropped long ago.
             tokens, seal = before.tokens[space.name], before.statistics[space.name]
             done = replace(done, exact=False)
-        else:
-            raise StoreError(
-                f"statistics of shards of {space.id} are missing in {root}: run `preceptor repair`"
-            )
         done = replace(
             done,
             tokens={**done.tokens, space.name: tokens},
@@ -70,18 +80,37 @@ def _completion(root: Path, manifest: Manifest, unit: str) -> Completion | None:
     return found if found.configuration == manifest.configuration(unit) else None
 
 
-def _merged(root: Path, space: SpaceSpec, commits: list[Commit]) -> Moments | None:
-    """The moments of all shards merged in order; None when some are no longer there."""
+def _merged(root: Path, space: SpaceSpec, commits: list[Commit]) -> Moments:
+    """The moments of all shards merged in order."""
     merged = Moments.empty(space.dim)
     for commit in commits:
         try:
-            raw = (root / partial_name(space, commit.shard)).read_bytes()
-        except FileNotFoundError:
-            return None
-        if hashlib.sha256(raw).hexdigest() != commit.statistics.get(space.name):
+            merged = merged.merged(shard_moments(root, space, commit))
+        except ValueError as why:
             raise StoreError(
-                f"the statistics of shard {commit.shard} of {space.id} in {root} are damaged: "
-                "run `preceptor repair`"
-            )
-        merged = merged.merged(Moments.unpacked(np.frombuffer(raw, "<f8"), space.dim))
+                f"{root / partial_name(space, commit.shard)}, the statistics of shard "
+                f"{commit.shard} of {space.id}, {why}: run `preceptor repair`"
+            ) from None
     return merged
+
+
+def shard_moments(root: Path, space: SpaceSpec, commit: Commit) -> Moments:
+    """The moments that the writer of a shard left for whoever finishes its unit.
+
+    Raises:
+        ValueError: what is wrong with them, as the rest of a sentence.
+    """
+    try:
+        raw = (root / partial_name(space, commit.shard)).read_bytes()
+    except OSError:
+        raise ValueError("is missing") from None
+    if hashlib.sha256(raw).hexdigest() != commit.statistics.get(space.name):
+        raise ValueError("is damaged")
+    tokens = commit.valid * space.tokens
+    try:
+        moments = Moments.unpacked(np.frombuffer(raw, "<f8"), space.dim)
+    except ValueError:
+        moments = None
+    if moments is None or moments.count != tokens or not moments.possible:
+        raise ValueError(f"does not hold the moments of {tokens} tokens")
+    return moments

@@ -73,7 +73,8 @@ def _refuse_other(completion: Completion, manifest: Manifest, unit: str, where: 
     lengths = {len(completion.records), *(len(sizes) for sizes in completion.sizes.values())}
     spaces = {space.name for space in manifest.plan.spaces_of(unit)}
     listed = set(completion.sizes) == set(layout.unit_arrays(unit))
-    if lengths != {shards} or not listed or not spaces <= completion.statistics.keys():
+    measured = completion.statistics.keys() & completion.tokens.keys()
+    if lengths != {shards} or not listed or not spaces <= measured:
         raise StoreError(f"{where} does not list the {shards} shards: run `preceptor repair`")
 
 

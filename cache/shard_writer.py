@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -245,16 +245,16 @@ class ShardWriter:
                 file = self._stage(self._path / spec.file(self._shard), buffers, undo)
                 staged.append(file)
                 files[path] = FileRecord(file.bytes, file.sha256, tuple(sums))
-            statistics = {}
-            for space in self._spaces:
-                if space.teacher == unit and space.id in self._moments:
-                    raw = self._moments[space.id].moments().packed().tobytes()
-                    name = self._path / partial_name(space, self._shard)
-                    make_directory(name.parent)
-                    staged.append(self._stage(name, [raw], undo))
-                    statistics[space.name] = hashlib.sha256(raw).hexdigest()
             for file in staged:
                 file.verify()
+            moments = {
+                space: self._moments[space.id].moments().packed().tobytes()
+                for space in self._spaces
+                if space.teacher == unit and space.id in self._moments
+            }
+            statistics = {
+                space.name: hashlib.sha256(raw).hexdigest() for space, raw in moments.items()
+            }
             record = Commit(
                 unit,
                 self._shard,
@@ -266,8 +266,7 @@ class ShardWriter:
                 files,
                 statistics,
             )
-            if self._publish(unit, staged, record):
-                undo.pop_all()
+            self._publish(unit, staged, moments, record)
 
     @staticmethod
     def _stage(final: Path, buffers: Iterable[Any], undo: ExitStack) -> Staged:
@@ -275,19 +274,33 @@ class ShardWriter:
         undo.callback(file.discard)
         return file
 
-    def _publish(self, unit: str, staged: list[Staged], record: Commit) -> bool:
-        """Rename everything into place; False when another process has committed the shard."""
+    def _publish(
+        self, unit: str, staged: list[Staged], moments: Mapping[SpaceSpec, bytes], record: Commit
+    ) -> None:
+        """Rename everything into place, unless another process has committed the shard.
+
+        Moments are written under the lock, for whoever finishes the unit removes their folder.
+        """
+        name = self._path / record_name(unit, self._shard)
         with directory_lock(self._path / COMMITS / unit):
             if is_whole(self._path, self._manifest, self._layout, unit, self._shard):
-                return False
-            # a record that is no longer true must not outlive its files
-            (self._path / record_name(unit, self._shard)).unlink(missing_ok=True)
-            for file in staged:
-                file.publish()
-            for directory in {file.final.parent for file in staged}:
-                sync_directory(directory)
-            write_whole(self._path / record_name(unit, self._shard), record.to_bytes())
-        return True
+                return
+            try:
+                # a record that is no longer true must not outlive its files
+                name.unlink(missing_ok=True)
+                for space, raw in moments.items():
+                    file = self._path / partial_name(space, self._shard)
+                    make_directory(file.parent)
+                    write_whole(file, raw)
+                for one in staged:
+                    one.publish()
+                for directory in {one.final.parent for one in staged}:
+                    sync_directory(directory)
+                write_whole(name, record.to_bytes())
+            except BaseException:
+                with suppress(OSError):  # whose name may not be durable
+                    name.unlink(missing_ok=True)
+                raise
 
     def _buffer(self, path: str) -> np.ndarray:
         parent, _, name = path.rpartition("/")

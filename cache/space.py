@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +32,15 @@ from .statistics import Moments
 from .tokens import Tokens
 
 _IDLE_BYTES = 256 << 20
+
+
+@contextmanager
+def _named(location: str) -> Iterator[None]:
+    """Errors about a file of a store say of which."""
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(f"{location}: {error}") from None
 
 
 class OpenStore:
@@ -138,7 +148,8 @@ class Space:
         self._arrays = store.layout.space_arrays(spec)
         frozen = store.manifest.calibrations[spec.id]
         raw = read_files(store.source, calibration_files(store.layout, spec))
-        values = calibration_values(store.layout, spec, raw, frozen)
+        with _named(store.source.location):
+            values = calibration_values(store.layout, spec, raw, frozen)
         self.mean, self.std = torch.from_numpy(values["mean"]), torch.from_numpy(values["std"])
         self.prediction = (
             Prediction.needed(values["weights"], spec.grid) if "weights" in values else None
@@ -200,6 +211,9 @@ class Space:
         store, spec = self._store, self.spec
         done = store.completions[spec.teacher]
         raw = read_files(store.source, statistics_files(store.layout, spec))
-        mean, covariance = statistics_values(store.layout, spec, raw, done.statistics[spec.name])
+        with _named(store.source.location):
+            mean, covariance = statistics_values(
+                store.layout, spec, raw, done.statistics[spec.name]
+            )
         count = done.tokens[spec.name]
         return Moments(count, mean, covariance * count)

@@ -35,6 +35,14 @@ class Moments:
         """Population covariance (divisor: count), float64 ``[D, D]``."""
         return self.scatter / max(self.count, 1)
 
+    @property
+    def possible(self) -> bool:
+        """Whether all numbers are finite and no variance is below zero by more than rounding."""
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.scatter).all()):
+            return False
+        square = np.diag(self.scatter) + self.count * self.mean**2
+        return self.count >= 0 and bool((np.diag(self.scatter) >= -1e-9 * square).all())
+
     def mean_square(self, centre: np.ndarray) -> np.ndarray:
         """Mean of (x - centre)^2, float64 ``[D]``; centre: float64 ``[D]``."""
         variance = np.maximum(np.diag(self.scatter), 0.0) / max(self.count, 1)

@@ -25,6 +25,7 @@ from .copies import (
     manifest_bytes,
     stray_units,
 )
+from .finish import shard_moments
 from .layout import CRC, ArraySpec, Layout, node_bytes
 from .manifest import MANIFEST, Manifest
 from .plan import ROWS
@@ -178,14 +179,11 @@ class _Work:
     def _moment_problems(self, unit: str, commit: Commit) -> Iterator[Problem]:
         """Until a unit is finished, every shard's moments lie beside it."""
         for space in self._manifest.plan.spaces_of(unit):
-            name = partial_name(space, commit.shard)
             try:
-                raw = (self._root / name).read_bytes()
-            except OSError:
-                yield Problem(name, "is missing", unit, commit.shard)
-                continue
-            if hashlib.sha256(raw).hexdigest() != commit.statistics.get(space.name):
-                yield Problem(name, "is damaged", unit, commit.shard)
+                shard_moments(self._root, space, commit)
+            except ValueError as why:
+                name = partial_name(space, commit.shard)
+                yield Problem(name, str(why), unit, commit.shard)
 
     def _unsealed(
         self, done: Completion | None, unit: str, shard: int, raw: bytes, commit: Commit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -234,7 +234,8 @@ class StoreWriter:
             )
         for unit in self.plan.units:
             finish_unit(self.path, self.manifest, unit)
-        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+        with contextlib.suppress(OSError):  # of a unit that was added meanwhile there may be some
+            (self.path / PARTIAL).rmdir()
 
     def add(self, teacher: TeacherRecord) -> None:
         """Add a teacher to the plan; its shards are then pending, the others' stay as they are.
