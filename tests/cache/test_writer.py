@@ -6,8 +6,11 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +38,22 @@ HERE = Path(__file__).parent
 DRIVER = f"""
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
-from pathlib import Path
 from small_stores import calibrate, make_plan, write_shard
 from preceptor.cache import StoreWriter
-path, mode = Path(sys.argv[1]), sys.argv[2]
+path, mode = sys.argv[1], sys.argv[2]
 writer = StoreWriter.open_or_create(path, make_plan())
 calibrate(writer)
 print("ready", flush=True)
 sys.stdin.readline()
 if mode == "race":
     write_shard(writer, 1, ("rows", "vit", "cnn"))
+elif mode.startswith("rank"):
+    rank = int(mode.removeprefix("rank"))
+    while todo := writer.pending():
+        shard, units = todo[rank % len(todo)]
+        write_shard(writer, shard, units)
+        print(shard, flush=True)
+    writer.finish()
 else:
     for shard, units in writer.pending():
         write_shard(writer, shard, units)
@@ -59,7 +68,7 @@ def fill(
         out.append(facts, tokens)
 
 
-def driver(path: Path, mode: str) -> subprocess.Popen[str]:
+def driver(path: Path | str, mode: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(path), mode],
@@ -67,6 +76,7 @@ def driver(path: Path, mode: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
+        cwd=cwd,
     )
 
 
@@ -111,6 +121,230 @@ def test_two_processes_at_one_shard_leave_one_whole_shard(tmp_path: Path, finish
         write_shard(writer, shard, units)
     writer.finish()
     assert contents(path) == contents(finished)
+
+
+def test_ranks_that_spell_the_path_each_their_own_way_finish_one_store(
+    tmp_path: Path, finished: Path
+) -> None:
+    """Each in a directory of its own, all at once; one is lost on the way, the others take over
+    what it had begun, and race to finish."""
+    path = tmp_path / "real/store"
+    (tmp_path / "elsewhere").mkdir()
+    path.parent.mkdir()
+    (tmp_path / "link").symlink_to("real")
+    spellings = [
+        (str(path), None),
+        ("store/", path.parent),
+        ("../real/../link/store", tmp_path / "elsewhere"),
+        (f"file://{tmp_path}/link/store", tmp_path),
+    ]
+    ranks = [
+        driver(spelled, f"rank{number}", cwd) for number, (spelled, cwd) in enumerate(spellings)
+    ]
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "ready\n"
+    for rank in ranks:
+        assert rank.stdin is not None
+        rank.stdin.write("go\n")
+        rank.stdin.flush()
+    lost = ranks.pop(2)
+    assert lost.stdout is not None
+    lost.stdout.readline()
+    lost.send_signal(signal.SIGKILL)
+    lost.communicate()
+    for rank in ranks:
+        rank.communicate()
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    StoreWriter.open(tmp_path / "link/store")  # torn files of the lost one may lie about
+    assert contents(path) == contents(finished)
+
+
+def test_two_processes_may_finish_at_once(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins when the first is about to read the moments."""
+    from preceptor.cache import finish
+
+    path = tmp_path / "store"
+    writer = StoreWriter.open_or_create(path, make_plan())
+    calibrate(writer)
+    for shard, units in writer.pending():
+        write_shard(writer, shard, units)
+    racers: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def late(*args: Any) -> Any:
+            if not racers:
+                racers.append(pool.submit(StoreWriter.open(path).finish))
+                wait(racers, timeout=0.5)
+            return shard_moments(*args)
+
+        shard_moments = finish.shard_moments
+        monkeypatch.setattr(finish, "shard_moments", late)
+        writer.finish()
+        racers[0].result()
+    assert contents(path) == contents(finished)
+
+
+def test_a_rank_whose_shard_was_taken_over_leaves_the_finished_store_alone(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was thought lost, and wakes up before it has committed."""
+    from preceptor.cache.durable import Staged
+
+    path = tmp_path / "store"
+    slow = StoreWriter.open_or_create(path, make_plan())
+    calibrate(slow)
+    verify = Staged.verify
+
+    def asleep(staged: Staged) -> None:
+        monkeypatch.setattr(Staged, "verify", verify)
+        other = StoreWriter.open(path)
+        for shard, units in other.pending():
+            write_shard(other, shard, units)
+        other.finish()
+        verify(staged)
+
+    monkeypatch.setattr(Staged, "verify", asleep)
+    write_shard(slow, 1, ("vit", "cnn"))
+    slow.finish()
+    assert contents(path) == contents(finished)
+    assert not (path / "partial").exists()
+
+
+def test_finishing_leaves_the_moments_of_a_teacher_that_is_being_added(
+    tmp_path: Path, finished: Path
+) -> None:
+    path, whole = tmp_path / "store", make_plan()
+    first = StoreWriter.open_or_create(path, replace(whole, teachers=whole.teachers[:1]))
+    calibrate(first)
+    for shard, units in first.pending():
+        write_shard(first, shard, units)
+    second = StoreWriter.open(path)
+    second.add(whole.teachers[1])
+    calibrate(second)
+    write_shard(second, 0, ("cnn",))
+    first.finish()
+    for shard, units in second.pending():
+        write_shard(second, shard, units)
+    second.finish()
+    assert contents(path) == contents(finished)
+
+
+class Once:
+    """A system call that fails with an error the nth time, and works otherwise."""
+
+    def __init__(self, call: Callable[..., Any], code: int, nth: int) -> None:
+        self.call, self.code, self.left = call, code, nth
+
+    def __call__(self, *args: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.call(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("fsync", errno.EIO), ("fsync", errno.EDQUOT), ("replace", errno.ESTALE)],
+)
+def test_a_call_that_fails_once_commits_nothing(
+    name: str, code: int, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it happens: of files, of directories, of the record itself."""
+    path = tmp_path / "store"
+    writer = StoreWriter.open_or_create(path, make_plan())
+    calibrate(writer)
+    before = contents(path)
+    real = os.replace if name == "replace" else lambda fd: None  # quick
+    nth = 0
+    while True:
+        nth += 1
+        once = Once(real, code, nth)
+        monkeypatch.setattr(os, name, once)
+        try:
+            write_shard(writer, 1, ("vit",))
+        except StoreError as error:
+            assert os.strerror(code) in str(error)  # noqa: PT017 (where it is raised varies)
+            assert dict(writer.pending())[1] == ("rows", "vit", "cnn"), nth
+            assert not list(path.rglob("*.tmp"))
+        else:
+            break
+    monkeypatch.undo()
+    assert once.left > 0
+    assert nth > 6
+    assert contents(path).keys() - before.keys() > {"commits/vit/1.json"}
+    for shard, units in writer.pending():
+        write_shard(writer, shard, units)
+    writer.finish()
+    assert contents(path) == contents(finished)
+
+
+def test_a_file_system_that_syncs_no_directories_will_do(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_store(tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(finished)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_one_sentence(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "store").mkdir()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StoreError, match=r"store cannot be locked: .*; mount the file system with"):
+        StoreWriter.open_or_create(tmp_path / "store", make_plan())
+    assert not list((tmp_path / "store").iterdir())
+    from preceptor.cache.durable import write_whole
+
+    with pytest.raises(StoreError, match=r"file cannot be locked: .*; mount the file system with"):
+        write_whole(tmp_path / "file", b"abc")
+    assert [file.name for file in tmp_path.iterdir()] == ["store"]
+
+
+def test_torn_files_are_removed_where_only_what_is_writable_can_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS; and whatever the clock of the machine that left them says."""
+    path, flock = tmp_path / "store", fcntl.flock
+    StoreWriter.open_or_create(path, make_plan())
+
+    def of_nfs(fd: int, how: int) -> None:
+        read_only = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if read_only and not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    torn = path / "rows/key/.c.0.0.0123.tmp"
+    torn.write_bytes(b"half")
+    os.utime(torn, (4e9, 4e9))
+    StoreWriter.open(path)
+    assert not torn.exists()
+
+
+def test_a_file_that_cannot_be_read_back_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from preceptor.cache import durable
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(durable, "file_sha256", fails)
+    with pytest.raises(StoreError, match=r"file cannot be read back: Input/output error"):
+        durable.write_whole(tmp_path / "file", b"abc")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_torn_files_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path: Path) -> None:
