@@ -165,7 +165,8 @@ class TeacherRunner:
         The first process shows how far its own share is: shares are equal to a shard.
         """
         rank, world = self.fabric.global_rank, self.fabric.world_size
-        pending = writer.pending()[rank::world]
+        # One list is shared out: who looked late would miss what the others have committed by then.
+        pending = self.fabric.broadcast(writer.pending() if rank == 0 else [])[rank::world]
         rows, problems = writer.plan.rows, list[str]()
         # Batches never cross a shard and always start at its first row: a shard's bytes do not
         # depend on where an earlier run was stopped.
