@@ -12,12 +12,12 @@ import numpy as np
 from ..errors import StoreError
 from .commit import COMMITS, Commit, Completion, completion_name, record_name
 from .constants import constant_bytes, statistics_sha256
-from .durable import directory_lock, remove_directory
+from .durable import directory_lock, remove_directory, sync_directory
 from .layout import Layout
 from .manifest import Manifest
 from .plan import SpaceSpec
 from .shard_writer import PARTIAL, partial_name
-from .spare import write_twice
+from .spare import SPARE, write_twice
 from .statistics import Moments
 
 
@@ -50,9 +50,15 @@ def _seal(root: Path, manifest: Manifest, unit: str) -> None:
         path: [commit.files[path].bytes for commit in commits] for path in layout.unit_arrays(unit)
     }
     done = Completion(unit, manifest.configuration(unit), records, sizes)
-    for space in manifest.plan.spaces_of(unit):
-        names = [partial_name(space, commit.shard) for commit in commits]
-        if before is None or all((root / name).exists() for name in names):
+    spaces = manifest.plan.spaces_of(unit)
+    moments = [partial_name(space, commit.shard) for space in spaces for commit in commits]
+    if before is not None and all((root / name).exists() for name in moments):
+        # Every shard was extracted again. Interrupted among the new statistics, the unit is to
+        # count as not finished, which it can be at any time, not as one with damaged statistics.
+        _unseal(root, unit)
+        before = None
+    for space in spaces:
+        if before is None:
             merged = _merged(root, space, commits)
             values = {"mean": merged.mean, "covariance": merged.covariance}
             for name, spec in layout.statistics_arrays(space).items():
@@ -68,6 +74,17 @@ def _seal(root: Path, manifest: Manifest, unit: str) -> None:
             statistics={**done.statistics, space.name: seal},
         )
     write_twice(root, completion_name(unit), done.to_bytes())
+
+
+def _unseal(root: Path, unit: str) -> None:
+    """Remove a completion, its copy first: until both are gone it holds, and can be restored."""
+    for path in (root / SPARE / completion_name(unit), root / completion_name(unit)):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be removed: {error.strerror}") from error
+        if path.parent.is_dir():
+            sync_directory(path.parent)
 
 
 def _completion(root: Path, manifest: Manifest, unit: str) -> Completion | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import (
+    INVALID,
+    ROWS,
+    TEACHERS,
     calibrate,
     contents,
     extract,
@@ -17,8 +21,10 @@ from preceptor.benchmarks.small_store import (
     fill_shard,
     plan,
     restore,
+    tokens,
 )
-from preceptor.cache import StoreWriter
+from preceptor.cache import Cache, StoreWriter
+from preceptor.cache.durable import write_whole
 from preceptor.cache.layout import ArraySpec
 from preceptor.cache.mend import repair_store
 from preceptor.cache.sharding import shard_file
@@ -85,6 +91,41 @@ def test_other_bits_are_told_and_the_statistics_are_marked(
     assert done.different == (("vit", 0),)
     assert verify_store(path).whole
     assert json.loads((path / "commits/vit/complete.json").read_text())["exact"] is False
+
+
+@pytest.mark.parametrize("stopped", range(1, 12))
+def test_a_repair_that_is_stopped_among_the_new_statistics_is_done_again(
+    stopped: int, good: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shard of a teacher gave other bits, so all of its statistics are new."""
+    path, writes = tmp_path / "store", iter(range(1, 100))
+    restore(path, good)
+    (path / "spaces/vit/patch/codes/c.0.0.0").unlink()
+    (path / "spaces/vit/patch/codes/c.1.0.0").unlink()
+
+    def write(file: Path, raw: bytes) -> None:
+        if finishing and next(writes) == stopped:
+            raise KeyboardInterrupt
+        write_whole(file, raw)
+
+    def refill(writer: StoreWriter) -> None:
+        nonlocal finishing
+        fill(writer, 1)
+        finishing = True
+
+    finishing = False
+    with monkeypatch.context() as patched:
+        patched.setattr("preceptor.cache.spare.write_whole", write)
+        with contextlib.suppress(KeyboardInterrupt):
+            repair_store(path, verify_store(path).shards, refill)
+    assert verify_store(path).whole == (stopped > 10)  # four arrays, a seal, their copies
+    repair_store(path, verify_store(path).shards, lambda writer: fill(writer, 1))
+    assert verify_store(path).whole
+    assert json.loads((path / "commits/vit/complete.json").read_text())["exact"] is True
+    moments = Cache.open(path)["vit/patch"].statistics()
+    valid = np.array([row for row in range(ROWS) if row != INVALID])
+    whole = tokens(TEACHERS[0].spaces[0], valid, 1).reshape(-1, 10).astype(np.float64)
+    assert np.allclose(moments.mean, whole.mean(0), rtol=1e-12)
 
 
 def test_what_lies_behind_a_link_is_part_of_the_store(
