@@ -31,7 +31,7 @@ from .opening import read_files
 from .plan import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
-from .source import local_path
+from .source import LocalSource, local_path
 from .spare import write_twice
 from .statistics import SAMPLE_ROWS, prediction_weights
 from .verify_report import fresh_report
@@ -80,14 +80,17 @@ def convert_store(
             another store.
     """
     encoding(encoding_name)
-    if Path(source).resolve() in (Path(out).resolve(), *Path(out).resolve().parents):
+    root = local_path(out, "converting")
+    cache = Cache.open(source)
+    real = root.resolve()
+    if isinstance(cache.source, LocalSource) and (
+        Path(cache.location).resolve() in (real, *real.parents)
+    ):
         raise ConfigError(
             f"out={out} is the store {source} itself or in it: name another directory"
         )
-    cache = Cache.open(source)
     chosen = [cache[name].id for name in (cache.spaces if spaces is None else spaces)]
     plan = _converted(cache.plan, chosen, encoding_name)
-    root = local_path(out, "converting")
     report = fresh_report(root)  # of a verification that found damage
     kept = {name for name, space in plan.spaces.items() if space.encoding == cache[name].encoding}
     writer = StoreWriter.open_or_create(root, plan, kept)
@@ -277,4 +280,8 @@ def _write_if_other(root: Path, name: str, raw: bytes) -> None:
 
 def _bytes(location: str) -> int:
     """Of a local store; 0 of another."""
-    return sum(file.stat().st_size for file in Path(location).rglob("*") if file.is_file())
+    try:
+        root = local_path(location, "measuring it")
+    except StoreError:
+        return 0
+    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())

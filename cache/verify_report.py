@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import StoreError
 from .durable import TEMPORARY
+from .source import local_path
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class VerifyReport:
 
 def beside(store: str | Path, what: str) -> Path:
     """``<store>.<what>.json``, never in the store itself: ``.`` may be its name."""
-    return Path(f"{os.path.abspath(store)}.{what}.json")
+    return Path(f"{os.path.abspath(local_path(store, 'a report beside it'))}.{what}.json")
 
 
 def report_path(store: str | Path) -> Path:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from ..cache.convert import copy_calibration
 from ..cache.plan import PIXELS
 from ..cache.rows import is_text
 from ..cache.samples import list_samples
+from ..cache.source import local_path
 from ..cache.verify_report import write_beside
 from ..engine import decoders, gathered, launch, precision
 from ..errors import ConfigError, DataError, StoreError
@@ -324,7 +324,8 @@ def _summary(
 ) -> dict[str, Any]:
     cache = Cache.open(config.cache)
     seconds = time.monotonic() - started
-    size = sum(file.stat().st_size for file in Path(config.cache).rglob("*") if file.is_file())
+    root = local_path(config.cache, "extracting")
+    size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     return {
         "store": str(config.cache),
         "rows": len(cache),

@@ -66,6 +66,8 @@ def test_a_store_is_not_converted_into_itself(store: Path) -> None:
     for out in (store, store / "int4", store / "spaces/vit/../x"):
         with pytest.raises(ConfigError, match="name another directory"):
             convert_store(store, out, "int4")
+        with pytest.raises(ConfigError, match="name another directory"):
+            convert_store(f"file://{store}", f"file://{out}", "int4")
     assert contents(store) == before
 
 

@@ -293,25 +293,6 @@ def test_a_file_system_that_syncs_no_directories_will_do(
     assert contents(tmp_path / "store") == contents(finished)
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_one_sentence(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(fd: int, how: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    (tmp_path / "store").mkdir()
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(StoreError, match=r"store cannot be locked: .*; mount the file system with"):
-        StoreWriter.open_or_create(tmp_path / "store", make_plan())
-    assert not list((tmp_path / "store").iterdir())
-    from preceptor.cache.durable import write_whole
-
-    with pytest.raises(StoreError, match=r"file cannot be locked: .*; mount the file system with"):
-        write_whole(tmp_path / "file", b"abc")
-    assert [file.name for file in tmp_path.iterdir()] == ["store"]
-
-
 def test_torn_files_are_removed_where_only_what_is_writable_can_be_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import torch
 import webdataset
 import zarr
 from PIL import Image
+from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache
 from preceptor.cli import main
 from preceptor.errors import DataError
@@ -188,6 +189,21 @@ def test_killed_after_the_first_shard_and_resumed_gives_a_byte_identical_store(
     assert digests(path) == digests(store)
     written_again = [n for n in before if os.stat(path / n).st_mtime_ns != before[n]]
     assert not written_again
+
+
+def test_a_store_may_be_named_by_the_address_of_its_file(
+    shards: str, teachers: list[str], store: Path
+) -> None:
+    before = digests(store)
+    summary = store.with_name("store.extract.json")
+    summary.unlink()
+    address = f"file://{store}"
+    arguments = [one.replace(str(store), address) for one in options(shards, teachers, store)]
+    assert main(["extract", *arguments]) == 0
+    assert digests(store) == before
+    found = json.loads(summary.read_text())
+    assert found["store"] == address
+    assert found["bytes"] == sum(len(raw) for raw in contents(store).values())
 
 
 def test_a_finished_store_is_left_alone(
