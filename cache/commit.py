@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import StoreError
 from .documents import Json, member, sealed, unsealed
-from .durable import directory_lock, sync_directory
+from .durable import directory_lock, read_whole, sync_directory
 from .layout import Layout
 from .manifest import Manifest
 
@@ -144,9 +144,18 @@ def completion_name(unit: str) -> str:
 
 
 def committed(path: Path, unit: str) -> set[int]:
-    """The shards of a unit that have a record."""
+    """The shards of a unit that have a record.
+
+    Raises:
+        StoreError: the device fails.
+    """
     directory = path / COMMITS / unit
-    names = (entry.name for entry in os.scandir(directory)) if directory.is_dir() else ()
+    try:
+        names = [entry.name for entry in os.scandir(directory)]
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise StoreError(f"{directory} cannot be listed: {error.strerror}") from error
     stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
     return {int(stem) for stem in stems if stem.isdecimal() and str(int(stem)) == stem}
 
@@ -159,7 +168,7 @@ def read_commit(path: Path, manifest: Manifest, layout: Layout, unit: str, shard
     """
     file = path / record_name(unit, shard)
     try:
-        raw = file.read_bytes()
+        raw = read_whole(file)
     except FileNotFoundError:
         raise StoreError(f"shard {shard} of {unit} in {path} is not committed") from None
     commit = Commit.from_bytes(raw, str(file))

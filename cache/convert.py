@@ -23,7 +23,7 @@ from .commit import (
     record_name,
 )
 from .constants import statistics_files
-from .durable import Staged, directory_lock, sync_directory, write_whole
+from .durable import Staged, directory_lock, holds, read_whole, sync_directory, write_whole
 from .encodings import encoding
 from .encodings.prediction import Prediction
 from .layout import Layout
@@ -258,7 +258,7 @@ def _seal(cache: Cache, writer: StoreWriter, unit: str, same: bool) -> None:
     hashes: list[str] = []
     layout = Layout(writer.plan)
     for shard in range(writer.plan.shards):
-        raw = (root / record_name(unit, shard)).read_bytes()
+        raw = read_whole(root / record_name(unit, shard))
         commits.append(read_commit(root, writer.manifest, layout, unit, shard))
         hashes.append(hashlib.sha256(raw).hexdigest())
     done = Completion(
@@ -274,7 +274,7 @@ def _seal(cache: Cache, writer: StoreWriter, unit: str, same: bool) -> None:
 
 
 def _write_if_other(root: Path, name: str, raw: bytes) -> None:
-    if not (root / name).exists() or (root / name).read_bytes() != raw:
+    if not holds(root / name, raw):
         write_twice(root, name, raw)
 
 

@@ -209,6 +209,29 @@ def file_sha256(path: Path) -> str:
     return hashed.hexdigest()
 
 
+def read_whole(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: it is not there.
+        StoreError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def holds(path: Path, raw: bytes) -> bool:
+    """Whether a file is there, can be read, and holds these bytes."""
+    try:
+        return path.read_bytes() == raw
+    except OSError:
+        return False
+
+
 def write_whole(path: Path, raw: bytes | memoryview) -> None:
     """Replace a file atomically and durably.
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import StoreError
 from .commit import COMMITS, Commit, Completion, completion_name, record_name
 from .constants import constant_bytes, statistics_sha256
-from .durable import directory_lock, remove_directory, sync_directory
+from .durable import directory_lock, read_whole, remove_directory, sync_directory
 from .layout import Layout
 from .manifest import Manifest
 from .plan import SpaceSpec
@@ -38,7 +38,7 @@ def _seal(root: Path, manifest: Manifest, unit: str) -> None:
     layout = Layout(manifest.plan)
     names = [record_name(unit, shard) for shard in range(manifest.plan.shards)]
     try:
-        raws = [(root / name).read_bytes() for name in names]
+        raws = [read_whole(root / name) for name in names]
     except FileNotFoundError as error:
         raise StoreError(f"{error.filename} is missing: run the extraction again") from None
     records = tuple(hashlib.sha256(raw).hexdigest() for raw in raws)
@@ -90,7 +90,7 @@ def _unseal(root: Path, unit: str) -> None:
 def _completion(root: Path, manifest: Manifest, unit: str) -> Completion | None:
     """The completion that is there, if it is of this configuration and undamaged."""
     try:
-        raw = (root / completion_name(unit)).read_bytes()
+        raw = read_whole(root / completion_name(unit))
         found = Completion.from_bytes(raw, completion_name(unit))
     except (FileNotFoundError, StoreError):
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import StoreError
 from .documents import Json, digest, member, only, sealed, unsealed
+from .durable import read_whole
 from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec, StorePlan, TeacherRecord
 
 FORMAT = "preceptor-cache"
@@ -150,7 +151,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
-        raw = file.read_bytes()
+        raw = read_whole(file)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
             f"{path} holds no store ({MANIFEST} is missing): run `preceptor extract` to make one"

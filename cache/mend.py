@@ -11,7 +11,7 @@ from ..errors import StoreError
 from . import spare
 from .commit import Completion, completion_name, discard, record_name
 from .copies import best_completion, best_manifest, completion_bytes, manifest_bytes
-from .durable import make_directory, write_whole
+from .durable import holds, make_directory, read_whole, write_whole
 from .manifest import MANIFEST, Manifest
 from .writer import StoreWriter
 
@@ -96,7 +96,7 @@ def repair_store(
 def _write_both(root: Path, name: str, raw: bytes) -> list[str]:
     written = []
     for file in (root / spare.SPARE / name, root / name):
-        if not file.exists() or file.read_bytes() != raw:
+        if not holds(file, raw):
             make_directory(file.parent)
             write_whole(file, raw)
             written.append(str(file.relative_to(root)))
@@ -113,7 +113,7 @@ def _different(
     found = []
     for unit, shard in todo:
         before = sealed[unit]
-        record = (root / record_name(unit, shard)).read_bytes()
+        record = read_whole(root / record_name(unit, shard))
         if before is not None and hashlib.sha256(record).hexdigest() != before.records[shard]:
             found.append((unit, shard))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -173,11 +174,20 @@ class LocalSource(Source):
         return done, wanted
 
     def sizes(self, directory: str) -> dict[str, int] | None:
+        found: dict[str, int] = {}
         try:
             with os.scandir(f"{self._root}/{directory}") as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # a writer's, gone meanwhile
+                        if entry.is_file():
+                            found[entry.name] = entry.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise StoreError(
+                f"{self._root}/{directory} cannot be listed: {error.strerror}"
+            ) from error
+        return found
 
     def _open(self, name: str) -> _File:
         with self._lock:

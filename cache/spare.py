@@ -97,7 +97,7 @@ def mend(root: Path) -> list[str]:
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # what cannot be read is as good as gone: the other copy replaces it
         return None
 
 

@@ -25,6 +25,7 @@ from .copies import (
     manifest_bytes,
     stray_units,
 )
+from .durable import read_whole
 from .finish import shard_moments
 from .layout import CRC, ArraySpec, Layout, node_bytes
 from .manifest import MANIFEST, Manifest
@@ -97,15 +98,13 @@ def _manifest_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
     """Copies that differ though each is sound, and units that the manifest does not know."""
     raw = manifest_bytes(root, manifest)
     for name in (MANIFEST, f"{spare.SPARE}/{MANIFEST}"):
-        file = root / name
-        if file.exists() and file.read_bytes() != raw:
+        if _holds_other(root / name, raw):
             yield Problem(name, "is not the newest manifest: an older one was put in its place")
     for unit in manifest.plan.units:
         done = best_completion(root, manifest, unit)
         raw = b"" if done is None else completion_bytes(root, done)
         for name in (completion_name(unit), f"{spare.SPARE}/{completion_name(unit)}"):
-            file = root / name
-            if done is not None and file.exists() and file.read_bytes() != raw:
+            if done is not None and _holds_other(root / name, raw):
                 yield Problem(name, "is not the completion of the records that are there", unit)
     for unit in stray_units(root, manifest):
         yield Problem(
@@ -113,6 +112,14 @@ def _manifest_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
             f"belongs to no teacher of the manifest; `preceptor drop teacher={unit}` removes it",
             unit,
         )
+
+
+def _holds_other(file: Path, raw: bytes) -> bool:
+    """Whether a file can be read, and has other bytes; what cannot be read is told elsewhere."""
+    try:
+        return file.read_bytes() != raw
+    except OSError:
+        return False
 
 
 def _node_problems(root: Path, layout: Layout) -> Iterator[Problem]:
@@ -125,8 +132,8 @@ def _node_problems(root: Path, layout: Layout) -> Iterator[Problem]:
                 # Another program may lay it out otherwise; a file of ours without its end is cut.
                 if json.loads(raw) != metadata or (raw != own and own.startswith(raw)):
                     yield Problem(name, f"is not what {MANIFEST} calls for", unit or None)
-            except OSError:
-                yield Problem(name, "is missing", unit or None)
+            except OSError as error:
+                yield Problem(name, _unread(error), unit or None)
             except (ValueError, RecursionError):
                 yield Problem(name, "is not JSON", unit or None)
 
@@ -150,10 +157,10 @@ class _Work:
             name = record_name(unit, shard)
             try:
                 raw = (self._root / name).read_bytes()
-            except OSError:
+            except OSError as error:
                 missing.append(shard)
                 state = "" if done else ": the shard was not extracted yet"
-                problems.append(Problem(name, f"is missing{state}", unit, shard))
+                problems.append(Problem(name, f"{_unread(error)}{state}", unit, shard))
                 continue
             try:
                 commit = Commit.from_bytes(raw, name)
@@ -227,7 +234,7 @@ class _Work:
         fact, commit = spec.path.rpartition("/")[2], self._rows[shard]
         if fact not in ("key", "valid"):
             return []
-        raw = np.frombuffer((self._root / spec.file(shard)).read_bytes()[:-CRC], np.uint8)
+        raw = np.frombuffer(read_whole(self._root / spec.file(shard))[:-CRC], np.uint8)
         try:
             values = spec.decode_chunk(raw)[: commit.rows]
             if fact == "valid":
@@ -252,7 +259,7 @@ def check_file(
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        return ["is missing" if isinstance(error, FileNotFoundError) else str(error.strerror)]
+        return [_unread(error)]
     try:
         size = os.fstat(fd).st_size
         if size != record.bytes:
@@ -321,6 +328,11 @@ def _hash_span(
         if told is not None:
             told(got)
     return at, value
+
+
+def _unread(error: OSError) -> str:
+    gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return "is missing" if gone else f"cannot be read: {error.strerror}"
 
 
 def _reason(error: StoreError, name: str) -> str:

@@ -16,7 +16,9 @@ from .constants import calibration_files, calibration_sha256, calibration_values
 from .durable import (
     TEMPORARY,
     directory_lock,
+    holds,
     make_directory,
+    read_whole,
     remove_directory,
     remove_torn,
     sync_directory,
@@ -179,7 +181,7 @@ class StoreWriter:
         raw = {}
         for name in calibration_files(self._layout, space):
             try:
-                raw[name] = (self.path / name).read_bytes()
+                raw[name] = read_whole(self.path / name)
             except FileNotFoundError:
                 raise StoreError(f"{self.path / name} is missing: run `preceptor repair`") from None
         return calibration_values(self._layout, space, raw, frozen)
@@ -334,5 +336,5 @@ def _make_nodes(path: Path, nodes: list[tuple[str, object]]) -> None:
     for name, metadata in nodes:
         make_directory(path / name)
         file, raw = path / name / "zarr.json", node_bytes(metadata)
-        if not file.exists() or file.read_bytes() != raw:
+        if not holds(file, raw):
             write_whole(file, raw)

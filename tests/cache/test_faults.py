@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -110,6 +112,67 @@ def test_every_file(
                 assert name in seen or unit_and_shard(name) in report.shards, f"{name}: not named"
             repair_store(path, report.shards, fill)
             assert contents(path) == good, f"{names}: repaired to other bytes"
+
+
+def test_a_file_that_the_device_does_not_give(
+    folder: Path,
+    whole: tuple[dict[str, bytes], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error of the device is a sentence to whoever meets it, verify names the file, and repair
+    writes another in its place."""
+    good, _ = whole
+    path, read = folder / "device", Path.read_bytes
+    restore(path, good)
+    bad = [0]
+
+    def failing(file: Path) -> bytes:
+        if file.stat().st_ino == bad[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    for name in good:
+        if unit_and_shard(name) and not name.startswith("commits/"):
+            continue  # read otherwise: by what is tried in test_reader.py
+        bad[0] = (path / name).stat().st_ino
+        for use in (
+            lambda: StoreWriter.open(path).finish(),
+            lambda: [StoreWriter.open(path).calibration(space) for space in plan().spaces],
+        ):
+            with contextlib.suppress(StoreError):  # or nothing that was needed; no other exception
+                use()
+        if (path / name).stat().st_ino == bad[0]:  # finishing writes zarr.json again
+            report = verify_store(path)
+            named = [str(problem) for problem in report.problems if problem.file == name]
+            assert named, name
+            assert re.search("cannot be read: Input/output error|missing or damaged", named[0])
+            repair_store(path, report.shards, fill)
+        bad[0] = 0
+        assert contents(path) == good, name
+
+
+@pytest.mark.parametrize("folder_name", ["commits/vit", "spaces/vit/patch/codes"])
+def test_a_folder_that_cannot_be_listed_is_one_sentence(
+    folder_name: str,
+    folder: Path,
+    whole: tuple[dict[str, bytes], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, scan = folder / "unlisted", os.scandir
+    restore(path, whole[0])
+
+    def failing(where: str | Path) -> Iterator[os.DirEntry[str]]:
+        if str(where) == str(path / folder_name):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return scan(where)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(StoreError, match=f"{folder_name} cannot be listed: Stale file handle"):
+        Cache.open(path)
+    if folder_name.startswith("commits"):
+        with pytest.raises(StoreError, match="commits/vit cannot be listed: Stale file handle"):
+            StoreWriter.open(path).pending()
 
 
 def shard_files(good: dict[str, bytes]) -> list[str]:
