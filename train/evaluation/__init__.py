@@ -5,6 +5,10 @@ From Python:
     suite = build_suite(["knn", "linear"], {"linear": {"probe": "logistic"}}, seed=0)
     features = Features(train=x, test=x_test)               # float32 [n, K], [m, K]
     scores = suite.score(features, [Classes("class", train=y, test=y_test)])
+
+However many images there are, a protocol holds the features (or tokens) that it was given, of
+single features one copy more, and up to some 4 GiB beside them; `Suite.on` has similarities and
+large logistic probes computed on a GPU.
 """
 
 from __future__ import annotations
@@ -91,7 +95,9 @@ def build_suite(
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ConfigError(f"protocols names {name!r}{hint}: valid are {', '.join(PROTOCOLS)}")
         own = dict((options or {}).get(name) or {})
-        known = [f.name for f in dataclasses.fields(PROTOCOLS[name]) if f.name != "seed"]
+        known = [
+            f.name for f in dataclasses.fields(PROTOCOLS[name]) if f.name not in ("seed", "device")
+        ]
         for option in own:
             if option not in known:
                 raise ConfigError(

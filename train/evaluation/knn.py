@@ -8,14 +8,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...errors import ConfigError
 from .base import Array, Features, Labels, Measurement, Protocol, choose, correct, several
 from .intervals import MeanOf
+from .search import QUERIES, nearest
 from .truths import Classes
-
-_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,7 @@ class KNN(Protocol[Classes]):
 
     Where several ``k`` or temperatures are given, the validation split chooses: its images are
     classified by the other training images. The test images are then classified by all of them.
+    With one of each there is nothing to choose and no validation figure.
 
     Attributes:
         k: neighbours, or several to choose from.
@@ -40,38 +39,45 @@ class KNN(Protocol[Classes]):
             raise ConfigError("knn.k and knn.temperature must be positive")
 
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
-        fit, held = self.split(len(truth.train), truth.train)
-
-        def accuracy(k: int, temperature: float) -> float:
+        options = [(k, t) for k in several(self.k) for t in several(self.temperature)]
+        chosen, validation = options[0], None
+        if len(options) > 1:
+            fit, held = self.split(len(truth.train), truth.train)
             found = self._predict(
-                features.train[fit], truth.train[fit], features.train[held], k, temperature
+                features.train[fit], truth.train[fit], features.train[held], options
             )
-            return float(correct(found, truth.train[held]).mean())
-
-        scores = {
-            (k, t): accuracy(k, t) for k in several(self.k) for t in several(self.temperature)
-        }
-        k, temperature = choose(scores)
-        predicted = self._predict(features.train, truth.train, features.test, k, temperature)
+            scores = {
+                option: float(correct(predicted, truth.train[held]).mean())
+                for option, predicted in zip(options, found, strict=True)
+            }
+            k, temperature = choose(scores)
+            chosen, validation = (k, temperature), scores[k, temperature]
+        (predicted,) = self._predict(features.train, truth.train, features.test, [chosen])
         return [
             Measurement(
                 metric="accuracy",
                 statistic=MeanOf(correct(predicted, truth.test)),
-                validation=scores[k, temperature],
-                chosen={"k": k, "temperature": temperature},
+                validation=validation,
+                chosen={"k": chosen[0], "temperature": chosen[1]},
             )
         ]
 
     def _predict(
-        self, train: Array, labels: Labels, queries: Array, k: int, temperature: float
-    ) -> Labels:
-        return knn_predict(
+        self, train: Array, labels: Labels, queries: Array, options: Sequence[tuple[int, float]]
+    ) -> list[Labels]:
+        """Classes by each (k, temperature), from one search for the most neighbours."""
+        similarity, places = nearest(
             torch.from_numpy(train),
-            torch.from_numpy(labels),
             torch.from_numpy(queries),
-            k=k,
-            temperature=temperature,
-        ).numpy()
+            max(k for k, _ in options),
+            self.device,
+        )
+        kinds = torch.from_numpy(labels).to(self.device)[places]
+        classes = int(labels.max()) + 1
+        return [
+            _vote(similarity[:, :k], kinds[:, :k], classes, temperature).cpu().numpy()
+            for k, temperature in options
+        ]
 
 
 def knn_predict(
@@ -97,15 +103,17 @@ def knn_predict(
     Returns:
         int64 [q].
     """
-    train = functional.normalize(train.float(), dim=1)
-    k = min(k, len(train))
-    classes = int(labels.max()) + 1
+    similarity, places = nearest(train, queries, k, train.device)
+    return _vote(similarity, labels[places], int(labels.max()) + 1, temperature)
+
+
+def _vote(similarity: Tensor, kinds: Tensor, classes: int, temperature: float) -> Tensor:
+    """Of the neighbours of each query, best first: cosines and classes [q, k] to classes [q]."""
     predicted = []
-    for chunk in functional.normalize(queries.float(), dim=1).split(_CHUNK):
-        similarity, nearest = (chunk @ train.t()).topk(k, dim=1)
+    for near, kind in zip(similarity.split(QUERIES), kinds.split(QUERIES), strict=True):
         # Relative to the best neighbour: the same votes up to a factor, and no overflow.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(chunk), classes)
-        votes.scatter_add_(1, labels[nearest], weights)
+        weights = ((near - near[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(near), classes)
+        votes.scatter_add_(1, kind, weights)
         predicted.append(votes.argmax(1))
     return torch.cat(predicted)

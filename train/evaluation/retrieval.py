@@ -8,13 +8,16 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
+from torch import Tensor
 
-from .base import Array, Features, Labels, Measurement, Protocol
+from .base import CPU, Array, Features, Labels, Measurement, Protocol
 from .intervals import MeanOf
+from .search import cosines, unit, unit_blocks
 from .truths import Classes
 
-_CHUNK = 4_000_000  # similarities that are sorted at once
+_ASKED = 50_000  # queries of the validation figure at most: the gallery is sorted for each
+_COMPARED = 2**28  # similarities that are held at once, of 4 bytes
+_RANKED = 2**24  # of those, which are sorted at once, of some 64 bytes meanwhile
 
 
 @dataclass(frozen=True)
@@ -28,45 +31,70 @@ class Retrieval(Protocol[Classes]):
 
     over the whole ranking; mAP is its mean over queries (Manning et al. 2008, section 8.4). There
     is nothing to choose. Queries whose class the gallery lacks count as 0. The validation figure
-    takes the held-out training images as queries and the others as the gallery.
+    takes the held-out training images, 50,000 of them at most, as queries and the others as the
+    gallery.
     """
 
     truth: ClassVar[type[Classes]] = Classes
 
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
         fit, held = self.split(len(truth.train), truth.train)
+        held = held[:_ASKED]  # in random order
         held_out = average_precision(
-            features.train[fit], truth.train[fit], features.train[held], truth.train[held]
+            features.train[fit],
+            truth.train[fit],
+            features.train[held],
+            truth.train[held],
+            self.device,
         )
-        found = average_precision(features.train, truth.train, features.test, truth.test)
+        found = average_precision(
+            features.train, truth.train, features.test, truth.test, self.device
+        )
         return [
             Measurement(metric="mAP", statistic=MeanOf(found), validation=float(held_out.mean()))
         ]
 
 
 def average_precision(
-    gallery: Array, labels: Labels, queries: Array, truth: Labels
+    gallery: Array,
+    labels: Labels,
+    queries: Array,
+    truth: Labels,
+    device: torch.device = CPU,
 ) -> NDArray[np.float64]:
     """Average precision of each query's ranking of the gallery: float64 [q].
 
-    Equal similarities keep the gallery's order.
+    Equal similarities keep the gallery's order. On the device lie at most 2 GiB of similarities,
+    1 GiB for their sorting (or what one query needs, if that is more), and a block of the gallery:
+    see `search.GALLERY`.
 
     Args:
         gallery: [n, D].
         labels: [n].
         queries: [q, D].
         truth: [q], the class that is relevant.
+        device: computes.
     """
-    kept = functional.normalize(torch.from_numpy(gallery).float(), dim=1)
-    asked = functional.normalize(torch.from_numpy(queries).float(), dim=1)
-    classes, wanted = torch.from_numpy(labels), torch.from_numpy(truth)
-    ranks = torch.arange(1, len(kept) + 1, dtype=torch.float64)
+    kept, asked = torch.from_numpy(gallery), torch.from_numpy(queries)
+    classes, wanted = (torch.from_numpy(part).to(device) for part in (labels, truth))
+    compared, ranked = (max(1, most // len(kept)) for most in (_COMPARED, _RANKED))
     found = []
-    rows = max(1, _CHUNK // len(kept))
-    for chunk, kind in zip(asked.split(rows), wanted.split(rows), strict=True):
-        order = (chunk @ kept.t()).argsort(dim=1, descending=True, stable=True)
-        relevant = (classes[order] == kind[:, None]).double()
-        precision = relevant.cumsum(1) / ranks
-        count = relevant.sum(1)
-        found.append((precision * relevant).sum(1) / count.clamp(min=1))
+    for chunk, kinds in zip(asked.split(compared), wanted.split(compared), strict=True):
+        similarity = torch.empty(len(chunk), len(kept), device=device)
+        own = unit(chunk, device)
+        for start, block in unit_blocks(kept, device):
+            similarity[:, start : start + len(block)] = cosines(own, block)
+        for row, kind in zip(similarity.split(ranked), kinds.split(ranked), strict=True):
+            found.append(_precision(row, classes, kind).cpu())
     return torch.cat(found).numpy()
+
+
+def _precision(similarity: Tensor, classes: Tensor, kinds: Tensor) -> Tensor:
+    """Average precision of rankings by similarity [q, n] of classes [n]: float64 [q]."""
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    relevant = classes[order] == kinds[:, None]
+    del order
+    ranks = torch.arange(1, len(classes) + 1, dtype=torch.float64, device=classes.device)
+    precision = relevant.cumsum(1, dtype=torch.float64)
+    precision.div_(ranks).mul_(relevant)
+    return precision.sum(1) / relevant.sum(1).clamp(min=1)

@@ -52,6 +52,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     runs = [Run.load(Path(folder)) for folder in config.students]
     readouts = choose_readouts(config, runs)
     fabric = launch(config.engine)
+    suite = suite.on(fabric.device)
     kept = FeatureCache(
         None if config.features is None else Path(config.features),
         writes=fabric.global_rank == 0,

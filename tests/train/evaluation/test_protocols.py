@@ -206,7 +206,7 @@ def test_validation_images_are_not_those_that_were_fitted(name):
     random = np.random.default_rng(7)
     labels, truth = random.integers(CLASSES, size=200), random.integers(CLASSES, size=50)
     features = Features(np.eye(200, 260, dtype=np.float32), np.eye(50, 260, 200, dtype=np.float32))
-    options = {"fewshot": {"shots": [10]}, "knn": {"k": 1}, "linear": {"strengths": [1e-6]}}
+    options = {"fewshot": {"shots": [10]}, "knn": {"k": [1, 2]}, "linear": {"strengths": [1e-6]}}
     for score in one(name, features, Classes("class", labels, truth), **options.get(name, {})):
         assert score.validation < 0.5
 
@@ -303,6 +303,7 @@ def test_mistakes_are_told():
             "knn",
             Features(features.train[:3], features.test),
             Classes("c", np.arange(3), truth.test),
+            k=[1, 2],
         )
     with pytest.raises(ConfigError, match="same for every test image"):
         build_suite(["regression"]).check([Targets("t", np.arange(9.0)[:, None], np.ones((4, 1)))])
@@ -318,7 +319,7 @@ def test_the_configuration_states_every_option_with_its_default(name):
     with initialize_config_module("preceptor.configs", version_base="1.3"):
         stated = OmegaConf.to_container(compose("eval", ["out=x"])[name])
     protocol = PROTOCOLS[name]()
-    own = [f.name for f in fields(protocol) if f.name not in ("validation", "seed")]
+    own = [f.name for f in fields(protocol) if f.name not in ("validation", "seed", "device")]
     defaults = {key: getattr(protocol, key) for key in own}
     assert stated == {
         key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()
