@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from ...errors import ConfigError
 from .base import Array, Features, Labels, Measurement
+from .cells import cell_means
 from .grid_probe import GridProbe, over_images, pixel_scores
 from .intervals import MeanIoU
-from .token_ridge import TokenProbe, TokenRidge, cell_means
+from .ridge import AffineMap, RidgeSums
 from .truths import Maps
 
 
@@ -40,14 +41,12 @@ class Dense(GridProbe[Maps]):
     def measure(self, features: Features, truth: Maps) -> list[Measurement]:
         self.check(truth)
         assert features.grid is not None
-        classes = int(max(truth.train.max(), truth.test.max())) + 1
+        classes, grid = int(max(truth.train.max(), truth.test.max())) + 1, features.grid
         fit, held = self.split(len(truth.train))
-        part = _ridge(features.train[fit], features.grid, truth.train[fit], classes)
+        part = _ridge(features.train, grid, truth.train, classes, fit)
 
-        held_tokens, grid = features.train[held], features.grid
-
-        def miou(probe: TokenProbe) -> float:
-            found, _ = _judge(probe, held_tokens, grid, truth.train[held])
+        def miou(probe: AffineMap) -> float:
+            found, _ = _judge(probe, features.train, grid, truth.train, held)
             return float(found(np.ones((1, len(held))))[0])
 
         strength, validation = self.chosen(part, miou)
@@ -88,19 +87,36 @@ def cell_shares(
     return cell_means(one_hot, maps >= 0, grid)
 
 
-def _ridge(tokens: Array, grid: tuple[int, int], maps: Labels, classes: int) -> TokenRidge:
-    parts = over_images(len(maps), maps[0].size * classes)
-    cells = ((part, *cell_shares(maps[part], grid, classes)) for part in parts)
-    return TokenRidge(tokens, cells, classes)
+def _ridge(
+    tokens: Array,
+    grid: tuple[int, int],
+    maps: Labels,
+    classes: int,
+    images: NDArray[np.int64] | None = None,
+) -> RidgeSums:
+    """Of the tokens of some images, or of all."""
+    sums = RidgeSums(tokens.shape[-1], classes)
+    for part in over_images(tokens, maps[0].size * classes, images):
+        shares, weight = cell_shares(maps[part], grid, classes)
+        sums.add(
+            tokens[part].reshape(-1, tokens.shape[-1]),
+            shares.reshape(-1, classes),
+            weight.reshape(-1),
+        )
+    return sums
 
 
 def _judge(
-    probe: TokenProbe, tokens: Array, grid: tuple[int, int], maps: Labels
+    probe: AffineMap,
+    tokens: Array,
+    grid: tuple[int, int],
+    maps: Labels,
+    images: NDArray[np.int64] | None = None,
 ) -> tuple[MeanIoU, float]:
     """Intersections and unions of each image, and the share of labelled pixels that are right."""
     classes = len(probe.bias)
     shared, joined, right, labelled = [], [], 0, 0
-    for part in over_images(len(maps), maps[0].size * classes):
+    for part in over_images(tokens, maps[0].size * classes, images):
         truth = maps[part]
         found = pixel_scores(probe, tokens[part], grid, truth.shape[1:]).argmax(1)
         known = truth >= 0

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from ...errors import ConfigError
 from .base import Array, Features, Measurement
+from .cells import cell_means
 from .grid_probe import GridProbe, over_images, pixel_scores
 from .intervals import PooledR2
-from .token_ridge import TokenProbe, TokenRidge, cell_means
+from .ridge import AffineMap, RidgeSums
 from .truths import ValueMaps
 
 
@@ -47,11 +48,10 @@ class DenseRegression(GridProbe[ValueMaps]):
         # Sums of squares do not cancel where numbers are far from zero and close to each other.
         centre = float(np.nanmean(truth.train))
         train, test = truth.train - centre, truth.test - centre
-        part = _ridge(features.train[fit], grid, train[fit])
-        held_tokens, held_maps = features.train[held], train[held]
+        part = _ridge(features.train, grid, train, fit)
 
-        def r2(probe: TokenProbe) -> float:
-            found, _ = _judge(probe, held_tokens, grid, held_maps)
+        def r2(probe: AffineMap) -> float:
+            found, _ = _judge(probe, features.train, grid, train, held)
             return float(found(np.ones((1, len(held))))[0])
 
         strength, validation = self.chosen(part, r2)
@@ -72,20 +72,33 @@ class DenseRegression(GridProbe[ValueMaps]):
         ]
 
 
-def _ridge(tokens: Array, grid: tuple[int, int], maps: NDArray[np.float64]) -> TokenRidge:
-    def cells(part: slice) -> tuple[slice, NDArray[np.float64], NDArray[np.float64]]:
+def _ridge(
+    tokens: Array,
+    grid: tuple[int, int],
+    maps: NDArray[np.float64],
+    images: NDArray[np.int64] | None = None,
+) -> RidgeSums:
+    """Of the tokens of some images, or of all."""
+    sums = RidgeSums(tokens.shape[-1], 1)
+    for part in over_images(tokens, maps[0].size, images):
         known = np.isfinite(maps[part])
-        return part, *cell_means(np.where(known, maps[part], 0.0)[..., None], known, grid)
-
-    return TokenRidge(tokens, map(cells, over_images(len(maps), maps[0].size)), 1)
+        means, weight = cell_means(np.where(known, maps[part], 0.0)[..., None], known, grid)
+        sums.add(
+            tokens[part].reshape(-1, tokens.shape[-1]), means.reshape(-1, 1), weight.reshape(-1)
+        )
+    return sums
 
 
 def _judge(
-    probe: TokenProbe, tokens: Array, grid: tuple[int, int], maps: NDArray[np.float64]
+    probe: AffineMap,
+    tokens: Array,
+    grid: tuple[int, int],
+    maps: NDArray[np.float64],
+    images: NDArray[np.int64] | None = None,
 ) -> tuple[PooledR2, float]:
     """Sums over the known pixels of each image, and the sum of all absolute errors."""
     sums, absolute = [], 0.0
-    for part in over_images(len(maps), maps[0].size):
+    for part in over_images(tokens, maps[0].size, images):
         truth = maps[part]
         said = pixel_scores(probe, tokens[part], grid, truth.shape[1:])[:, 0]
         known = np.isfinite(truth)

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from .base import Array, Protocol, T, choose
 from .linear import STRENGTHS, check_strengths
-from .token_ridge import TokenProbe, TokenRidge
+from .ridge import AffineMap, RidgeSums
 
 _CHUNK = 4_000_000  # outputs of pixels that are held at once
+_TOKENS = 32_000_000  # numbers of tokens that are held at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class GridProbe(Protocol[T]):
         check_strengths(self.named, self.strengths)
 
     def chosen(
-        self, ridge: TokenRidge, validation: Callable[[TokenProbe], float]
+        self, ridge: RidgeSums, validation: Callable[[AffineMap], float]
     ) -> tuple[float, float]:
         """The best of the strengths, and what the held-out images say of it."""
         scores = {(s,): validation(ridge.solve(s)) for s in self.strengths}
@@ -44,14 +45,23 @@ class GridProbe(Protocol[T]):
         return best[0], scores[best]
 
 
-def over_images(count: int, outputs: int) -> list[slice]:
-    """The images in parts of which so many outputs each are held at once."""
-    images = max(1, _CHUNK // outputs)
-    return [slice(start, start + images) for start in range(0, count, images)]
+def over_images(
+    tokens: Array, outputs: int, images: NDArray[np.int64] | None = None
+) -> list[NDArray[np.int64]]:
+    """Positions of images, in parts that bound what is held at once.
+
+    Args:
+        tokens: [n, N, K].
+        outputs: numbers that are held for each image beside its tokens.
+        images: some of the n; all of them without.
+    """
+    most = max(1, min(_CHUNK // outputs, _TOKENS // tokens[0].size))
+    chosen = np.arange(len(tokens)) if images is None else images
+    return np.split(chosen, range(most, len(chosen), most))
 
 
 def pixel_scores(
-    probe: TokenProbe, tokens: Array, grid: tuple[int, int], size: tuple[int, int]
+    probe: AffineMap, tokens: Array, grid: tuple[int, int], size: tuple[int, int]
 ) -> NDArray[np.float32]:
     """Outputs of tokens [b, N, K], resized bilinearly from their grid: float32 [b, T, *size]."""
     scores = torch.from_numpy(probe.scores(tokens)).transpose(1, 2).unflatten(2, grid)

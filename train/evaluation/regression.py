@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.compose import TransformedTargetRegressor
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from ...errors import ConfigError
-from .base import Array, Features, Measurement, Protocol, choose
+from .base import Array, Features, Measurement, Protocol, choose, row_blocks
 from .intervals import R2
 from .linear import STRENGTHS, check_strengths
+from .ridge import RidgeSums
 from .truths import Targets
 
 
@@ -24,11 +21,11 @@ from .truths import Targets
 class Regression(Protocol[Targets]):
     """R^2 of ridge regression from standardised features, averaged over targets.
 
-    Features and targets are standardised by the images that are fitted; a strength s weighs the L2
-    penalty against the mean squared error (scikit-learn's ``alpha = s n``), and the validation
-    split chooses it by R^2. The probe is then fitted on all training images. R^2 is that of
-    scikit-learn's ``r2_score``: 1 for exact predictions, 0 for the mean of the test targets,
-    negative for worse. Angles are to be given as cosine and sine.
+    Features are standardised by the images that are fitted; a strength s weighs the L2 penalty
+    against the mean squared error (scikit-learn's ``alpha = s n``; the scale of a target does not
+    matter), and the validation split chooses it by R^2. The probe is then fitted on all training
+    images. R^2 is that of scikit-learn's ``r2_score``: 1 for exact predictions, 0 for the mean of
+    the test targets, negative for worse. Angles are to be given as cosine and sine.
 
     Attributes:
         strengths: L2 strengths to choose from; the first of the best.
@@ -53,14 +50,18 @@ class Regression(Protocol[Targets]):
         self.check(truth)
         fit, held = self.split(len(truth.train))
 
+        # Sums of products do not cancel where targets are far from zero and close to each other.
+        centre = truth.train.mean(0)
+        part, train = _sums(features.train[fit], truth.train[fit] - centre), features.train[held]
+
         def score(strength: float) -> float:
-            model = _fit(strength, features.train[fit], truth.train[fit])
-            return _value(R2(truth.train[held], _predict(model, features.train[held])))
+            predicted = part.solve(strength).values(train) + centre
+            return _value(R2(truth.train[held], predicted))
 
         scores = {(strength,): score(strength) for strength in self.strengths}
         best = choose(scores)
-        model = _fit(best[0], features.train, truth.train)
-        predicted = _predict(model, features.test)
+        whole = _sums(features.train, truth.train - centre)
+        predicted = whole.solve(best[0]).values(features.test) + centre
         error = predicted - truth.test
         return [
             Measurement(
@@ -80,13 +81,11 @@ class Regression(Protocol[Targets]):
         ]
 
 
-def _fit(strength: float, x: Array, y: NDArray[np.float64]) -> Any:
-    ridge = make_pipeline(StandardScaler(), Ridge(alpha=strength * len(x)))
-    return TransformedTargetRegressor(ridge, transformer=StandardScaler()).fit(x, y)
-
-
-def _predict(model: Any, x: Array) -> NDArray[np.float64]:
-    return np.asarray(model.predict(x), dtype=np.float64).reshape(len(x), -1)
+def _sums(x: Array, y: NDArray[np.float64]) -> RidgeSums:
+    sums = RidgeSums(x.shape[1], y.shape[1])
+    for part in row_blocks(len(x), x.shape[1]):
+        sums.add(x[part], y[part])
+    return sums
 
 
 def _value(statistic: R2) -> float:
