@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ...errors import ConfigError
-from .base import Features, Measurement, Protocol, correct, split
+from .base import CPU, Features, Measurement, Protocol, correct, split
+from .classifiers import LogisticPath, RidgePath
 from .intervals import MeanOf
 from .truths import Classes
 
 PROBES = ("ridge", "logistic")
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+LARGE = {"ridge": 1e8, "logistic": 2e10}
+"""Sizes beyond which scikit-learn is not asked, for its copies and its time: images times the
+larger of dimensions and classes, and images times dimensions times classes. Up to them its rounding
+to the features' float32 stays part of the figure: it settles near ties."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Linear(Protocol[Classes]):
             strengths=self.strengths,
             validation=self.validation,
             seed=self.seed,
+            device=self.device,
         )
 
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
@@ -103,12 +111,16 @@ def fit_linear_probe(
     strengths: Sequence[float] = STRENGTHS,
     validation: float = 0.2,
     seed: int = 0,
+    device: torch.device = CPU,
 ) -> LinearProbe:
     """Fit on one part of the training images for every strength, choose on the rest, refit on all.
 
     Features are standardised by the mean and deviation of the images that are fitted. A strength s
     weighs the L2 penalty against the mean loss over images, so it means the same for every size of
     the training set: scikit-learn's ``alpha = s n`` (ridge) and ``C = 1 / (s n)`` (logistic).
+    Beyond `LARGE`, ridge probes of all strengths are solved from one pass over the features, and
+    logistic ones by scikit-learn's solver in blocks on the device, each from the last one's
+    solution.
 
     Args:
         features: [n, D].
@@ -117,6 +129,7 @@ def fit_linear_probe(
         strengths: to choose from; the first of the best.
         validation: share of the images that chooses; the split is stratified by class.
         seed: of the split.
+        device: computes logistic probes that are `LARGE`.
 
     Raises:
         ConfigError: unknown probe, or too few images to split.
@@ -125,17 +138,28 @@ def fit_linear_probe(
         raise ConfigError(f"linear.probe={probe}: valid are {', '.join(PROBES)}")
     fit, held = split(len(labels), validation, seed, labels)
     fit_x, fit_y, held_x, held_y = features[fit], labels[fit], features[held], labels[held]
-    scores = [
-        float((_fit(probe, strength, fit_x, fit_y).predict(held_x) == held_y).mean())
-        for strength in strengths
-    ]
-    best = int(np.argmax(scores))
-    return LinearProbe(
-        float(strengths[best]), scores[best], _fit(probe, strengths[best], features, labels)
-    )
+    fitted = _fitter(probe, fit_x, fit_y, device)
+    scores = {
+        strength: float((fitted(strength).predict(held_x) == held_y).mean())
+        for strength in sorted(strengths, reverse=True)  # from strong to weak: see LogisticPath
+    }
+    best = max(strengths, key=lambda strength: scores[strength])  # the first of equals
+    return LinearProbe(float(best), scores[best], _fitter(probe, features, labels, device)(best))
 
 
-def _fit(probe: str, strength: float, x: NDArray[np.float32], y: NDArray[np.int64]) -> Any:
+def _fitter(
+    probe: str, x: NDArray[np.float32], y: NDArray[np.int64], device: torch.device
+) -> Callable[[float], Any]:
+    """Gives the probe of a strength."""
+    classes = len(np.unique(y))
+    if probe == "ridge" and len(x) * max(x.shape[1], classes) > LARGE[probe]:
+        return RidgePath(x, y).solve
+    if probe == "logistic" and x.size * classes > LARGE[probe]:
+        return LogisticPath(x, y, device).solve
+    return partial(_fit, probe, x, y)
+
+
+def _fit(probe: str, x: NDArray[np.float32], y: NDArray[np.int64], strength: float) -> Any:
     if probe == "ridge":
         model: Any = RidgeClassifier(alpha=strength * len(x))
     else:
