@@ -245,19 +245,32 @@ def run_student(
     orders = [[(int(row), 0) for row in part] for part in parts]
     student.to(fabric.device).eval()
     corruptions = list(dict.fromkeys(corruption for _, corruption in wanted))
-    found: dict[Wanted, list[Array]] = {key: [] for key in wanted}
+    found: dict[Wanted, Array] = {}
     with torch.inference_mode(), ProgressLine(title, len(images.rows), "images") as line:
         batches = zip(parts, prefetched(decoded(views, orders, workers), 2), strict=True)
+        done = 0
         for rows, pixels in batches:
             for corruption in corruptions:
                 seen = pixels if corruption is None else _corrupted(corruption, pixels, rows)
                 with fabric.autocast():
                     output = reader.run(normalise(seen, fabric.device))
-                    for name, of in found.items():
-                        if name[1] == corruption:
-                            of.append(reader.readouts[name[0]](output).float().cpu().numpy())
+                    for key in wanted:
+                        if key[1] == corruption:
+                            part = reader.readouts[key[0]](output).float().cpu().numpy()
+                            if key not in found:
+                                found[key] = _room(part, len(images.rows))
+                            found[key][done : done + len(part)] = part
+            done += len(pixels)
             line.advance(len(pixels))
-    return {key: np.concatenate(parts) for key, parts in found.items()}
+    return {key: found[key] for key in wanted}
+
+
+def _room(part: Array, images: int) -> Array:
+    """An empty array for the features of all images, which the first part has the shape of.
+
+    Filled part by part, since joining parts would hold everything twice.
+    """
+    return np.empty((images, *part.shape[1:]), dtype=np.float32)
 
 
 def _corrupted(corruption: Corruption, pixels: Tensor, rows: NDArray[np.int64]) -> Tensor:
@@ -348,9 +361,14 @@ def space_features(
             return quarters(tokens, grid)
         return tokens
 
-    parts = np.split(images.rows, range(_ROWS, len(images.rows), _ROWS))
-    read = (reduced(source.decode(source.read(part))).float().cpu().numpy() for part in parts)
-    features = np.concatenate(list(read))
+    features: Array | None = None
+    for start in range(0, len(images.rows), _ROWS):
+        rows = images.rows[start : start + _ROWS]
+        part = reduced(source.decode(source.read(rows))).float().cpu().numpy()
+        if features is None:
+            features = _room(part, len(images.rows))
+        features[start : start + len(part)] = part
+    assert features is not None
     if kept is not None:
         kept.put(identity, features)
     return features

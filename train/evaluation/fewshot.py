@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ConfigError
-from .base import Array, Features, Labels, Measurement, Protocol, correct
+from .base import Array, Features, Labels, Measurement, Protocol, correct, row_blocks
 from .intervals import MeanOf
 from .truths import Classes
 
@@ -59,7 +59,7 @@ class FewShot(Protocol[Classes]):
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
         self.check(truth)
         mean = features.train.mean(0, dtype=np.float64).astype(np.float32)
-        train, test = _unit(features.train - mean), _unit(features.test - mean)
+        train, test = _unit(features.train, mean), _unit(features.test, mean)
         return [self._measure(shots, train, test, truth) for shots in self.shots]
 
     def _measure(self, shots: int, train: Array, test: Array, truth: Classes) -> Measurement:
@@ -73,7 +73,7 @@ class FewShot(Protocol[Classes]):
             each.append(float(of_draw.mean()))
             rest = np.setdiff1d(np.arange(len(train)), drawn)
             if len(rest):
-                found = kinds[_nearest(train[rest], means)]
+                found = kinds[_nearest(train, means, rest)]
                 left_over.append(float(correct(found, truth.train[rest]).mean()))
         spread = float(np.std(each, ddof=1)) if self.repeats > 1 else None
         return Measurement(
@@ -87,18 +87,27 @@ class FewShot(Protocol[Classes]):
     def draw(self, labels: Labels, shots: int, repeat: int) -> NDArray[np.int64]:
         """Positions of the images of one draw, int64 [classes, shots], in the order of classes."""
         random = np.random.default_rng([self.seed, shots, repeat])
-        return np.stack(
-            [
-                random.choice(np.flatnonzero(labels == kind), shots, replace=False)
-                for kind in np.unique(labels)
-            ]
-        )
+        _, counts = np.unique(labels, return_counts=True)
+        of_kinds = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+        return np.stack([random.choice(own, shots, replace=False) for own in of_kinds])
 
 
-def _unit(x: Array) -> Array:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12))
+def _unit(x: Array, mean: Array) -> Array:
+    """Features [n, K] centred and scaled to unit length."""
+    found = np.empty_like(x)
+    for part in row_blocks(*x.shape):
+        centred = x[part] - mean
+        length = np.linalg.norm(centred, axis=1, keepdims=True)
+        found[part] = centred / np.maximum(length, np.float32(1e-12))
+    return found
 
 
-def _nearest(x: Array, means: Array) -> NDArray[np.int64]:
+def _nearest(x: Array, means: Array, images: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """Of features [n, K] of some images, or of all, the nearest of the means [C, K]."""
+    images = np.arange(len(x)) if images is None else images
     # |x - c|^2 up to |x|^2, which is the same for every class.
-    return np.argmin((means**2).sum(1) - 2 * x @ means.T, axis=1)
+    length = (means**2).sum(1)
+    parts = row_blocks(len(images), means.shape[1] + len(means))
+    return np.concatenate(
+        [np.argmin(length - 2 * x[images[part]] @ means.T, axis=1) for part in parts]
+    )
