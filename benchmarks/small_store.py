@@ -21,7 +21,9 @@ from preceptor.cache import (
     TeacherRecord,
     calibration,
 )
+from preceptor.cache.commit_thread import CommitThread
 from preceptor.cache.encodings.prediction import blocks
+from preceptor.cache.shard_writer import ShardWriter
 
 ROWS, SHARD, GROUP = 14, 8, 4
 INVALID = 5
@@ -99,21 +101,32 @@ def some_weights(space: SpaceSpec) -> np.ndarray:
 
 
 def fill(writer: StoreWriter, version: int = 0) -> None:
-    """Extract every pending shard, three rows at a time."""
-    for shard, units in writer.pending():
-        fill_shard(writer, shard, units, version)
+    """Extract every pending shard, each committed while the next is filled."""
+    with CommitThread() as commits:
+        for shard, units in writer.pending():
+            commits.commit(filled(writer, shard, units, version))
 
 
 def fill_shard(writer: StoreWriter, shard: int, units: tuple[str, ...], version: int = 0) -> None:
+    """Extract one shard and commit it."""
+    with filled(writer, shard, units, version):
+        pass
+
+
+def filled(
+    writer: StoreWriter, shard: int, units: tuple[str, ...], version: int = 0
+) -> ShardWriter:
+    """A shard with all its rows, appended three at a time."""
     first = shard * writer.plan.shard_rows
     last = first + writer.plan.rows_in(shard)
     wanted = [space for unit in units for space in writer.plan.spaces_of(unit)]
-    with writer.shard(shard, units) as out:
-        for start in range(first, last, 3):
-            rows = batch(start, min(start + 3, last))
-            numbers = np.arange(start, start + len(rows))[rows.valid]
-            shown = pixels(numbers, version) if "pixels" in units else None
-            out.append(rows, {space.id: tokens(space, numbers, version) for space in wanted}, shown)
+    out = writer.shard(shard, units)
+    for start in range(first, last, 3):
+        rows = batch(start, min(start + 3, last))
+        numbers = np.arange(start, start + len(rows))[rows.valid]
+        shown = pixels(numbers, version) if "pixels" in units else None
+        out.append(rows, {space.id: tokens(space, numbers, version) for space in wanted}, shown)
+    return out
 
 
 def extract(path: Path, *teachers: TeacherRecord, rows: int = ROWS) -> StoreWriter:

@@ -23,7 +23,7 @@ from .manifest import Manifest
 from .plan import PIXELS, ROWS, SpaceSpec
 from .rows import RowBatch
 from .sharding import shard_file
-from .statistics import Accumulator
+from .statistics import Accumulator, Moments
 
 PARTIAL = "partial"
 _BLOCK = 1 << 18
@@ -32,9 +32,10 @@ _BLOCK = 1 << 18
 class ShardWriter:
     """Collects the rows of one shard for some units and commits them.
 
-    Used as a context: leaving it without an exception writes each array's file once, syncs it,
-    reads it back, and renames it into place, then does the same for the commit record of every
-    unit. Leaving it by an exception leaves nothing behind.
+    Used as a context: leaving it without an exception closes and commits it. That writes each
+    array's file once, syncs it, reads it back, and renames it into place, then does the same for
+    the commit record of every unit. Leaving it by an exception leaves nothing behind.
+    :class:`CommitThread` does the same beside the caller.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ShardWriter:
         self._moments = {
             space.id: Accumulator(self._calibrations[space.id]["mean"]) for space in self._spaces
         }
+        self._measured: dict[str, Moments] = {}
 
     @property
     def filled(self) -> int:
@@ -206,16 +208,40 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            return
+        if kind is None:
+            self.close()
+            self.commit()
+
+    def close(self) -> None:
+        """End the filling, on the thread that did it; :meth:`commit` then asks no device.
+
+        Raises:
+            StoreError: rows are missing.
+        """
         if self._filled != self._rows:
             raise StoreError(
                 f"shard {self._shard} got {self._filled} of its {self._rows} rows; nothing was "
                 "committed"
             )
-        self._refuse_other_rows()
-        for unit in self._units:
-            self._commit(unit)
+        self._measured |= {space: sums.moments() for space, sums in self._moments.items()}
+        self._moments = {}
+
+    def commit(self) -> None:
+        """Commit every unit of a closed shard, on any thread, and let go of the codes.
+
+        Raises:
+            StoreError: the rows are not those of the store, or a unit's files cannot be written;
+                that unit and those after it are pending as before.
+        """
+        try:
+            self._refuse_other_rows()
+            for unit in self._units:
+                try:
+                    self._commit(unit)
+                except (StoreError, OSError) as error:
+                    raise StoreError(f"shard {self._shard} of {unit}: {error}") from error
+        finally:
+            self._row_values, self._values, self._pixels = {}, {}, None
 
     def _refuse_other_rows(self) -> None:
         """Tokens of a teacher must belong to the rows that the store already has."""
@@ -248,9 +274,9 @@ class ShardWriter:
             for file in staged:
                 file.verify()
             moments = {
-                space: self._moments[space.id].moments().packed().tobytes()
+                space: self._measured[space.id].packed().tobytes()
                 for space in self._spaces
-                if space.teacher == unit and space.id in self._moments
+                if space.teacher == unit and space.id in self._measured
             }
             statistics = {
                 space.name: hashlib.sha256(raw).hexdigest() for space, raw in moments.items()

@@ -30,6 +30,7 @@ from ..cache import (
     ViewPolicy,
     class_sorted,
 )
+from ..cache.commit_thread import CommitThread
 from ..cache.convert import copy_calibration
 from ..cache.plan import PIXELS
 from ..cache.rows import is_text
@@ -162,6 +163,7 @@ class TeacherRunner:
     def fill(self, writer: StoreWriter) -> list[str]:
         """Extract this process's share of the pending shards; returns the damaged images' names.
 
+        A shard is written and read back while the teachers run for the next one.
         The first process shows how far its own share is: shares are equal to a shard.
         """
         rank, world = self.fabric.global_rank, self.fabric.world_size
@@ -178,20 +180,21 @@ class TeacherRunner:
         pixels = writer.plan.pixels if any(PIXELS in units for _, units in pending) else None
         stream = iter(self.batches((batch for batches in lists for batch in batches), pixels))
         line = ProgressLine("extract" if world == 1 else f"extract, 1 of {world}", total, "rows")
-        with line if rank == 0 else contextlib.nullcontext():
+        with line if rank == 0 else contextlib.nullcontext(), CommitThread() as commits:
             for (shard, units), batches in zip(pending, lists, strict=True):
-                with writer.shard(shard, units) as out:
-                    for _ in batches:
-                        batch = next(stream)
-                        shown = None
-                        if pixels is not None and PIXELS in units:
-                            views = batch.pixels[pixels.size, pixels.interpolation]
-                            shown = views.permute(0, 2, 3, 1).numpy()
-                        out.append(batch.rows, self.tokens(batch, units), shown)
-                        problems += batch.problems
-                        self.rows_extracted += len(batch.rows.keys)
-                        if rank == 0:
-                            line.advance(len(batch.rows.keys))
+                out = writer.shard(shard, units)
+                for _ in batches:
+                    batch = next(stream)
+                    shown = None
+                    if pixels is not None and PIXELS in units:
+                        views = batch.pixels[pixels.size, pixels.interpolation]
+                        shown = views.permute(0, 2, 3, 1).numpy()
+                    out.append(batch.rows, self.tokens(batch, units), shown)
+                    problems += batch.problems
+                    self.rows_extracted += len(batch.rows.keys)
+                    if rank == 0:
+                        line.advance(len(batch.rows.keys))
+                commits.commit(out)
         return problems
 
 

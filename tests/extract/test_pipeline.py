@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ import zarr
 from PIL import Image
 from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache
+from preceptor.cache.shard_writer import ShardWriter
 from preceptor.cli import main
 from preceptor.errors import DataError
 from preceptor.extract.pipeline import key_room
@@ -144,21 +147,13 @@ def test_keys_labels_and_views_are_those_of_the_images(shards: str, store: Path)
 
 KILL_AFTER_FIRST_SHARD = """
 import os, signal, sys
-from preceptor.cache import StoreWriter
+from preceptor.cache.shard_writer import ShardWriter
 from preceptor.cli import main
-from preceptor.errors import DataError
-from preceptor.extract.pipeline import key_room
-plain, count = StoreWriter.shard, 0
-class Killing:
-    def __init__(self, inner): self.inner = inner
-    def __enter__(self): return self.inner.__enter__()
-    def __exit__(self, *error):
-        global count
-        done = self.inner.__exit__(*error)
-        count += 1
-        if count == 1: os.kill(os.getpid(), signal.SIGKILL)
-        return done
-StoreWriter.shard = lambda self, *a, **k: Killing(plain(self, *a, **k))
+plain = ShardWriter.commit
+def commit(self):
+    plain(self)
+    os.kill(os.getpid(), signal.SIGKILL)
+ShardWriter.commit = commit
 main(sys.argv[1:])
 """
 
@@ -182,13 +177,38 @@ def test_killed_after_the_first_shard_and_resumed_gives_a_byte_identical_store(
     assert killed.returncode == -9, killed.stderr
     with pytest.raises(Exception, match="preceptor extract"):
         Cache.open(path)
-    before = {name: os.stat(path / name).st_mtime_ns for name in digests(path) if "/c/" in name}
+    before = {name: os.stat(path / name).st_mtime_ns for name in digests(path) if "/c." in name}
+    assert before
     assert main(arguments) == 0
     summary = json.loads((tmp_path / "store.extract.json").read_text())
     assert summary["rows_extracted"] == COUNT - 4
     assert digests(path) == digests(store)
     written_again = [n for n in before if os.stat(path / n).st_mtime_ns != before[n]]
     assert not written_again
+
+
+def test_a_shard_that_cannot_be_committed_is_named_and_can_be_done_later(
+    shards: str,
+    teachers: list[str],
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, plain = tmp_path / "store", ShardWriter._commit
+
+    def fails(self: ShardWriter, unit: str) -> None:
+        if (self._shard, unit) == (1, "vit"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_commit", fails)
+        assert main(["extract", *options(shards, teachers, path)]) == 1
+    assert re.search("shard 1 of vit: .*Input/output error", capsys.readouterr().err)
+    assert not (path / "commits/vit/1.json").exists()
+    assert main(["extract", *options(shards, teachers, path)]) == 0
+    assert digests(path) == digests(store)
 
 
 def test_a_store_may_be_named_by_the_address_of_its_file(
