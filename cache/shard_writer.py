@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DataError, StoreError
+from ..errors import StoreError
 from .commit import COMMITS, Commit, FileRecord, is_whole, read_commit, record_name
 from .copies import best_completion
 from .durable import Staged, directory_lock, make_directory, sync_directory, write_whole
-from .encodings.base import to_numpy
+from .encoded import Encoded
+from .encodings.base import largest_magnitude
 from .encodings.prediction import Prediction
 from .layout import ArraySpec, Layout, pad_to_chunks
 from .manifest import Manifest
@@ -78,6 +80,7 @@ class ShardWriter:
             space.id: Accumulator(self._calibrations[space.id]["mean"]) for space in self._spaces
         }
         self._measured: dict[str, Moments] = {}
+        self._coming: deque[Encoded] = deque()
 
     @property
     def filled(self) -> int:
@@ -88,6 +91,9 @@ class ShardWriter:
         self, rows: RowBatch, tokens: Mapping[str, Any], pixels: np.ndarray | None = None
     ) -> None:
         """Encode the next rows.
+
+        Of tokens on a CUDA device the codes are copied while it goes on, and placed by the next
+        call or :meth:`close`, which then also raises for them.
 
         Args:
             rows: facts about b rows.
@@ -103,8 +109,11 @@ class ShardWriter:
         stored, at = self._checked(rows, tokens)
         keys = [key for key, valid in zip(rows.keys, stored["valid"], strict=True) if valid]
         self._keep_pixels(pixels, at)
+        before = len(self._coming)
         for space in self._spaces:
             self._encode(space, tokens[space.id], at, keys)
+        # the device is at these rows while those before them are placed
+        self._land(but=len(self._coming) - before)
         self._keep(rows, stored)
 
     def append_encoded(self, rows: RowBatch, parts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -176,28 +185,31 @@ class ShardWriter:
     def _encode_block(
         self, space: SpaceSpec, x: torch.Tensor, at: np.ndarray, keys: list[str]
     ) -> None:
-        frozen = {name: side.to(x.device) for name, side in self._calibrations[space.id].items()}
+        frozen = self._calibrations[space.id]
+        if frozen["mean"].device != x.device:
+            frozen = {name: side.to(x.device) for name, side in frozen.items()}
+            self._calibrations[space.id] = frozen
         z = (x - frozen["mean"]) / frozen["std"]
-        how = space.how
-        if bad := how.refused(z):
-            row, token = bad
-            finite = bool(torch.isfinite(x[row, token]).all())
-            problem = (
-                f"is too far from the calibrated mean for the encoding {how.name}"
-                if finite
-                else "is not finite"
-            )
-            raise DataError(
-                f"token {token} of {space.id} {problem} for row key {keys[row]!r}: check the "
-                "image and the teacher's precision"
-            )
-        parts = how.encode(z)
+        parts = space.how.encode(z)
         if "weights" in frozen:
             prediction = Prediction(frozen["weights"], space.grid)
             parts["codes"] = prediction.residuals(parts["codes"])
-        for name, encoded in parts.items():
-            self._values[space.id][name][at] = to_numpy(encoded)
         self._moments[space.id].add(x)
+        found = Encoded(space, at, keys, largest_magnitude(z)[..., 0], parts)
+        if found.under_way:
+            self._coming.append(found)
+        else:
+            self._place(found)
+
+    def _land(self, but: int = 0) -> None:
+        """Place what a device has encoded, but for the last so many blocks."""
+        while len(self._coming) > but:
+            self._place(self._coming[0])
+            self._coming.popleft()  # not before: what was refused must never be passed over
+
+    def _place(self, found: Encoded) -> None:
+        for name, values in found.wait().items():
+            self._values[found.space.id][name][found.at] = values
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -216,8 +228,10 @@ class ShardWriter:
         """End the filling, on the thread that did it; :meth:`commit` then asks no device.
 
         Raises:
+            DataError: as :meth:`append`.
             StoreError: rows are missing.
         """
+        self._land()
         if self._filled != self._rows:
             raise StoreError(
                 f"shard {self._shard} got {self._filled} of its {self._rows} rows; nothing was "

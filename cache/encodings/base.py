@@ -79,8 +79,11 @@ class Encoding(ABC):
 
     def refused(self, z: Array) -> tuple[int, ...] | None:
         """Position of the first token of z ``[..., N, D]`` that is not finite or beyond limit."""
-        xp = namespace(z)
-        good = xp.amax(xp.abs(z), -1) <= self.limit  # false for NaN
+        return self.beyond(largest_magnitude(z)[..., 0])
+
+    def beyond(self, peaks: Array) -> tuple[int, ...] | None:
+        """The same by the largest magnitude of each token, ``[..., N]``."""
+        good = peaks <= self.limit  # false for NaN
         if bool(good.all()):
             return None
         bad = to_numpy(~good)
