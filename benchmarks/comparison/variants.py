@@ -16,7 +16,7 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
     "vit": (
         "student=vit_micro", "student.name=vit", "student.size=48", "student.options.patch_size=8",
         "student.options.depth=4", "student.options.embed_dim=128", "student.options.num_heads=4",
-        "recipe.lr=0.001",
+        "recipe.lr=0.002",
     ),
 }  # fmt: skip
 """A ResNet with a 3 x 3 grid and a ViT with a 6 x 6 grid, both of 48 pixels."""
