@@ -73,9 +73,10 @@ def test_processes_wait_as_long_as_they_are_told(tmp_path):
         "root = Path(preceptor.__file__).parent\n"
         "engine = OmegaConf.load(root / 'configs' / 'engine' / 'cpu.yaml')\n"
         "fabric = launch(engine, patience=timedelta(days=7))\n"
-        "group = dist.distributed_c10d._get_default_group()\n"
-        "backend = group._get_backend(fabric.device)\n"
-        "told = [backend.options._timeout.days, gathered(fabric, fabric.global_rank)]\n"
+        "def days():  # no name may hold the group when the interpreter ends\n"
+        "    group = dist.distributed_c10d._get_default_group()\n"
+        "    return group._get_backend(fabric.device).options._timeout.days\n"
+        "told = [days(), gathered(fabric, fabric.global_rank)]\n"
         "Path(__file__).with_suffix(f'.{fabric.global_rank}').write_text(str(told))\n"
     )
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
