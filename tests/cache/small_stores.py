@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from preceptor.cache import (
+    Cache,
     RowBatch,
     SpaceSpec,
     StorePlan,
@@ -17,6 +18,7 @@ from preceptor.cache import (
 
 ROWS, SHARD_ROWS, GROUP_ROWS = 42, 16, 4
 CORRUPT = (7, 33)
+VALID = np.array([row for row in range(ROWS) if row not in CORRUPT])
 
 SPACES = (
     SpaceSpec("vit", "patch", tokens=6, dim=70, grid=(2, 3)),
@@ -106,10 +108,30 @@ def write_shard(writer: StoreWriter, shard: int, units: tuple[str, ...], batch: 
             out.append(facts, {space.id: tokens_of(space, seen) for space in spaces})
 
 
+def write_pending(writer: StoreWriter) -> None:
+    for shard, units in writer.pending():
+        write_shard(writer, shard, units)
+
+
 def write_store(path: Path, plan: StorePlan | None = None) -> StoreWriter:
     writer = StoreWriter.open_or_create(path, plan or make_plan())
     calibrate(writer)
-    for shard, units in writer.pending():
-        write_shard(writer, shard, units)
+    write_pending(writer)
     writer.finish()
     return writer
+
+
+def same_as_local(cache: Cache, local: Cache) -> None:
+    """Every row of every space, read at once and in batches, is byte for byte that on the disk."""
+    assert list(cache.keys) == list(local.keys)
+    assert (cache.valid == local.valid).all()
+    for name, space in local.spaces.items():
+        theirs = cache[name].read(VALID)
+        for part, values in space.read(VALID).parts.items():
+            assert theirs.parts[part].numpy().tobytes() == values.numpy().tobytes()
+    rows = []
+    for batch in cache.batches(list(local.spaces), 8, seed=1, drop_last=False):
+        rows += batch.rows.tolist()
+        for name, tokens in batch.tokens.items():
+            assert (local[name].read(batch.rows).codes.numpy() == tokens.codes.numpy()).all()
+    assert sorted(rows) == VALID.tolist()

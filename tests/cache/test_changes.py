@@ -21,6 +21,7 @@ from small_stores import (
     facts_of,
     make_plan,
     tokens_of,
+    write_pending,
     write_shard,
     write_store,
 )
@@ -36,8 +37,7 @@ def test_a_shard_extracted_again_gives_the_same_store(store: Path, finished: Pat
     assert writer.pending() == [(2, ("rows", "cnn"))]
     with pytest.raises(StoreError, match="not committed"):
         read_commit(store, manifest, Layout(manifest.plan), "cnn", 2)
-    for shard, units in writer.pending():
-        write_shard(writer, shard, units)
+    write_pending(writer)
     writer.finish()
     assert contents(store) == contents(finished)
 
@@ -89,8 +89,7 @@ def test_a_committed_shard_whose_file_is_gone_is_written_again(
     path = tmp_path / "store"
     writer = StoreWriter.open_or_create(path, make_plan())
     calibrate(writer)
-    for shard, units in writer.pending():
-        write_shard(writer, shard, units)
+    write_pending(writer)
     if finished_before:
         writer.finish()
     (path / "spaces/vit/patch/codes/c.1.0.0").unlink()
@@ -120,8 +119,7 @@ def test_an_interrupted_drop_does_not_stand_in_the_way_of_another_teacher(
         f"commits/cnn/{shard}.json" for shard in range(3)
     }
     calibrate(writer)
-    for shard, units in writer.pending():
-        write_shard(writer, shard, units)
+    write_pending(writer)
     writer.finish()
     assert verify_store(store).whole
     assert not (store / "spaces/cnn/map").exists()

@@ -99,6 +99,9 @@ class LogisticPath:
             first += values.sum(0)
             second += (values**2).sum(0)
         self._mean, self._scale = standardisation(len(x), first, second)
+        self._on_device = [
+            torch.from_numpy(one).to(device, torch.float32) for one in (self._mean, self._scale)
+        ]
         self._found = np.zeros(self._outputs * (x.shape[1] + 1))
 
     def solve(self, strength: float) -> AffineClassifier:
@@ -122,10 +125,8 @@ class LogisticPath:
             part.to(self._device, torch.float32)
             for part in parameters.split([flat.size // self._outputs - 1, 1], 1)
         )
-        loss, gradient = (
-            0.0,
-            torch.zeros(parameters.shape, dtype=torch.float64, device=self._device),
-        )
+        loss = 0.0
+        gradient = torch.zeros(parameters.shape, dtype=torch.float64, device=self._device)
         for part in self._parts:
             z = self._standardised(part)
             kinds = torch.from_numpy(self._labels[part]).to(self._device)
@@ -149,8 +150,5 @@ class LogisticPath:
         return loss, found.numpy().ravel()
 
     def _standardised(self, part: slice) -> Tensor:
-        mean, scale = (
-            torch.from_numpy(one).to(self._device, torch.float32)
-            for one in (self._mean, self._scale)
-        )
+        mean, scale = self._on_device
         return (torch.from_numpy(self._x[part]).to(self._device) - mean) / scale
