@@ -3,7 +3,8 @@
 In a shard a sample is the run of tar members that share a key, as WebDataset groups them: the key
 is a member's path up to the first dot of its base name and what follows is its kind (``jpg``,
 ``cls`` and so on). The headers of every shard are walked once; from then on any sample is one
-positioned read away, in any order and from any thread or process.
+positioned read away, in any order and from any thread or process. Lists of shards are kept from one
+start to the next (`shard_list`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import hashlib
 import io
 import os
 import sys
-import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +26,12 @@ from ..errors import DataError
 from ..progress import counting
 from . import tars
 from .folders import Folder, list_folder
+from .shard_list import IMAGE_KINDS, KeptLists, list_shard
 from .tars import TarShard
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: 256 MiB as RGB, and Pillow's own warning level."""
-MAX_LABEL_BYTES = 64
 _MANY_SHARDS = 32
 
 
@@ -102,14 +101,14 @@ class SampleIndex:
             raise DataError(f"no sample in {_several(paths)}; expected {wanted}")
         return cls(
             keys=lists.keys,
-            labels=np.asarray(lists.labels, np.int64),
+            labels=np.concatenate(lists.labels),
             order={"kind": "folder" if folders else "shards"},
             _shards=lists.shards,
             _shard=np.repeat(
                 np.arange(len(lists.shards), dtype=np.int32), [s.samples for s in lists.shards]
             ),
-            _offset=np.asarray(lists.offsets, np.int64),
-            _size=np.asarray(lists.sizes, np.int64),
+            _offset=np.concatenate(lists.offsets),
+            _size=np.concatenate(lists.sizes),
             _members={
                 kind: np.asarray(found, np.int64).reshape(-1, 2)
                 for kind, found in lists.members.items()
@@ -270,28 +269,35 @@ class _Lists:
         self.shards: list[TarShard | Folder] = []
         self.ignored: list[str] = []
         self.keys: list[str] = []
-        self.labels: list[int] = []
-        self.offsets: list[int] = []
-        self.sizes: list[int] = []
+        self.labels: list[NDArray[np.int64]] = []
+        self.offsets: list[NDArray[np.int64]] = []
+        self.sizes: list[NDArray[np.int64]] = []
+        self._kept = KeptLists()
         self._seen: dict[str, int] = {}
         self._unpacked = 0
 
     def add_shard(self, path: str) -> None:
         shard = TarShard.at(path)
-        self.shards.append(shard)
         if shard.packed is not None:
             shard.plain = shard.unpack(tars.MAX_UNPACKED - self._unpacked)
             self._unpacked += len(shard.plain)
-        with io.BytesIO(shard.plain) if shard.plain is not None else open(path, "rb") as file:
-            key, members = None, dict[str, tarfile.TarInfo]()
-            for found, kind, member in tars.members(path, file):
-                if found != key:
-                    self._add_sample(shard, file, key, members)
-                    key, members = found, {}
-                if kind in members:
-                    raise DataError(f"sample {found!r} in shard {path} has two members .{kind}")
-                members[kind] = member
-            self._add_sample(shard, file, key, members)
+        found = list_shard(shard, list(self.members), kept=self._kept)
+        for key in found.keys:
+            if key in self._seen:
+                before = [*self.shards, shard][self._seen[key]]
+                raise DataError(
+                    f"key {key!r} in shard {path} occurs before, in shard {before.path}; keys must "
+                    "be unique"
+                )
+            self._seen[key] = len(self.shards)
+        self.shards.append(shard)
+        shard.samples = len(found.keys)
+        self.keys += found.keys
+        self.labels.append(found.labels)
+        self.offsets.append(found.offsets)
+        self.sizes.append(found.sizes)
+        for kind, places in self.members.items():
+            places += found.members[kind]
 
     def add_folder(self, path: str) -> None:
         listing = list_folder(path, IMAGE_KINDS)
@@ -304,52 +310,13 @@ class _Lists:
                     "without their extension and must be unique"
                 )
             self._seen[stem] = 0
-        self.keys, self.sizes, self.labels = list(folder.stems), listing.sizes, listing.labels
-        self.offsets = list(range(len(self.keys)))
+        self.keys = list(folder.stems)
+        self.labels.append(np.asarray(listing.labels, np.int64))
+        self.sizes.append(np.asarray(listing.sizes, np.int64))
+        self.offsets.append(np.arange(len(self.keys)))
         self.members = {kind: [(0, -1)] * len(self.keys) for kind in self.members}
         self.ignored = listing.ignored
         folder.samples = len(self.keys)
-
-    def _add_sample(
-        self, shard: TarShard, file: IO[bytes], key: str | None, members: dict[str, tarfile.TarInfo]
-    ) -> None:
-        if key is None:
-            return
-        images = [kind for kind in members if kind in IMAGE_KINDS]
-        if len(images) != 1:
-            raise DataError(
-                f"sample {key!r} in shard {shard.path} has "
-                f"{'images ' + ' and '.join(images) if images else 'no image'} "
-                f"(members: {', '.join(members)}); expected exactly one of {', '.join(IMAGE_KINDS)}"
-            )
-        if key in self._seen:
-            raise DataError(
-                f"key {key!r} in shard {shard.path} occurs before, "
-                f"in shard {self.shards[self._seen[key]].path}; keys must be unique"
-            )
-        self._seen[key] = len(self.shards) - 1
-        image = members[images[0]]
-        self.keys.append(key)
-        self.labels.append(_label(shard.path, file, key, members.get("cls")))
-        self.offsets.append(image.offset_data)
-        self.sizes.append(image.size)
-        for kind, places in self.members.items():
-            found = members.get(kind)
-            places.append((found.offset_data, found.size) if found is not None else (0, -1))
-        shard.samples += 1
-
-
-def _label(path: str, file: IO[bytes], key: str, member: tarfile.TarInfo | None) -> int:
-    if member is None:
-        return -1
-    text = b""
-    if member.size <= MAX_LABEL_BYTES:
-        file.seek(member.offset_data)
-        text = file.read(member.size).strip()
-    if not (text.isdigit() and len(text) < 19):
-        shown = repr(text.decode("ascii", "replace")) if text else f"{member.size} bytes"
-        raise DataError(f"label {key}.cls in shard {path} is {shown}, not a class number from 0 up")
-    return int(text)
 
 
 def _several(paths: Sequence[str]) -> str:

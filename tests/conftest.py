@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,9 +12,18 @@ import timm
 import torch
 import webdataset
 from PIL import Image
+from preceptor.cache.shard_list import FOLDER
 
 COUNT, SIZE = 11, 64
 """Images in the shards; side of the teachers' inputs in pixels."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_shard_lists(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests, and processes that they start, keep lists of shards away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(tmp_path_factory.mktemp("shard_lists")))
+        yield
 
 
 @pytest.fixture(scope="session")
