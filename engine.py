@@ -14,7 +14,7 @@ from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from lightning_fabric.strategies import DDPStrategy
 from omegaconf import DictConfig
 
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 
 T = TypeVar("T")
 
@@ -59,13 +59,12 @@ def launch(
         if patience is not None and fabric.world_size > 1 and engine.strategy in ("auto", "ddp"):
             fabric = Fabric(strategy=DDPStrategy(timeout=patience), **parts)
     except Exception as error:  # Fabric raises several kinds for a value that it cannot use
-        line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"engine: {line}") from error
+        raise ConfigError(f"engine: {first_line(error)}") from error
     cluster = getattr(fabric.strategy, "cluster_environment", None)
     if fabric.world_size > 1 and cluster is not None and not cluster.creates_processes_externally:
         raise ConfigError(
             f"engine.devices={engine.devices}: several processes are started by torchrun "
-            f"--nproc-per-node={fabric.world_size} -m preceptor.cli ... (or by Slurm)"
+            f"--nproc-per-node={fabric.world_size} -m preceptor ... (or by Slurm)"
         )
     fabric.launch()
     if fabric.world_size > 1:

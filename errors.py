@@ -1,5 +1,13 @@
 """The exceptions that are meant for people to read."""
 
+from __future__ import annotations
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, for a message; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:300] if lines else type(error).__name__
+
 
 class PreceptorError(Exception):
     """A bad input or a damaged store, told in one sentence.

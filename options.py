@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -41,7 +41,7 @@ def check_options(name: str, options: Sequence[str]) -> None:
     try:
         overrides = OverridesParser.create().parse_overrides(texts)
     except HydraException as error:
-        raise ConfigError(f"an option cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"an option cannot be read: {first_line(error)}") from None
     with _Composer(name, _search(directories)) as composer:
         composer.check_launcher(overrides)
         own = [item for item in overrides if not item.key_or_group.startswith("hydra")]
@@ -129,7 +129,7 @@ class _Composer:
         try:
             return compose(self._name, [*self._search, *overrides])
         except HydraException as error:
-            line = _first_line(error)
+            line = first_line(error)
             if found := re.fullmatch(r"Could not override '(\w+)'\.?", line):
                 group = found[1]
                 line = (
@@ -297,7 +297,3 @@ def _config_directories(options: Sequence[str]) -> list[str]:
 def closest(word: str, known: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -42,9 +42,10 @@ from preceptor.cache import (
 from preceptor.cache.encodings import ENCODINGS
 from preceptor.cache.statistics import SAMPLE_ROWS
 from preceptor.examples.teachers import efficientnet_lite0, vit_s_focus
-from preceptor.extract.images import normalise
+from preceptor.pixels import normalise
 from preceptor.progress import ProgressLine
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 SHARD, GROUP, NEIGHBOURS = 128, 32, 10
 
@@ -134,13 +135,11 @@ def features(images: Images) -> dict[str, np.ndarray]:
         with ProgressLine(f"{images.name}: {make.__name__}", len(images.views), "images") as line:
             for start in range(0, len(images.views), 16):
                 views = images.views[start : start + 16]
-                size = teacher.preprocessing.size
-                pixels = np.stack(
-                    [np.asarray(view.resize(size, Image.Resampling.BICUBIC)) for view in views]
-                )
-                tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+                prepared = teacher.preprocessing
+                resized = [view.resize(prepared.size, Image.Resampling.BICUBIC) for view in views]
+                pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
                 with torch.inference_mode():
-                    spaces = teacher(normalise(tensor, teacher.preprocessing, torch.device("cpu")))
+                    spaces = teacher(normalise(pixels, prepared.mean, prepared.std, CPU))
                 for name, tokens in spaces.items():
                     parts.setdefault(f"{make.__name__}/{name}", []).append(tokens.float())
                 line.advance(len(views))

@@ -29,7 +29,7 @@ def measure(options: argparse.Namespace, folder: Path, ranks: int, number: int) 
     cores = len(os.sched_getaffinity(0))
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [
-        sys.executable, *launcher, "-m", "preceptor.cli", "train",
+        sys.executable, *launcher, "-m", "preceptor", "train",
         f"cache={store}", f"data.shards={shard}", f"out={out}", f"student={options.student}",
         f"student.size={options.size}", "recipe=short", f"recipe.steps={options.steps}",
         f"recipe.batch_size={options.batch // ranks}", "recipe.checkpoint_every=0",

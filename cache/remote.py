@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ..errors import StoreError
+from ..errors import StoreError, first_line
 from .source import Source
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
@@ -45,7 +45,7 @@ class RemoteSource(Source):
             self._store = from_url(location.rstrip("/"), **self._with_http())
         except (ValueError, TypeError, self._errors()) as error:
             raise StoreError(
-                f"{location} cannot be opened: {_first_line(error)}; check the address, and the "
+                f"{location} cannot be opened: {first_line(error)}; check the address, and the "
                 "account and credentials in the options or the environment"
             ) from None
 
@@ -126,11 +126,5 @@ class RemoteSource(Source):
                     continue
                 raise StoreError(
                     f"{self.location}/{name} could not be read after {attempts} attempts: "
-                    f"{_first_line(error)}; check the address, the credentials and the network"
+                    f"{first_line(error)}; check the address, the credentials and the network"
                 ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """obstore goes on with a picture of its own objects."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip()[:300]

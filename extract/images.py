@@ -1,4 +1,4 @@
-"""Images to normalised teacher inputs: decode once, one resize for every distinct input size."""
+"""Images to teacher inputs: decode once, one resize for every distinct input size."""
 
 from __future__ import annotations
 
@@ -100,13 +100,6 @@ def view_batches(dataset: ViewDataset, workers: int, *, pin: bool) -> Iterator[V
     options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, **options)
     return iter(loader)
-
-
-def normalise(pixels: Tensor, preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """uint8 [b, 3, h, w] to the teacher's normalised float32 [b, 3, h, w] on `device`."""
-    mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1) * 255.0
-    std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1) * 255.0
-    return (pixels.to(device, non_blocking=True).float() - mean) / std
 
 
 def stored_pixels(options: DictConfig | None) -> PixelSpec | None:

@@ -40,9 +40,10 @@ from ..cache.verify_report import write_beside
 from ..engine import decoders, gathered, launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
+from ..pixels import normalise
 from ..progress import ProgressLine
 from .calibration import measure, sample_rows
-from .images import ViewBatch, ViewDataset, geometry, normalise, stored_pixels, view_batches
+from .images import ViewBatch, ViewDataset, geometry, stored_pixels, view_batches
 from .teachers import Teacher, load_teacher
 
 PATIENCE = timedelta(days=7)
@@ -148,12 +149,13 @@ class TeacherRunner:
         for teacher in self.teachers:
             if only is not None and teacher.name not in only:
                 continue
-            pixels = batch.pixels[geometry(teacher.preprocessing)]
+            prepared = teacher.preprocessing
+            pixels = batch.pixels[geometry(prepared)]
             if not len(pixels):
                 for space in teacher.spaces:
                     found[f"{teacher.name}/{space.name}"] = torch.empty(0, space.tokens, space.dim)
                 continue
-            inputs = normalise(pixels, teacher.preprocessing, self.fabric.device)
+            inputs = normalise(pixels, prepared.mean, prepared.std, self.fabric.device)
             with self.fabric.autocast():
                 spaces = teacher(inputs)
             for name, tokens in spaces.items():

@@ -26,6 +26,14 @@ def test_import_and_help_do_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+def test_the_package_is_a_program() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "preceptor", "trian"], capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert "trian" in found.stderr
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
@@ -152,9 +160,7 @@ def readme_commands() -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for b in blocks for line in b.replace("\\\n", " ").splitlines()]
     words = [shlex.split(line, comments=True) for line in lines]
-    called = (
-        re.sub(r"^torchrun .* -m preceptor\.cli ", "preceptor ", shlex.join(w)) for w in words
-    )
+    called = (re.sub(r"^torchrun .* -m preceptor ", "preceptor ", shlex.join(w)) for w in words)
     return [shlex.split(line) for line in called if line.startswith("preceptor ")]
 
 

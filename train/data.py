@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..cache import Batch, Cache, Tokens
 from ..errors import ConfigError, DataError, PreceptorError
+from ..pixels import normalise as normalised
 from .photometric import ColorJitter
 from .students import IMAGENET_MEAN, IMAGENET_STD
 from .views import Problems, StoredViews, StorePixels, Views, choose_views, join
@@ -315,17 +315,8 @@ def normalise(pixels: Tensor, device: torch.device) -> Tensor:
 
     The result is channels-last in memory, which convolutions prefer.
     """
-    mean, std = _moments(device)
-    scaled = (pixels.to(device, non_blocking=True).float() - mean) / std
-    return scaled.permute(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=8)
-def _moments(device: torch.device) -> tuple[Tensor, Tensor]:
-    # Made once: a constant from the host makes a step wait for the device.
-    with torch.inference_mode(False):
-        mean, std = (torch.tensor(side) * 255.0 for side in (IMAGENET_MEAN, IMAGENET_STD))
-        return mean.to(device), std.to(device)
+    channels_first = pixels.permute(0, 3, 1, 2)
+    return normalised(channels_first, IMAGENET_MEAN, IMAGENET_STD, device)
 
 
 def prefetched(source: Iterator[T], ahead: int) -> Iterator[T]:

@@ -86,4 +86,4 @@ def _launcher(world: int) -> str:
         return "srun preceptor"
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = f" --nnodes={world // local}" if world > local else ""
-    return f"torchrun{nodes} --nproc-per-node={local} -m preceptor.cli"
+    return f"torchrun{nodes} --nproc-per-node={local} -m preceptor"

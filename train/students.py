@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError
+from ..checkpoints import read_checkpoint
+from ..errors import ConfigError, DataError, first_line
 from .stages import Backstage, Interaction, Stage, StageTokens, mask_pixels
 
 WEIGHTS = "student.safetensors"
@@ -113,7 +114,7 @@ class Student(nn.Module):
             except (RuntimeError, AssertionError, ValueError) as error:
                 raise ConfigError(
                     f"student {name} does not take images of {self.size[0]} x {self.size[1]} "
-                    f"pixels: {_line(error)}; set student.size (and student.options.img_size)"
+                    f"pixels: {first_line(error)}; set student.size (and student.options.img_size)"
                 ) from error
             self.model.train(training)
         self.grid = output.grid
@@ -263,7 +264,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be loaded: {_line(error)}") from error
+        raise DataError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def _takes_norm(model: Any, pixels: Tensor) -> bool:
@@ -298,7 +299,7 @@ def _create(
         # timm translates the files of a network's authors, fits positions and leaves classes out.
         # It loads strictly only where the number of classes is the file's.
         given = {
-            "state_dict": _state(name, checkpoint),
+            "state_dict": _without_classifier(name, checkpoint),
             "num_classes": 0,
             "label_offset": 0,
             "custom_load": False,
@@ -308,20 +309,21 @@ def _create(
         model: nn.Module = timm.create_model(name, num_classes=0, **start, **options)
     except TypeError as error:
         raise ConfigError(
-            f"student.options of {name} are not what timm takes: {_line(error)}"
+            f"student.options of {name} are not what timm takes: {first_line(error)}"
         ) from error
     except Exception as error:  # a hub that is not there shows as any of several exceptions
         if checkpoint is not None:
             raise ConfigError(
-                f"student {name}: student.checkpoint={checkpoint} does not fit it: {_line(error)}"
+                f"student {name}: student.checkpoint={checkpoint} does not fit it: "
+                f"{first_line(error)}"
             ) from error
         if pretrained:
             raise ConfigError(
                 f"student {name}: its pretrained weights could not be had from the hub or the "
-                f"local cache ({_line(error)}); try again with a network, or set "
+                f"local cache ({first_line(error)}); try again with a network, or set "
                 "student.pretrained=false and student.checkpoint to a local file of them"
             ) from error
-        raise ConfigError(f"student {name}: timm refused it: {_line(error)}") from error
+        raise ConfigError(f"student {name}: timm refused it: {first_line(error)}") from error
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "forward_head"):
         raise ConfigError(
             f"student {name} gives no intermediate features in timm; choose another backbone"
@@ -329,30 +331,13 @@ def _create(
     return model
 
 
-def _state(name: str, checkpoint: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, without a classifier of the model's and a wrapper's prefix."""
-    path = Path(checkpoint)
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise anything at all
-        raise ConfigError(
-            f"student.checkpoint={checkpoint} cannot be read: {_line(error)}; expected "
-            ".safetensors, or tensors of torch.save"
-        ) from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise ConfigError(f"student.checkpoint={checkpoint} holds no dictionary of tensors")
+def _without_classifier(name: str, checkpoint: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that are no part of the model's classifier."""
     config = timm.models.get_pretrained_cfg(name)
     heads = getattr(config, "classifier", None) or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    named = {str(key).removeprefix("module."): tensor for key, tensor in state.items()}
-    return {k: t for k, t in named.items() if k.rpartition(".")[0] not in heads}
+    state = read_checkpoint(checkpoint, ConfigError)
+    return {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] not in heads}
 
 
 def timm_options(
@@ -369,8 +354,3 @@ def timm_options(
 def _is_fixed(name: str) -> bool:
     config = timm.models.get_pretrained_cfg(name)
     return bool(config is not None and config.fixed_input_size)
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

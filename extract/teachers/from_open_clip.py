@@ -10,10 +10,11 @@ import open_clip
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
+from ...checkpoints import read_checkpoint
 from ...errors import TeacherError
 from .base import Preprocessing, closest
 from .network import NetworkTeacher, Offer, Tap, size_pair, taps_from
-from .weights import first_line, hub_or_cache, read_checkpoint
+from .weights import first_sentence, hub_or_cache
 
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
@@ -146,7 +147,7 @@ def load(
     if checkpoint is None:
         model = _from_hub(name, architecture, tag, options)
     else:
-        read_checkpoint(checkpoint)  # refuses what is damaged or no checkpoint, in clear words
+        read_checkpoint(checkpoint, TeacherError)  # refuses what is damaged in clear words
         try:
             model = open_clip.create_model(architecture, pretrained=checkpoint, **options)
         except Exception as error:  # a mismatch shows as any of several exceptions
@@ -165,6 +166,6 @@ def _from_hub(teacher: str, architecture: str, tag: str, options: dict[str, Any]
         except Exception as error:
             raise TeacherError(
                 f"teacher {teacher}: the weights of open_clip:{architecture}/{tag} could not be "
-                f"had from {hub} ({first_line(error)}); try again with a network, or set "
+                f"had from {hub} ({first_sentence(error)}); try again with a network, or set "
                 f"teachers.{teacher}.checkpoint to a local .safetensors or .pt file of them"
             ) from error

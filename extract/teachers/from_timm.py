@@ -9,10 +9,11 @@ import timm
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from ...checkpoints import read_checkpoint
 from ...errors import TeacherError
 from .base import Preprocessing, closest
 from .network import NetworkTeacher, Offer, Tap, size_pair, taps_from
-from .weights import first_line, hub_or_cache, read_checkpoint
+from .weights import first_sentence, hub_or_cache
 
 _ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -75,7 +76,8 @@ class TimmTeacher(NetworkTeacher):
             self._timm.set_input_size(img_size=size)
         except Exception as error:  # timm asserts
             raise TeacherError(
-                f"teacher {self.name} cannot take {size[0]} x {size[1]} pixels: {first_line(error)}"
+                f"teacher {self.name} cannot take {size[0]} x {size[1]} pixels: "
+                f"{first_sentence(error)}"
             ) from error
 
     def _features(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -193,13 +195,13 @@ def _from_hub(teacher: str, model: str) -> nn.Module:
         except Exception as error:
             raise TeacherError(
                 f"teacher {teacher}: the weights of timm:{model} could not be had from {hub} "
-                f"({first_line(error)}); try again with a network, {advice}"
+                f"({first_sentence(error)}); try again with a network, {advice}"
             ) from error
 
 
 def _from_file(teacher: str, model: str, checkpoint: str) -> nn.Module:
     """The network with every one of its weights from a file, whatever classifier that has."""
-    state = read_checkpoint(checkpoint)
+    state = read_checkpoint(checkpoint, TeacherError)
     bare: Any = timm.create_model(model, pretrained=False, num_classes=0)
     config = bare.pretrained_cfg
     classifier = config.get("classifier")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...cache.views import INTERPOLATIONS
 from ...errors import TeacherError
 from .base import Preprocessing, SpaceShape, Teacher, closest
-from .weights import first_line, weights_sha256
+from .weights import first_sentence, weights_sha256
 
 TAKES = {
     "tokens": "the patch tokens or feature map, with their grid",
@@ -154,7 +154,7 @@ class NetworkTeacher(Teacher):
             height, width = preprocessing.size
             raise TeacherError(
                 f"teacher {name} ({source}) cannot run on {height} x {width} pixels: "
-                f"{first_line(error)}; set teachers.{name}.size"
+                f"{first_sentence(error)}; set teachers.{name}.size"
             ) from error
         self.spaces = tuple(self._shape(space, features[space]) for space in self.taps)
 

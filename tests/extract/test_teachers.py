@@ -15,9 +15,9 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants
+from preceptor.checkpoints import read_checkpoint
 from preceptor.errors import TeacherError
 from preceptor.extract.teachers import Teacher, load_teacher
-from preceptor.extract.teachers.weights import read_checkpoint
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -251,7 +251,7 @@ def test_bad_checkpoints_are_named(
         load_teacher("t", "timm:test_vit", checkpoint=str(tmp_path / "cut.safetensors"))
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(TeacherError, match=r"list\.pth holds no dictionary of tensors"):
-        read_checkpoint(tmp_path / "list.pth")
+        read_checkpoint(tmp_path / "list.pth", TeacherError)
     with pytest.raises(TeacherError, match=r"resnet10t\.safetensors does not fit timm:test_vit"):
         load_teacher("t", "timm:test_vit", checkpoint=str(checkpoints["resnet10t"]))
     state = safetensors.torch.load_file(checkpoints["test_vit"])

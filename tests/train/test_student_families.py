@@ -156,7 +156,7 @@ def test_a_checkpoint_with_another_classifier_and_size_is_taken(tmp_path: Path) 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    with pytest.raises(ConfigError, match=r"student\.checkpoint=.*cannot be read"):
+    with pytest.raises(ConfigError, match=r"w\.safetensors is no file"):
         Student("test_vit", checkpoint=str(path), size=64)
     save_file(timm.create_model("test_resnet").state_dict(), path)
     with pytest.raises(ConfigError, match=r"checkpoint=.* does not fit it"):
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pretrained=true or a checkpoint, not both"):
         Student("test_resnet", checkpoint=str(path), pretrained=True, size=64)
     torch.save({"call": print}, tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="holds more than tensors"):
         Student("test_resnet", checkpoint=str(tmp_path / "w.pth"), size=64)
 
 

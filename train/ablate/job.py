@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ...engine import IN_POOL, in_pool
-from ...errors import DataError, PreceptorError
+from ...errors import DataError, PreceptorError, first_line
 from ..checkpoint import write_json
 
 TRAIN, EVAL = "train.yaml", "eval.yaml"
@@ -137,8 +137,7 @@ def main(folder: Path) -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
-        line = (str(error).strip().splitlines() or [""])[0]
-        what = f"{type(error).__name__}: {line}; see {folder / LOG}"
+        what = f"{type(error).__name__}: {first_line(error)}; see {folder / LOG}"
         write_json(folder / FAILURE, {"error": what})
         return 1
     return 0

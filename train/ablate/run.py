@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...cache import Cache
 from ...cache.convert import convert_store
-from ...errors import ConfigError, TrainingError
+from ...errors import ConfigError, TrainingError, first_line
 from ...options import compose_options
 from ..checkpoint import KEPT, flat, write_json
 from ..evaluation.run import prepare as check_evaluation
@@ -192,7 +192,7 @@ def _launch(names: Sequence[str]) -> str | None:
             with_log_configuration=False,
         )
     except Exception as error:  # a launcher's own failures are of any kind
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 

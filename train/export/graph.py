@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, ExportError
+from ...errors import ConfigError, ExportError, first_line
 from ..alignment import Alignment
 from ..alignment.base import module_key
 from ..attention import CrossAttention
@@ -128,7 +128,8 @@ def capture(module: nn.Module, pixels: Tensor) -> torch.export.ExportedProgram:
         return torch.export.export(portable(module), (pixels,), dynamic_shapes=shapes)
     except Exception as error:  # the exporter raises many kinds
         raise ExportError(
-            f"this student cannot be captured as a graph: {_line(error)}; formats=[timm] needs none"
+            f"this student cannot be captured as a graph: {first_line(error)}; formats=[timm] "
+            "needs none"
         ) from error
 
 
@@ -176,7 +177,7 @@ def write_onnx(
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds
-        raise ExportError(f"this student has no ONNX form: {_line(error)}") from error
+        raise ExportError(f"this student has no ONNX form: {first_line(error)}") from error
     finally:
         quiet.setLevel(level)
     model = onnx.load(str(path))
@@ -245,8 +246,3 @@ def _name_batch(model: Any) -> None:
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param == free:
                 axis.dim_param = "batch"
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

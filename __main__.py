@@ -1,0 +1,7 @@
+"""``python -m preceptor``, as ``torchrun -m preceptor`` calls it."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

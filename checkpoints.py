@@ -1,0 +1,52 @@
+"""Weights from a local file, without running code that it may hold."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import PreceptorError, first_line
+
+
+def read_checkpoint(path: str | Path, refused: type[PreceptorError]) -> dict[str, Tensor]:
+    """The tensors of a local checkpoint: ``.safetensors``, or a file of ``torch.save``.
+
+    Code in a pickle is never run. A state dict wrapped under ``state_dict`` or ``model``, with or
+    without the ``module.`` prefix of a parallel run, is unwrapped; averaged weights
+    (``state_dict_ema``, ``model_ema``) go first.
+
+    Args:
+        refused: the error to raise.
+
+    Raises:
+        PreceptorError: of that kind: the file is missing, damaged, or holds something other than
+            named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise refused(f"checkpoint {path} is no file")
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise refused(
+            f"checkpoint {path} holds more than tensors ({first_line(error)}), and code in a "
+            "checkpoint is never run; save its state_dict as .safetensors"
+        ) from error
+    except Exception as error:  # damaged files raise anything at all
+        raise refused(f"checkpoint {path} cannot be read: {first_line(error)}") from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise refused(f"checkpoint {path} holds no dictionary of tensors")
+    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
