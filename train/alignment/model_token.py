@@ -15,6 +15,7 @@ from ..stages import choose_stages
 from ..students import StudentOutput
 from .base import Alignment, Predictions, Runs, StudentShape, Term, token_loss
 from .heads import dense_projector, descriptor_mlp
+from .hidden_patches import HiddenPatches
 from .spaces import SpaceTarget, module_key
 from .targets import Codes, Target
 from .token_layers import Inter, Seen, TokenLayer, check_tokens, reads
@@ -68,6 +69,9 @@ class ModelToken(Alignment):
     W_t and O of `WriteBack` start from zero, so that without it the tokens' modules begin without
     a gradient and go on to learn what the pooled feature leaves over.
 
+    `mask_weight`: in training the student, tokens inside included, sees each image a second time
+    with patches hidden, and predicts the teachers' tokens there: the terms of `HiddenPatches`.
+
     The reading of the model token is this project's own, after the abstract of "Unified
     Multi-Teacher Distillation Across Hybrid Neural Architectures": intra-space and inter-space
     modules in alternation. Its alternation is that of frame-wise and global attention in VGGT (Wang
@@ -88,6 +92,8 @@ class ModelToken(Alignment):
         pool: most rows and columns of a stage's map that the tokens read.
         teacher_stream: weight of the teacher-side stream; 0 for none.
         alone: weight of the descriptors that tokens predict alone; 0 for none.
+        mask_ratio: share of the cells that is hidden in the second look, between 0 and 1.
+        mask_weight: weight of the hidden tokens' terms; 0 for no second look.
         hidden: width of the descriptor projectors' hidden layer.
         **options: those of `Alignment`.
     """
@@ -117,6 +123,8 @@ class ModelToken(Alignment):
         pool: int = 8,
         teacher_stream: float = 0.0,
         alone: float = 0.0,
+        mask_ratio: float = 0.4,
+        mask_weight: float = 0.0,
         hidden: int = 512,
         **options: Any,
     ) -> None:
@@ -167,6 +175,12 @@ class ModelToken(Alignment):
             if visited
             else None
         )
+        self.hidden_patches = None
+        if mask_weight:
+            dense = {name: spaces[name] for name in self.dense}
+            self.hidden_patches = HiddenPatches(
+                student, dense, ratio=mask_ratio, weight=mask_weight
+            )
         self.reader = _Reader(student.token_dim, count, layers, *modules) if layers else None
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict()
@@ -200,12 +214,19 @@ class ModelToken(Alignment):
 
     def _required(self) -> list[str]:
         spaces = super()._required()
-        return list(dict.fromkeys([*spaces, *self.streams])) if self.teacher_stream else spaces
+        also = self.streams if self.teacher_stream else []
+        return list(dict.fromkeys([*spaces, *also, *(self.dense if self.hidden_patches else [])]))
 
     def run_student(self, student: Runs, pixels: Tensor) -> StudentOutput:
-        if self.write_back is None:
-            return student(pixels)
-        return student(pixels, interaction=self)
+        inside = None if self.write_back is None else self
+        output = student(pixels, interaction=inside)
+        if self.hidden_patches is None or not self.training:
+            return output
+
+        def run(pixels: Tensor, mask: Tensor, mask_token: Tensor | None) -> StudentOutput:
+            return student(pixels, interaction=inside, mask=mask, mask_token=mask_token)
+
+        return self.hidden_patches.look(run, pixels, output)
 
     @property
     def lives_inside(self) -> bool:
@@ -244,6 +265,8 @@ class ModelToken(Alignment):
         yield from self.compared(predicted, targets)
         if not self.training:
             return
+        if self.hidden_patches is not None:
+            yield from self.hidden_patches.terms(self, output, targets)
         if self.alone:
             yield from self._said(self.alone_heads, tokens, targets, "alone", self.alone)
         if self.teacher_stream:

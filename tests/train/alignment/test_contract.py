@@ -23,9 +23,11 @@ VARIANTS = {
     "model_token, inside": {"write_back": 2, "layers": 0, "width": 16, "heads": 2},
     "model_token, constant": {"intra": False, "write_back": 2, "layers": 1, "width": 16},
     "model_token, cross without intra": {"intra": False, "inter": "cross", "write_back": 1},
+    "model_token, hidden": {"write_back": 2, "mask_weight": 0.3},
     "model_token, all": {"write_back": [0, 2], "teacher_stream": 0.5, "gamma": None},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+LOOKS_TWICE = ("masked", "model_token, hidden")
 
 
 @pytest.fixture
@@ -99,11 +101,12 @@ def test_every_teacher_has_its_share_of_the_loss_with_gradient(make, run, target
     assert list(found.by_teacher) == ["cnn", "vit"]
     assert set(found.losses) >= set(targets)
     assert not any(loss.requires_grad for loss in found.losses.values())
+    hidden = getattr(alignment, "hidden_patches", None)
     weights = {
         "": 0.4,
         "cls": 1,
         "pool": 1,
-        "masked": getattr(alignment, "mask_weight", 0),
+        "masked": hidden.weight if hidden is not None else 0,
         "stream": getattr(alignment, "teacher_stream", 0),
         "tokens": getattr(alignment, "teacher_stream", 0),
     }
@@ -172,7 +175,7 @@ def test_the_spatial_readout_is_the_map_pooled_to_quarters(build, run):
     torch.testing.assert_close(alignment.readout(output, "spatial"), expected)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.startswith("masked")])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in LOOKS_TWICE])
 def test_without_dense_terms_only_descriptors_are_read(make, run, targets, variant):
     alignment = make(variant, dense_weight=0)
     streams = ["cnn/map", "vit/patch"] if "all" in variant else []
@@ -195,7 +198,7 @@ def test_a_teacher_without_descriptor_is_given_its_mean_token(make, run, targets
         assert float(found.losses["cnn/map:mean"]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.startswith("masked")])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in LOOKS_TWICE])
 def test_a_teacher_may_have_a_descriptor_alone(make, run, targets, variant):
     alignment = make(
         variant,
@@ -401,7 +404,13 @@ def test_spaces_are_chosen_by_name_or_teacher(spaces):
         ({"name": "ladder", "depths": [-4]}, "no depth -4"),
         ({"name": "masked", "mask_ratio": 0.01}, "3 x 3 cells some must be hidden and some not"),
         ({"name": "masked", "mask_weight": 0}, "mask_weight=0: must be positive"),
-        ({"name": "masked", "spaces": ["vit/cls"]}, "none of vit/cls has tokens on a grid"),
+        ({"name": "masked", "spaces": ["vit/cls"]}, "none of the spaces has tokens on a grid"),
+        ({"name": "model_token", "mask_weight": -1}, "mask_weight=-1: must be positive"),
+        ({"name": "model_token", "mask_weight": 1, "mask_ratio": 1}, "mask_ratio=1: of the"),
+        (
+            {"name": "model_token", "mask_weight": 1, "spaces": ["vit/cls"]},
+            "none of the spaces has tokens on a grid",
+        ),
         ({"name": "relational", "queue": -1}, "queue=-1 must be at least 0"),
     ],
 )

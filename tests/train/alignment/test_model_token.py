@@ -384,11 +384,11 @@ def test_masked_is_regression_and_the_hidden_tokens(build, run, student, targets
     output = run(alignment)
     whole, hidden = student.passes
     assert whole["mask"] is None
-    assert hidden["mask_token"] is alignment.mask_token
+    assert hidden["mask_token"] is alignment.hidden_patches.mask_token
     assert hidden["mask"].sum(1).tolist() == [4] * 5  # round(0.5 * 9)
     assert len({tuple(row.tolist()) for row in hidden["mask"]}) > 1
     found = alignment(output, targets)
-    said = alignment.mask_projectors["vit/patch"](output.masked.tokens)
+    said = alignment.hidden_patches.projectors["vit/patch"](output.masked.tokens)
     image = targets["vit/patch"].transpose(1, 2).unflatten(2, (5, 6))
     true = functional.interpolate(image, (3, 3), mode="bilinear", antialias=True)
     true = true.flatten(2).transpose(1, 2)
@@ -408,6 +408,27 @@ def test_masked_is_regression_and_the_hidden_tokens(build, run, student, targets
     assert float(found.loss) == pytest.approx(float(base.loss) + extra, rel=1e-6)
     student.passes.clear()
     assert run(alignment.eval()).masked is None
+
+
+def test_model_tokens_look_twice_with_the_same_tokens_inside(build, run, student, targets):
+    options = {"write_back": 2, "layers": 1, "width": 16, "mask_ratio": 0.5}
+    alignment = build("model_token", mask_weight=0.7, **options)
+    output = run(alignment)
+    assert output.masked.carried is not None
+    found = alignment(output, targets)
+    hidden = {k: float(v) for k, v in found.losses.items() if k.endswith(":masked")}
+    # The terms are those of `masked`, whose own formula is tested above.
+    judge = build("masked", mask_weight=0.7, mask_ratio=0.5)
+    judge.hidden_patches.load_state_dict(alignment.hidden_patches.state_dict())
+    expected = judge(output, targets).losses
+    assert hidden == {k: float(v) for k, v in expected.items() if k.endswith(":masked")}
+    assert set(hidden) == {"cnn/map:masked", "vit/patch:masked"}
+    plain = build("model_token", **options)
+    plain.load_state_dict(alignment.state_dict(), strict=False)
+    base = float(plain(output, targets).loss.detach())
+    assert float(found.loss.detach()) == pytest.approx(base + 0.7 * sum(hidden.values()), rel=1e-6)
+    assert run(alignment.eval()).masked is None
+    assert len(student.passes) == 1
 
 
 def test_similarities_are_compared_with_the_batch_and_the_memory(build, run, targets):
