@@ -30,6 +30,10 @@ they need the last map too: docs/method.md."""
 STREAM = ("align.teacher_stream=0.3",)
 """The tokens also read what the teachers saw. By validation it is worth it for the CNN alone."""
 
+SECOND_LOOK = ("align.mask_weight=0.3",)
+"""The student also looks a second time with patches hidden. By validation, for the ViT; it costs
+training a second pass."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -59,7 +63,10 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
     """Every variant, in the order in which they are worth running."""
     found = {
         OURS: Variant(
-            "ours", TOKENS, "model tokens inside the backbone and after it", {"cnn": STREAM}
+            "ours",
+            TOKENS,
+            "model tokens inside the backbone and after it",
+            {"cnn": STREAM, "vit": SECOND_LOOK},
         ),
         "regression": Variant("rival", ("align=regression",), "one projector a space"),
     }
@@ -118,8 +125,11 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
         "teacher_stream": Variant(
             "ablation",
             (*TOKENS, *STREAM),
-            "the same tokens also read what the teachers saw",
+            "without the second look, the tokens also read what the teachers saw",
             students=("vit",),
+        ),
+        "no_second_look": Variant(
+            "ablation", TOKENS, "without the second look, as all other ablations", students=("vit",)
         ),
         "no_stream": Variant(
             "ablation",
