@@ -18,7 +18,7 @@ from .heads import dense_projector, descriptor_mlp
 from .hidden_patches import HiddenPatches
 from .spaces import SpaceTarget, module_key
 from .targets import Codes, Target
-from .token_layers import Inter, Seen, TokenLayer, check_tokens, reads
+from .token_layers import Inter, TokenReader, check_tokens, reads
 from .write_back import WriteBack
 
 
@@ -181,7 +181,7 @@ class ModelToken(Alignment):
             self.hidden_patches = HiddenPatches(
                 student, dense, ratio=mask_ratio, weight=mask_weight
             )
-        self.reader = _Reader(student.token_dim, count, layers, *modules) if layers else None
+        self.reader = TokenReader(student.token_dim, count, layers, *modules) if layers else None
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict()
         self.token_heads = nn.ModuleDict()
@@ -354,49 +354,6 @@ class ModelToken(Alignment):
         if kind == "predictions":
             yield self.heads
             yield self.token_heads
-
-
-class _Reader(nn.Module):
-    """The layers after the backbone, and what they see of the student."""
-
-    undecayed = ("positions",)
-
-    def __init__(
-        self,
-        student_dim: int,
-        count: int,
-        layers: int,
-        streams: int,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        inter: Inter,
-        gamma: float | None,
-        intra: bool,
-    ) -> None:
-        super().__init__()
-        self.positions: nn.Parameter | None = None
-        self.inputs = nn.ModuleList()
-        if reads(intra, inter):
-            self.positions = nn.Parameter(torch.empty(streams, count, width))
-            nn.init.trunc_normal_(self.positions, std=0.02)
-            self.inputs.extend(dense_projector(student_dim, width) for _ in range(streams))
-        self.layers = nn.ModuleList(
-            TokenLayer(streams, width, heads, mlp_ratio, inter, gamma, intra) for _ in range(layers)
-        )
-
-    def seen(self, student: Tensor) -> Tensor | None:
-        """X_s of all spaces [B, S, N, d] from the student's tokens [B, N, C]; None where no layer
-        reads them."""
-        if self.positions is None:
-            return None
-        return torch.stack([project(student) for project in self.inputs], 1) + self.positions
-
-    def forward(self, tokens: Tensor, seen: Seen | None) -> Tensor:
-        """Model tokens [B, S, M, d] through all layers."""
-        for layer in self.layers:
-            tokens = layer(tokens, seen)
-        return tokens
 
 
 def _streams(spaces: Mapping[str, SpaceTarget]) -> list[str]:

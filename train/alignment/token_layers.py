@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ..attention import CrossAttention, ProjectedTokens
 from ..groups import GroupNorm, group_mlp
-from .heads import descriptor_mlp
+from .heads import dense_projector, descriptor_mlp
 
 Inter = Literal["none", "self", "cross"]
 INTER = ("none", "self", "cross")
@@ -75,6 +75,49 @@ class TokenLayer(nn.Module):
         if self.inter is None:
             return tokens
         return self.inter(tokens.flatten(1, 2), seen).view_as(tokens)
+
+
+class TokenReader(nn.Module):
+    """L layers after the backbone, and what they see of the student: X_s = P_s LN S + pos_s."""
+
+    undecayed = ("positions",)
+
+    def __init__(
+        self,
+        student_dim: int,
+        count: int,
+        layers: int,
+        streams: int,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        inter: Inter,
+        gamma: float | None,
+        intra: bool,
+    ) -> None:
+        super().__init__()
+        self.positions: nn.Parameter | None = None
+        self.inputs = nn.ModuleList()
+        if reads(intra, inter):
+            self.positions = nn.Parameter(torch.empty(streams, count, width))
+            nn.init.trunc_normal_(self.positions, std=0.02)
+            self.inputs.extend(dense_projector(student_dim, width) for _ in range(streams))
+        self.layers = nn.ModuleList(
+            TokenLayer(streams, width, heads, mlp_ratio, inter, gamma, intra) for _ in range(layers)
+        )
+
+    def seen(self, student: Tensor) -> Tensor | None:
+        """X_s of all spaces [B, S, N, d] from the student's tokens [B, N, C]; None where no layer
+        reads them."""
+        if self.positions is None:
+            return None
+        return torch.stack([project(student) for project in self.inputs], 1) + self.positions
+
+    def forward(self, tokens: Tensor, seen: Seen | None) -> Tensor:
+        """Model tokens [B, S, M, d] through all layers."""
+        for layer in self.layers:
+            tokens = layer(tokens, seen)
+        return tokens
 
 
 class _Exchange(nn.Module):
