@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints import read_checkpoint
 from ..errors import ConfigError, DataError, first_line
@@ -146,19 +148,21 @@ class Student(nn.Module):
             interaction: reads and writes the stages that it names.
             mask: [B, rows * columns] bool over the output's grid, True where the image is hidden:
                 by `mask_token` in place of the patch's embedding, by the mean colour without one.
+                Running statistics of batch norms are left alone.
             mask_token: [patch_dim] float; for a student that has a `patch_dim`.
         """
         if mask is not None and mask_token is None:
             pixels = mask_pixels(pixels, mask, self.grid)
         backstage = self._backstage
-        if not stages and interaction is None and mask_token is None:
-            return self._run(pixels)
-        backstage.begin(pixels, stages, interaction, mask, mask_token)
-        try:
-            output = self._run(pixels)
-        finally:
-            read, carried = backstage.end()
-        return replace(output, stages=read, carried=carried)
+        with nullcontext() if mask is None else _unmoved(self.model):
+            if not stages and interaction is None and mask_token is None:
+                return self._run(pixels)
+            backstage.begin(pixels, stages, interaction, mask, mask_token)
+            try:
+                output = self._run(pixels)
+            finally:
+                read, carried = backstage.end()
+            return replace(output, stages=read, carried=carried)
 
     def _run(self, pixels: Tensor) -> StudentOutput:
         # One pass gives both: the last stage's map with the final norm, and what the head reads.
@@ -265,6 +269,20 @@ def load_weights(module: nn.Module, path: Path) -> None:
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DataError(f"{path} cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def _unmoved(model: nn.Module) -> Iterator[None]:
+    """The running statistics of batch norms stay those of whole images: evaluation sees no mask."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _takes_norm(model: Any, pixels: Tensor) -> bool:

@@ -127,6 +127,27 @@ def test_a_hidden_cell_is_not_seen(name):
         assert embedded.shape == (2, rows * columns, student.patch_dim)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batch_norms_keep_the_statistics_of_whole_images(compiled):
+    student, pixels = make("resnet10t")
+    student.train()
+    if compiled:
+        student.compile(backend="eager")
+    mask = torch.rand(2, student.grid[0] * student.grid[1]) < 0.5
+
+    def statistics():
+        return {k: v.clone() for k, v in student.model.named_buffers() if "running" in k}
+
+    start = statistics()
+    student(pixels)
+    moved = statistics()
+    assert not any(torch.equal(start[name], moved[name]) for name in start)
+    student(pixels, mask=mask)
+    assert all(torch.equal(moved[name], value) for name, value in statistics().items())
+    student(pixels)
+    assert not any(torch.equal(moved[name], value) for name, value in statistics().items())
+
+
 def test_hidden_blocks_are_the_mean_colour():
     pixels = torch.ones(1, 3, 6, 8)
     mask = torch.tensor([[False, True, False, False, False, False]])
