@@ -237,3 +237,7 @@ def _lineage(group: str, choice: str) -> list[tuple[str, str]]:
     bases = [base for base in re.findall(r"- (\w+)", found[1]) if base != "_self_"]
     own = text.replace(found[0], "")
     return [*(part for base in bases for part in _lineage(group, base)), (choice, own)]
+
+
+if __name__ == "__main__":  # as python -m preceptor does
+    sys.exit(main())
