@@ -239,5 +239,5 @@ def _lineage(group: str, choice: str) -> list[tuple[str, str]]:
     return [*(part for base in bases for part in _lineage(group, base)), (choice, own)]
 
 
-if __name__ == "__main__":  # as python -m preceptor does
+if __name__ == "__main__":
     sys.exit(main())

@@ -154,7 +154,7 @@ class Student(nn.Module):
         if mask is not None and mask_token is None:
             pixels = mask_pixels(pixels, mask, self.grid)
         backstage = self._backstage
-        with nullcontext() if mask is None else _unmoved(self.model):
+        with nullcontext() if mask is None else _keeping_statistics(self.model):
             if not stages and interaction is None and mask_token is None:
                 return self._run(pixels)
             backstage.begin(pixels, stages, interaction, mask, mask_token)
@@ -272,7 +272,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 @contextmanager
-def _unmoved(model: nn.Module) -> Iterator[None]:
+def _keeping_statistics(model: nn.Module) -> Iterator[None]:
     """The running statistics of batch norms stay those of whole images: evaluation sees no mask."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]

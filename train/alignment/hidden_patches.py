@@ -15,9 +15,6 @@ from .heads import dense_projector
 from .spaces import SpaceTarget, module_key
 from .targets import Target
 
-Looks = Callable[[Tensor, Tensor, Tensor | None], StudentOutput]
-"""A pass of the student: (pixels, mask, mask token) to its output."""
-
 
 class HiddenPatches(nn.Module):
     """The terms of an alignment whose student sees each image a second time, in part.
@@ -81,10 +78,17 @@ class HiddenPatches(nn.Module):
             }
         )
 
-    def look(self, run: Looks, pixels: Tensor, output: StudentOutput) -> StudentOutput:
-        """The output with that of the same images, part of them hidden, beside it."""
+    def look(
+        self, run: Callable[..., StudentOutput], pixels: Tensor, output: StudentOutput
+    ) -> StudentOutput:
+        """The output with that of the same images, part of them hidden, beside it.
+
+        Args:
+            run: the student, as the first look ran it; it takes `mask` and `mask_token`.
+        """
         mask = self.draw(len(pixels), pixels.device)
-        return replace(output, masked=run(pixels, mask, self.mask_token), mask=mask)
+        masked = run(pixels, mask=mask, mask_token=self.mask_token)
+        return replace(output, masked=masked, mask=mask)
 
     def draw(self, batch: int, device: torch.device) -> Tensor:
         """Random masks [batch, N] bool over the student's grid, each with as many hidden cells."""

@@ -54,13 +54,7 @@ class Masked(Regression):
 
     def run_student(self, student: Runs, pixels: Tensor) -> StudentOutput:
         output = student(pixels)
-        if not self.training:
-            return output
-
-        def run(pixels: Tensor, mask: Tensor, mask_token: Tensor | None) -> StudentOutput:
-            return student(pixels, mask=mask, mask_token=mask_token)
-
-        return self.hidden_patches.look(run, pixels, output)
+        return self.hidden_patches.look(student, pixels, output) if self.training else output
 
     def terms(self, output: StudentOutput, targets: Mapping[str, Target]) -> Iterator[Term]:
         yield from super().terms(output, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -218,14 +219,10 @@ class ModelToken(Alignment):
         return list(dict.fromkeys([*spaces, *also, *(self.dense if self.hidden_patches else [])]))
 
     def run_student(self, student: Runs, pixels: Tensor) -> StudentOutput:
-        inside = None if self.write_back is None else self
-        output = student(pixels, interaction=inside)
+        run = partial(student, interaction=None if self.write_back is None else self)
+        output = run(pixels)
         if self.hidden_patches is None or not self.training:
             return output
-
-        def run(pixels: Tensor, mask: Tensor, mask_token: Tensor | None) -> StudentOutput:
-            return student(pixels, interaction=inside, mask=mask, mask_token=mask_token)
-
         return self.hidden_patches.look(run, pixels, output)
 
     @property
