@@ -34,6 +34,9 @@ SECOND_LOOK = ("align.mask_weight=0.3",)
 """The student also looks a second time with patches hidden. By validation, for the ViT; it costs
 training a second pass."""
 
+EXTRA: Mapping[str, tuple[str, ...]] = {"cnn": STREAM, "vit": SECOND_LOOK}
+"""What `OURS` has that its ablations have not, but those named after it."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -66,7 +69,7 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             "ours",
             TOKENS,
             "model tokens inside the backbone and after it",
-            {"cnn": STREAM, "vit": SECOND_LOOK},
+            EXTRA,
         ),
         "regression": Variant("rival", ("align=regression",), "one projector a space"),
     }
@@ -137,11 +140,29 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             "without the teacher-side stream, as all other ablations",
             students=("cnn",),
         ),
+        "ours_no_inter": Variant(
+            "ablation",
+            (*TOKENS, "align.inter=none"),
+            "ours, whole, but for the exchange of spaces",
+            EXTRA,
+        ),
+        "ours_after_backbone": Variant(
+            "ablation",
+            (*TOKENS, "align.write_back=0"),
+            "ours, whole, but for the write-back",
+            EXTRA,
+        ),
+        "four_layers": Variant("ablation", (*TOKENS, "align.layers=4"), "L = 4"),
         "one_stage": Variant("ablation", (*TOKENS, "align.write_back=1"), "one stage is visited"),
     }
     for teacher in teachers:
         found[f"only_{teacher}"] = Variant(
             "teacher", ("align=regression", f"align.spaces=[{teacher}]"), f"{teacher} alone"
+        )
+        found[f"tokens_only_{teacher}"] = Variant(
+            "ablation",
+            (*TOKENS, f"align.spaces=[{teacher}]"),
+            f"{teacher} alone, its space's tokens alone",
         )
     found["supervised"] = Variant(
         "reference", ("align=regression",), "labels of all tasks' training parts, no teacher"
