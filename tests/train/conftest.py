@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from preceptor.cache import (
 )
 from preceptor.cache.samples import SampleIndex
 from preceptor.cache.views import ViewPolicy
+from preceptor.train import loop
 
 SIDE = 32
 SMALL_CNN = ("student=resnet_micro", "student.options.channels=[8,8,16,16]")
@@ -185,6 +187,38 @@ def compose(name: str, *overrides: str) -> DictConfig:
 
     with initialize_config_module("preceptor.configs", version_base="1.3"):
         return compose(name, list(overrides))
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Calls something when the learning rate of a step is asked for: before the step begins."""
+    original = loop.learning_rate
+
+    def plan(calls):
+        def called(step, *rest):
+            calls.get(step, lambda: None)()
+            return original(step, *rest)
+
+        monkeypatch.setattr(loop, "learning_rate", called)
+
+    return plan
+
+
+@pytest.fixture
+def interrupted(at_step):
+    """A context that ends, within training, with Ctrl-C before a step begins."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def before(step: int):
+        at_step({step: interrupt})
+        with pytest.raises(KeyboardInterrupt):
+            yield
+        at_step({})
+
+    return before
 
 
 @pytest.fixture

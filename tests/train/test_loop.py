@@ -95,14 +95,12 @@ def test_a_run_learns_and_leaves_what_it_says(train_config, tmp_path, bed, align
     ids=["cnn", "vit-dropping-paths", "tokens-inside", "memory", "masked"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(
-    train_config, tmp_path, student, options, monkeypatch
+    train_config, tmp_path, student, options, interrupted
 ):
     whole = train(train_config(*options, student=student, out="whole"))
     config = train_config(*options, "recipe.checkpoint_every=3", student=student, out="parts")
-    stop_after(monkeypatch, 5)  # after the checkpoint of step 3, in the middle of an epoch
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(5):  # after the checkpoint of step 3, in the middle of an epoch
         train(config)
-    monkeypatch.undo()
     assert load_checkpoint(last(tmp_path / "parts"))["step"] == 3
     parts = train(config)
     assert parts["steps"] == whole["steps"] == 8
@@ -142,18 +140,6 @@ def last(out: Path) -> Path:
     found = Checkpoints(out, 1).last
     assert found is not None
     return found
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    """Interrupts the loop as Ctrl-C would, when the learning rate of a later step is asked for."""
-    original = loop.learning_rate
-
-    def interrupted(step, *rest):
-        if step == steps:
-            raise KeyboardInterrupt
-        return original(step, *rest)
-
-    monkeypatch.setattr(loop, "learning_rate", interrupted)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +256,9 @@ def test_a_recipe_that_lacks_a_key_is_told(train_config):
         train(config)
 
 
-def test_half_precision_resumes_with_its_gradient_scale(train_config, tmp_path, monkeypatch):
+def test_half_precision_resumes_with_its_gradient_scale(
+    train_config, tmp_path, interrupted, monkeypatch
+):
     """Float16 on the CPU, which Fabric would replace by bfloat16 unless it is handed a scaler."""
 
     def half(engine):
@@ -280,10 +268,8 @@ def test_half_precision_resumes_with_its_gradient_scale(train_config, tmp_path, 
     monkeypatch.setattr(loop, "launch", half)
     options = ("log.gradients_every=2", "recipe.checkpoint_every=3")
     train(train_config(*options, out="whole"))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            train(train_config(*options, out="parts"))
+    with interrupted(5):
+        train(train_config(*options, out="parts"))
     scale = load_checkpoint(last(tmp_path / "parts"))["precision"]["scale"]
     assert scale != 2.0**20  # it has moved, so that a lost one would be noticed
     train(train_config(*options, out="parts"))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from preceptor.cache import StoreWriter
 from preceptor.errors import ConfigError, DataError, StoreError
-from preceptor.train import loop
 from preceptor.train.loop import train
 from safetensors.torch import load_file
 
@@ -55,7 +54,7 @@ def test_stored_pixels_give_the_weights_that_decoding_gives(
 
 
 def test_a_run_that_decodes_can_go_on_with_stored_pixels(
-    train_config, pixel_bed, tmp_path: Path, monkeypatch
+    train_config, pixel_bed, tmp_path: Path, interrupted
 ) -> None:
     """Pixels are no part of what determines the weights."""
     path = tmp_path / "store"
@@ -66,23 +65,10 @@ def test_a_run_that_decodes_can_go_on_with_stored_pixels(
     config = train_config(
         f"cache={path}", f"data.shards={pixel_bed.shards}", *whole[1:], out="parts"
     )
-    interrupt(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(4):
         train(config)
-    monkeypatch.undo()
     train(train_config(*whole, "data.shards=null", out="parts"))
     assert same(tmp_path / "whole", tmp_path / "parts")
-
-
-def interrupt(monkeypatch, steps: int) -> None:
-    original = loop.learning_rate
-
-    def interrupted(step, *rest):
-        if step == steps:
-            raise KeyboardInterrupt
-        return original(step, *rest)
-
-    monkeypatch.setattr(loop, "learning_rate", interrupted)
 
 
 @pytest.fixture
@@ -98,7 +84,7 @@ def damaged(pixel_bed, tmp_path: Path) -> Path:
 
 
 def test_a_damaged_shard_stops_a_run_or_is_skipped_and_counted(
-    train_config, damaged: Path, pixel_bed, tmp_path: Path, capsys, monkeypatch
+    train_config, damaged: Path, pixel_bed, tmp_path: Path, capsys, interrupted
 ) -> None:
     common = (f"cache={damaged}", f"data.shards={pixel_bed.shards}", "recipe.steps=6")
     with pytest.raises(StoreError, match=r"shard 1 of vit: group 2 .*preceptor repair"):
@@ -118,17 +104,15 @@ def test_a_damaged_shard_stops_a_run_or_is_skipped_and_counted(
 
     # Reproducible, and the count goes on with the run.
     config = train_config(*common, out="parts")
-    interrupt(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(5):
         train(config)
-    monkeypatch.undo()
     parts = train(config)
     assert parts["rows_skipped"] == whole["rows_skipped"]
     assert same(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_crops_of_whole_images_learn_and_resume(
-    train_config, full_bed, tmp_path: Path, monkeypatch
+    train_config, full_bed, tmp_path: Path, interrupted
 ) -> None:
     common = (
         f"cache={full_bed.cache}", f"data.shards={full_bed.shards}", "recipe.lr=0.003",
@@ -138,10 +122,8 @@ def test_crops_of_whole_images_learn_and_resume(
     whole = train(train_config(*common, crop, out="whole"))
     assert set(whole["losses"]) == {"vit/patch", "vit/cls"}
     config = train_config(*common, crop, out="parts")
-    interrupt(monkeypatch, 8)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(8):
         train(config)
-    monkeypatch.undo()
     assert train(config)["loss"] == whole["loss"]
     assert same(tmp_path / "whole", tmp_path / "parts")
 

@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 from preceptor.benchmarks import torture_train
 from preceptor.cli import main
 from preceptor.errors import ConfigError, StoreError
-from preceptor.train import loop
 from preceptor.train.checkpoint import (
     Checkpoints,
     check_same_run,
@@ -35,21 +34,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """Calls something when the learning rate of a step is asked for: before the step begins."""
-    original = loop.learning_rate
-
-    def plan(calls):
-        def called(step, *rest):
-            calls.get(step, lambda: None)()
-            return original(step, *rest)
-
-        monkeypatch.setattr(loop, "learning_rate", called)
-
-    return plan
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 10), (2, 2)])
@@ -171,21 +155,16 @@ def test_the_last_checkpoints_and_the_best_are_kept(train_config, tmp_path):
 
 
 def test_another_number_of_ranks_goes_on_at_the_same_part_of_the_way(
-    train_config, tmp_path, at_step, capsys
+    train_config, tmp_path, interrupted, capsys
 ):
     options = ("recipe.steps=null", "recipe.epochs=8", "recipe.checkpoint_every=4")
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    at_step({5: interrupt})
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(5):
         train(train_config(*options))
     last = Checkpoints(tmp_path / "run", 1).last
     state = load_checkpoint(last)
     # As two ranks would have left it: in four steps they see twice as many images.
     save_checkpoint(last, {**state, "ranks": 2, "images": 2 * state["images"]})
-    at_step({})
     capsys.readouterr()
     train(train_config(*options))
     told = capsys.readouterr().out
