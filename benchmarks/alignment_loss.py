@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -97,21 +96,7 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--repeats", type=int, help="calls a measurement; 1 on CPU, 10 on CUDA")
-    parser.add_argument("--tiny", action="store_true", help="see that all runs; times mean nothing")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device is available; use --device cpu")
-    options.repeats = options.repeats or (10 if options.device == "cuda" else 1)
-    torch.set_num_threads(options.threads)
+    options = timing.chosen(timing.arguments(__doc__))
     copy = timing.copy_bandwidth(options.device)
     summary, results = {}, {}
     for name, shape in (TINY if options.tiny else SIZES[options.device]).items():

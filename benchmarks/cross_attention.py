@@ -318,25 +318,12 @@ def roofline(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--repeats", type=int, help="calls a measurement; 1 on CPU, 10 on CUDA")
+    parser = timing.arguments(__doc__)
     parser.add_argument("--sizes", nargs="*", help="some of the device's sizes")
     parser.add_argument("--kinds", nargs="*", help="of tokens: cached, int8, student")
-    parser.add_argument("--tiny", action="store_true", help="see that all runs; times mean nothing")
     parser.add_argument("--warm", action="store_true", help="compile everything and time nothing")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device is available; use --device cpu")
-    options.repeats = options.repeats or (10 if options.device == "cuda" else 1)
-    torch.set_num_threads(options.threads)
+    options = timing.chosen(parser)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     ceilings = (
         {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -14,6 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark on a device."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--repeats", type=int, help="calls a measurement; 1 on CPU, 10 on CUDA")
+    parser.add_argument("--tiny", action="store_true", help="see that all runs; times mean nothing")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def chosen(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of the command line, with the defaults of their device; sets torch's threads.
+
+    Raises:
+        SystemExit: there is no such device.
+    """
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is available; use --device cpu")
+    options.repeats = options.repeats or (10 if options.device == "cuda" else 1)
+    torch.set_num_threads(options.threads)
+    return options
 
 
 def describe(device: str) -> dict[str, Any]:
