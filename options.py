@@ -1,4 +1,7 @@
-"""Checks the options of a command before Hydra runs it, and answers mistakes with what is valid."""
+"""Options of a command: checked before Hydra runs it, composed, and as plain values.
+
+Mistakes are answered with what is valid.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +85,13 @@ def compose_options(name: str, options: Sequence[str]) -> DictConfig:
         return composer.compose(
             [text for text in options if not text.startswith("-") and text not in directories]
         )
+
+
+def plain(config: Any) -> Any:
+    """A configuration, or a part of one, as plain containers; another value as it is."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
 def _search(directories: Sequence[str]) -> list[str]:

@@ -40,10 +40,13 @@ from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
 from preceptor.extract.pipeline import extract, load_teachers
 from preceptor.train.alignment import ALIGNMENTS, build_alignment
-from preceptor.train.data import AHEAD, StoredViews, TrainData, decoded, normalise, prefetched
-from preceptor.train.loop import Distiller, to_device
+from preceptor.train.batch import normalise, to_device
+from preceptor.train.data import AHEAD, TrainData
+from preceptor.train.distiller import Distiller
+from preceptor.train.loading import decoded, prefetched
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.students import IMAGENET_MEAN, IMAGENET_STD, Student, build_student
+from preceptor.train.views import StoredViews
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -14,8 +14,8 @@ import torch
 from preceptor.cache import Cache, SampleIndex, View
 from preceptor.cache.pictures import Palette, Panel, draw_panels
 from preceptor.train.alignment.base import module_key
+from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_model
-from preceptor.train.data import normalise
 
 CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from ..cache import (
@@ -40,6 +40,7 @@ from ..cache.verify_report import write_beside
 from ..engine import decoders, gathered, launch, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
+from ..options import plain
 from ..pixels import normalise
 from ..progress import ProgressLine
 from .calibration import measure, sample_rows
@@ -63,7 +64,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
     _validate(config)
     fabric = launch(config.engine, patience=PATIENCE)
     index = _sample_index(config, quiet=fabric.global_rank > 0)
-    views: Any = OmegaConf.to_container(config.views, resolve=True)
+    views = plain(config.views)
     # The other policies draw nothing, and their views are the same whatever the seed.
     policy = ViewPolicy(**views, seed=int(config.seed) if views["name"] == "random" else 0)
     teachers = load_teachers(config.teachers)
@@ -223,8 +224,7 @@ def load_teachers(options: DictConfig) -> list[Teacher]:
         raise ConfigError("teachers is empty; name at least one, e.g. teachers=imagenet_hub")
     loaded = []
     for name, choice in ((str(key), options[key]) for key in options):
-        whole = OmegaConf.is_config(choice)
-        given = OmegaConf.to_container(choice, resolve=True) if whole else choice
+        given = plain(choice)
         if not isinstance(given, dict) or "source" not in given:
             raise ConfigError(f"teachers.{name} needs a source such as timm:NAME")
         given.pop("encoding", None)
@@ -284,7 +284,7 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
 
 
 def _sample_index(config: DictConfig, *, quiet: bool) -> SampleIndex:
-    shards = OmegaConf.to_container(config.data, resolve=True)["shards"]  # type: ignore[call-overload, index]
+    shards = plain(config.data)["shards"]
     index = list_samples(shards, quiet=quiet)
     if index.ignored and not quiet:
         print(

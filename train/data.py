@@ -3,115 +3,21 @@
 from __future__ import annotations
 
 import queue
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from ..cache import Batch, Cache, Tokens
-from ..errors import ConfigError, DataError, PreceptorError
-from ..pixels import normalise as normalised
-from .photometric import ColorJitter
-from .students import IMAGENET_MEAN, IMAGENET_STD
-from .views import Problems, StoredViews, StorePixels, Views, choose_views, join
-
-__all__ = [
-    "ColorJitter",
-    "EpochViews",
-    "StorePixels",
-    "StoredViews",
-    "TrainBatch",
-    "TrainData",
-    "Views",
-    "choose_views",
-    "decoded",
-    "join",
-    "normalise",
-    "prefetched",
-]
-
-T = TypeVar("T")
+from ..cache import Batch, Cache
+from ..errors import DataError
+from .batch import TrainBatch
+from .epoch_views import EpochViews
+from .loading import loaded, prefetched
+from .views import Problems, StorePixels, Views
 
 AHEAD = 3
 """Batches that are ready before they are asked for."""
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """Rows of the store with the pixels they were computed from.
-
-    Attributes:
-        rows: int64 [b], row numbers of the store.
-        pixels: uint8 [b, H, W, 3], the stored views at the student's size.
-        tokens: encoded tokens [b, N, D] per space.
-        regions: float32 [b, 4], the part of each stored view that the pixels show (left, top,
-            right, bottom as shares of it); None where they show all of it.
-        grids: (rows, columns) per space of tokens on a grid.
-        skipped: what was wrong with each damaged row whose place another row took.
-    """
-
-    rows: Tensor
-    pixels: Tensor
-    tokens: dict[str, Tokens]
-    regions: Tensor | None = None
-    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
-
-
-class EpochViews:
-    """Which stored view of every image an epoch uses: one an image, all of them in turn.
-
-    In cycle c, which is as many epochs as there are views, epoch p uses view (o + p) mod V of an
-    image, where the offset o is drawn for each image from (seed, c). Views without tokens are
-    passed over.
-
-    Args:
-        valid: bool [rows]; row r is view r mod `views` of image r // `views`.
-        views: stored views an image.
-        seed: of the offsets.
-        first: V, of which the first ones are used; None for all.
-
-    Attributes:
-        images: how many images have such a view with tokens.
-
-    Raises:
-        ConfigError: there are no views, or more than are stored.
-    """
-
-    def __init__(
-        self, valid: NDArray[np.bool_], views: int, seed: int, first: int | None = None
-    ) -> None:
-        if first is not None and not 1 <= first <= views:
-            raise ConfigError(
-                f"views={first}: the store has {views} of every image, so 1 to {views} can be used"
-            )
-        self._stored, self._views, self._seed = views, first or views, seed
-        table = np.asarray(valid, bool).reshape(-1, views)[:, : self._views]
-        self._counts = table.sum(1)
-        self._kept = np.flatnonzero(self._counts)
-        # The valid views of an image first, in their order.
-        self._order = np.argsort(~table, axis=1, kind="stable") if self._views > 1 else None
-        self.images = len(self._kept)
-
-    def rows(self, epoch: int) -> NDArray[np.int64]:
-        """One row of every image, ascending, int64 [images]."""
-        if self._order is None:
-            return self._kept * self._stored
-        cycle, turn = divmod(epoch, self._views)
-        bits = np.random.Philox(np.random.SeedSequence([self._seed, cycle, 2])).random_raw(
-            len(self._counts)
-        )
-        counts = self._counts[self._kept].astype(np.uint64)
-        places = (bits[self._kept] + np.uint64(turn)) % counts
-        views = self._order[self._kept, places.astype(np.int64)]
-        return self._kept * self._stored + views
 
 
 class TrainData:
@@ -173,7 +79,6 @@ class TrainData:
         self.skip = on_damaged == "skip"
         count = int(cache.plan.views.get("count", 1))
         self.epoch_views = EpochViews(cache.valid, count, seed, first_views)
-        self._described = _views_in_words(count, first_views or count)
         images = self.epoch_views.images
         self.steps_per_epoch = images // (batch_size * world)
         self.left_over = images - self.steps_per_epoch * batch_size * world
@@ -189,7 +94,7 @@ class TrainData:
         each = f" of {self.world} ranks" if self.world > 1 else ""
         count = int(self.cache.plan.views.get("count", 1))
         without = int(self.cache.plan.rows // count) - self.epoch_views.images
-        told = f"an epoch: {self.epoch_views.images:,} images{self._described}"
+        told = f"an epoch: {self.epoch_views.images:,} images{self.epoch_views.describe()}"
         if without:
             told += f" ({without:,} have no tokens)"
         told += f" in {self.steps_per_epoch:,} batches of {self.batch_size}{each}"
@@ -214,7 +119,7 @@ class TrainData:
                 waiting.put((epoch, batch))
                 yield [(int(row), epoch) for row in batch.rows]
 
-        images = _loaded(self.views, orders(), self.workers)
+        images = loaded(self.views, orders(), self.workers)
 
         def joined() -> Iterator[TrainBatch]:
             for pixels, problems in images:
@@ -299,128 +204,3 @@ class TrainData:
             ):
                 yield epoch, batch
                 step += 1
-
-
-def _views_in_words(stored: int, used: int) -> str:
-    if stored == 1:
-        return ""
-    if used == stored:
-        return f", one of {stored} stored views each"
-    first = "the first" if used == 1 else f"one of the first {used}"
-    return f", {first} of {stored} stored views each"
-
-
-def normalise(pixels: Tensor, device: torch.device) -> Tensor:
-    """uint8 [b, H, W, 3] to float32 [b, 3, H, W] on `device`, by ImageNet's mean and deviation.
-
-    The result is channels-last in memory, which convolutions prefer.
-    """
-    channels_first = pixels.permute(0, 3, 1, 2)
-    return normalised(channels_first, IMAGENET_MEAN, IMAGENET_STD, device)
-
-
-def prefetched(source: Iterator[T], ahead: int) -> Iterator[T]:
-    """The items of an iterator, computed up to `ahead` items early by one thread.
-
-    Closing the generator stops the thread.
-
-    Raises:
-        Whatever the source does, where its item would have come.
-    """
-    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=ahead)
-    stopped = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in source:
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except BaseException as error:  # handed over, whatever it is
-            put((False, error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            more, value = ready.get()
-            if more:
-                yield value
-            elif value is None:
-                return
-            else:
-                raise value
-    finally:
-        stopped.set()
-        thread.join()
-
-
-def decoded(
-    views: Views, orders: Iterable[Sequence[tuple[int, int]]], workers: int
-) -> Iterator[Tensor]:
-    """The pixels of lists of (row, epoch), in order, decoded by worker processes (0: in this one).
-
-    Raises:
-        DataError: of the image that cannot be read, as if it had been read here.
-    """
-    images = _loaded(views, orders, workers)
-
-    def checked() -> Iterator[Tensor]:
-        for pixels, problems in images:
-            if problems:
-                raise problems[min(problems)]
-            yield pixels
-
-    return checked()
-
-
-def _loaded(
-    views: Views, orders: Iterable[Sequence[tuple[int, int]]], workers: int
-) -> Iterator[tuple[Tensor, Problems]]:
-    options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
-    loader = DataLoader(
-        _Told(views),
-        batch_sampler=orders,  # type: ignore[arg-type]  # any iterable is taken
-        num_workers=workers,
-        collate_fn=_as_is,
-        # Its own generator, or the loader would draw from the one that a run resumes.
-        generator=torch.Generator().manual_seed(0),
-        **options,
-    )
-    images = iter(loader)  # the workers start here, in the caller's thread
-
-    def checked() -> Iterator[tuple[Tensor, Problems]]:
-        for found in images:
-            if isinstance(found, PreceptorError):
-                raise found
-            yield found
-
-    return checked()
-
-
-class _Told(Dataset[Any]):
-    """Errors as values: a loader would bury their sentence in a worker's traceback."""
-
-    def __init__(self, views: Views) -> None:
-        self.views = views
-
-    def __getitems__(
-        self, items: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, Problems] | PreceptorError:
-        try:
-            return self.views.take(items)
-        except PreceptorError as error:
-            return error
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Generator, Mapping
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,16 +13,17 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from ..cache import Cache
-from ..cache.plan import ROWS
 from ..cache.samples import list_samples
 from ..engine import decoders, launch, precision
 from ..errors import ConfigError
 from ..measure import peak_memory_mb
+from ..options import plain
 from ..progress import ProgressLine
-from .alignment import Alignment, AlignmentOutput, Codes, Target, build_alignment
+from .alignment import AlignmentOutput, build_alignment
+from .batch import TrainBatch, to_device
 from .checkpoint import (
     AVERAGE,
     BEST,
@@ -33,50 +33,22 @@ from .checkpoint import (
     save_model,
     write_json,
 )
-from .crops import crop_tokens, random_crop
-from .data import ColorJitter, TrainBatch, TrainData, Views, choose_views, normalise
+from .crops import random_crop
+from .data import TrainData
 from .diagnosis import Diagnosis
-from .logs import Logs, check_loggers
+from .distiller import Distiller
+from .logs import Logs
 from .meter import FiniteWatch, Meter
 from .monitor import KnnMonitor
 from .optimizer import average_of, build_optimizer, learning_rate, parts_of_a_step
-from .state import METRICS, RunState
+from .photometric import ColorJitter
+from .settings import check_settings, identity_of
+from .state import RunState
 from .stop import StopRequest, continuing_command
-from .students import Student, StudentOutput, build_student
+from .students import build_student
+from .views import Views, choose_views
 
 SUMMARY = "summary.json"
-
-
-class Distiller(nn.Module):
-    """Student and alignment as one module, so that every strategy wraps and synchronises both.
-
-    Attributes:
-        watched: whether the next forward pass leaves what it computed in `seen`.
-        seen: features and losses, with the graph behind them.
-    """
-
-    def __init__(self, student: Student, alignment: Alignment) -> None:
-        super().__init__()
-        self.student, self.alignment = student, alignment
-        self.watched = False
-        self.seen: tuple[StudentOutput, AlignmentOutput] | None = None
-
-    def forward(self, pixels: Tensor, targets: Mapping[str, Target]) -> AlignmentOutput:
-        """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space."""
-        features = self.alignment.run_student(self.student, pixels)
-        output: AlignmentOutput = self.alignment(features, targets)
-        if self.watched:
-            self.seen = (features, output)
-        # Fabric lets gradients of what it returns be taken by itself alone.
-        return output._replace(by_teacher={})
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that stay undecayed, besides all that have one dimension."""
-        return {
-            f"{part}.{name}"
-            for part in ("student", "alignment")
-            for name in getattr(self, part).no_weight_decay()
-        }
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -94,7 +66,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         TrainingError: the loss is not finite.
         SystemExit: with status 0, when a signal asked the run to stop and its state is saved.
     """
-    _validate(config)
+    check_settings(config)
     recipe, log, out = config.recipe, config.log, Path(config.out)
     fabric = launch(config.engine)
     rank_zero, world = fabric.global_rank == 0, fabric.world_size
@@ -102,22 +74,22 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     # What is read: the store, its images, and which of its spaces the alignment asks for.
     cache = Cache.open(config.cache)
-    student = build_student(_plain(config.student), config.seed)
-    crop = random_crop(_plain(recipe)["crop"] if "crop" in recipe else None, config.seed)
+    student = build_student(plain(config.student), config.seed)
+    crop = random_crop(plain(recipe)["crop"] if "crop" in recipe else None, config.seed)
     available = {
         name: space.spec
         for name, space in cache.spaces.items()
         if space.grid is not None or crop is None or crop.descriptors
     }
-    alignment = build_alignment(_plain(config.align), student, available, cache.__getitem__)
-    shards = _plain(config.data)["shards"]
+    alignment = build_alignment(plain(config.align), student, available, cache.__getitem__)
+    shards = plain(config.data)["shards"]
     views, pixels_from = choose_views(
         cache,
         None if shards is None else partial(list_samples, shards, quiet=not rank_zero),
         student.size,
         interpolation=recipe.interpolation,
         max_pixels=config.data.max_pixels,
-        jitter=ColorJitter(**_plain(recipe.color_jitter)),
+        jitter=ColorJitter(**plain(recipe.color_jitter)),
         crop=crop,
         seed=config.seed,
     )
@@ -154,7 +126,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     average = average_of(distiller, recipe)
     torch.manual_seed(config.seed + fabric.global_rank)  # drop-path must differ between ranks
     meter, watch = Meter(fabric, config.on_damaged == "skip"), FiniteWatch(fabric.device)
-    identity = _identity(config, cache)
+    identity = identity_of(config, cache)
     run = RunState(fabric, distiller, optimizer, average, meter, identity)
 
     # Where it starts.
@@ -193,7 +165,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     distiller.train()
 
     with (
-        Logs(log, out, _plain(config), first=first, active=rank_zero) as logs,
+        Logs(log, out, plain(config), first=first, active=rank_zero) as logs,
         StopRequest(fabric) as stop,
         contextlib.closing(batches),
         line if rank_zero else contextlib.nullcontext(),
@@ -328,90 +300,6 @@ def _note(latest: Mapping[str, float]) -> str:
     return note + (f", k-NN {100 * latest['knn']:.1f} %" if "knn" in latest else "")
 
 
-def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str, Target]]:
-    """Normalised pixels [B, 3, H, W] and targets [B, N, D] per space, standardised as stored.
-
-    Tokens travel as codes; int8 ones stay codes until the loss reads them, unless only a region of
-    their grid is wanted.
-    """
-    targets: dict[str, Target] = {}
-    for name, tokens in batch.tokens.items():
-        moved = tokens.to(device, non_blocking=True)
-        if batch.regions is not None and name in batch.grids:
-            regions = batch.regions.to(device, non_blocking=True)
-            targets[name] = crop_tokens(moved.standardised(), batch.grids[name], regions)
-        elif moved.encoding == "int8" and moved.scales is not None:
-            targets[name] = Codes(moved.codes, moved.scales)
-        else:
-            targets[name] = moved.standardised()
-    return normalise(batch.pixels, device), targets
-
-
-def _identity(config: DictConfig, cache: Cache) -> dict[str, Any]:
-    """What determines the weights: plain containers, kept in every checkpoint."""
-    recipe = _plain(config.recipe)
-    for key in ("log_every", "checkpoint_every"):
-        recipe.pop(key)
-    return {
-        "seed": config.seed,
-        "views": config.get("views"),
-        "student": _plain(config.student),
-        "align": _plain(config.align),
-        "recipe": recipe,
-        "precision": str(precision(config.engine)),
-        "store": {
-            unit: cache.manifest.configuration(unit)
-            for unit in cache.plan.units
-            if unit == ROWS or cache.plan.spaces_of(unit)  # stored pixels change no weight
-        },
-    }
-
-
-def _validate(config: DictConfig) -> None:
-    for group, prefix in ((config, ""), (config.data, "data.")):
-        for key in map(str, group):
-            if OmegaConf.is_missing(group, key):
-                raise ConfigError(f"{prefix}{key} is required: say {prefix}{key}=...")
-    recipe, log, keep = config.recipe, config.log, config.keep
-    if config.on_damaged not in ("stop", "skip"):
-        raise ConfigError(f"on_damaged={config.on_damaged}: valid are stop, skip")
-    first = config.get("views")
-    if first is not None and (not isinstance(first, int) or first is True or first < 1):
-        raise ConfigError(
-            f"views={first}: how many of an image's stored views to train on, at least 1; "
-            "null for all"
-        )
-    if lacking := sorted(_recipe_keys() - {"crop"} - set(recipe)):
-        raise ConfigError(
-            f"the recipe lacks {', '.join(lacking)}: a recipe has all the keys of "
-            "configs/recipe/short.yaml"
-        )
-    if (recipe.steps is None) == (recipe.epochs is None):
-        raise ConfigError("recipe: give either steps or epochs, and null for the other")
-    length = "epochs" if recipe.steps is None else "steps"
-    for key in (length, "batch_size", "accumulate", "lr", "alignment_lr", "log_every"):
-        if not recipe[key] > 0:
-            raise ConfigError(f"recipe.{key}={recipe[key]}: expected a positive number")
-    if not 0 <= recipe.warmup <= 1:
-        raise ConfigError(f"recipe.warmup={recipe.warmup}: a share of the steps, from 0 to 1")
-    if not 0 < recipe.layer_decay <= 1:
-        raise ConfigError(f"recipe.layer_decay={recipe.layer_decay}: above 0, and 1 for none")
-    if not 0 <= recipe.ema < 1:
-        raise ConfigError(f"recipe.ema={recipe.ema}: a decay below 1, and 0 for none")
-    check_loggers(log.to)
-    if keep.last < 1:
-        raise ConfigError(f"keep.last={keep.last}: at least the last checkpoint is kept")
-    if keep.best not in (None, *METRICS):
-        raise ConfigError(f"keep.best={keep.best}: valid are null, {', '.join(METRICS)}")
-    if keep.best == "knn" and not log.knn_every:
-        raise ConfigError("keep.best=knn: say how often it is measured, log.knn_every=...")
-
-
-def _recipe_keys() -> set[str]:
-    text = resources.files("preceptor.configs").joinpath("recipe", "short.yaml").read_text("utf-8")
-    return set(map(str, OmegaConf.create(text)))
-
-
 def _monitor(config: DictConfig, fabric: Fabric, cache: Cache, views: Views) -> KnnMonitor | None:
     """The k-NN that the configuration asks for; none where the store has no labels."""
     log = config.log
@@ -430,10 +318,6 @@ def _monitor(config: DictConfig, fabric: Fabric, cache: Cache, views: Views) -> 
         batch_size=config.recipe.batch_size,
         workers=decoders(config.workers),
     )
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
 
 
 def _parameters(module: nn.Module) -> int:

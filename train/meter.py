@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from .alignment import AlignmentOutput
+from .batch import TrainBatch
 from .checkpoint import Checkpoints
-from .data import TrainBatch
 
 
 class FiniteWatch:

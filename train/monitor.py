@@ -13,9 +13,11 @@ from torch import Tensor
 from ..cache import Cache
 from ..errors import ConfigError
 from .alignment import Alignment
-from .data import StorePixels, Views, decoded, normalise, prefetched
+from .batch import normalise
 from .evaluation.knn import knn_predict
+from .loading import decoded, prefetched
 from .students import Student
+from .views import StorePixels, Views
 
 HELD_OUT = 0.2
 """Share of the images that are asked about; the others are the neighbours."""

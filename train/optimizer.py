@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.optim import param_groups_layer_decay as layer_groups
 from timm.optim import param_groups_weight_decay as decay_groups
@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError
+from ..options import plain
 from .alignment import Alignment
 from .students import Student
 
@@ -55,7 +56,7 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
             f"recipe.optimizer_options={recipe.optimizer_options}: expected options by name, such "
             "as '{betas: [0.9, 0.98]}'"
         )
-    options = dict(OmegaConf.to_container(recipe.optimizer_options, resolve=True))  # type: ignore[arg-type]
+    options = plain(recipe.optimizer_options)
     if fused and recipe.optimizer in FUSED:
         options.setdefault("fused", True)
     parameters: Any = module

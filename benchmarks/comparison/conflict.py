@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ...cache import Cache, SampleIndex
 from ...train.alignment import Alignment
-from ...train.data import StoredViews, TrainData
-from ...train.loop import to_device
+from ...train.batch import to_device
+from ...train.data import TrainData
 from ...train.students import Student
+from ...train.views import StoredViews
 from .plan import Plan
 
 BATCHES, BATCH = 4, 64

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .bed import Bed
@@ -47,8 +45,3 @@ class Plan:
         long backwards in bfloat16 as in float32, and eight times as long as the plain one."""
         with sdpa_kernel(SDPBackend.MATH):
             yield
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A part of a composed configuration as a plain mapping."""
-    return dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]

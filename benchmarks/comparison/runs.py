@@ -19,10 +19,11 @@ from ...cache import Cache, SampleIndex
 from ...cli import main as preceptor
 from ...errors import ConfigError, PreceptorError
 from ...train.alignment import Alignment
+from ...train.batch import normalise, to_device
 from ...train.checkpoint import load_model, write_json
-from ...train.data import StoredViews, TrainData, normalise
-from ...train.loop import to_device
+from ...train.data import TrainData
 from ...train.students import Student, build_student
+from ...train.views import StoredViews
 from ..testbed import shards
 from .bed import Bed, Outputs
 from .conflict import weight_cosines

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...cache import Cache
-from ...options import compose_options
+from ...options import compose_options, plain
 from ...train.alignment import Alignment, build_alignment
-from ...train.data import normalise
+from ...train.batch import normalise
 from ...train.optimizer import build_optimizer, learning_rate
 from ...train.students import Student, StudentOutput, build_student
 from .bed import Bed
-from .plan import Plan, plain
+from .plan import Plan
 from .variants import Variant
 
 

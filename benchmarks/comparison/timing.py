@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ...cache import Cache
-from ...options import compose_options
+from ...options import compose_options, plain
 from ...train.alignment import Alignment, build_alignment
 from ...train.checkpoint import write_json
 from ...train.students import Student, build_student
 from ..harness import machine, median
-from .plan import Plan, plain
+from .plan import Plan
 from .variants import OURS, Variant
 
 BATCHES = (64, 1)

@@ -10,15 +10,11 @@ import torch
 from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
 from preceptor.errors import ConfigError, DataError
-from preceptor.train.data import (
-    ColorJitter,
-    StoredViews,
-    TrainData,
-    choose_views,
-    join,
-    normalise,
-    prefetched,
-)
+from preceptor.train.batch import normalise
+from preceptor.train.data import TrainData
+from preceptor.train.loading import prefetched
+from preceptor.train.photometric import ColorJitter
+from preceptor.train.views import StoredViews, choose_views, join
 
 BOTH = ["vit/patch", "vit/cls"]
 

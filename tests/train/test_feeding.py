@@ -18,14 +18,10 @@ from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
 from preceptor.errors import ConfigError, DataError, StoreError
 from preceptor.train.crops import RandomCrop, crop_tokens, random_crop
-from preceptor.train.data import (
-    ColorJitter,
-    EpochViews,
-    StoredViews,
-    StorePixels,
-    TrainData,
-    choose_views,
-)
+from preceptor.train.data import TrainData
+from preceptor.train.epoch_views import EpochViews
+from preceptor.train.photometric import ColorJitter
+from preceptor.train.views import StoredViews, StorePixels, choose_views
 
 BOTH = ["vit/patch", "vit/cls"]
 

@@ -14,11 +14,12 @@ from preceptor.cache import Cache
 from preceptor.errors import ConfigError
 from preceptor.train.alignment import AlignmentOutput, build_alignment
 from preceptor.train.alignment.base import Space
+from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_model
-from preceptor.train.data import StoredViews, normalise
 from preceptor.train.diagnosis import Diagnosis, spread, teacher_gradients
 from preceptor.train.loop import train
 from preceptor.train.students import StudentOutput, build_student
+from preceptor.train.views import StoredViews
 from sklearn.neighbors import KNeighborsClassifier
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from preceptor.cache import Cache
 from preceptor.errors import ConfigError, DataError, TrainingError
 from preceptor.train import loop
+from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import Checkpoints, load_checkpoint, load_model, save_checkpoint
-from preceptor.train.data import StoredViews, normalise
 from preceptor.train.loop import train
 from preceptor.train.students import Student, load_student
+from preceptor.train.views import StoredViews
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -12,9 +12,10 @@ from preceptor.cache import Cache
 from preceptor.cache.gather import Gatherer
 from preceptor.train.alignment import build_alignment
 from preceptor.train.alignment.base import Space
-from preceptor.train.data import StorePixels, normalise
+from preceptor.train.batch import normalise
 from preceptor.train.monitor import KnnMonitor, _of_groups, _read_together
 from preceptor.train.students import build_student
+from preceptor.train.views import StorePixels
 from sklearn.neighbors import KNeighborsClassifier
 
 

@@ -9,7 +9,8 @@ from preceptor.errors import ConfigError
 from preceptor.train.alignment import build_alignment
 from preceptor.train.alignment.base import Space
 from preceptor.train.checkpoint import load_model
-from preceptor.train.loop import Distiller, train
+from preceptor.train.distiller import Distiller
+from preceptor.train.loop import train
 from preceptor.train.optimizer import (
     average_of,
     build_optimizer,

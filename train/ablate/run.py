@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from ...cache import Cache
 from ...cache.convert import convert_store
 from ...errors import ConfigError, TrainingError, first_line
-from ...options import compose_options
+from ...options import compose_options, plain
 from ..checkpoint import KEPT, flat, write_json
 from ..evaluation.run import prepare as check_evaluation
 from .figure import draw
@@ -85,13 +85,13 @@ def _validated(config: DictConfig) -> list[PlannedRun]:
         raise ConfigError(f"weights={config.weights}: valid are {', '.join(KEPT)}")
     if not 0 < config.level < 1:
         raise ConfigError(f"level={config.level}: a coverage between 0 and 1")
-    return plan_runs(_plain(config.factors))
+    return plan_runs(plain(config.factors))
 
 
 def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
     """Write what every run is, after everything that can be checked was checked."""
     directories = _directories()
-    base, judged = _plain(config.train or {}), _plain(config.eval or {})
+    base, judged = plain(config.train or {}), plain(config.eval or {})
     composed: dict[str, DictConfig] = {}
     stores = _stores(config, out, runs)
     evaluation: DictConfig | None = None
@@ -105,7 +105,7 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
             composed[variant.name] = _composed("train", options, directories)
         if evaluation is None:
             first = composed[variant.name]
-            options = {"train.cache": config.cache, "train.shards": _plain(first.data.shards)}
+            options = {"train.cache": config.cache, "train.shards": plain(first.data.shards)}
             options |= {"with_teachers": False, "with_floor": False, "features": None, **judged}
             evaluation = _composed("eval", options, directories)
             check_evaluation(evaluation)
@@ -140,7 +140,7 @@ def _same(path: Path, ours: Any) -> None:
     """Refuse to mix runs of other options under one name."""
     if not path.exists():
         return
-    stored, wanted = flat(_plain(OmegaConf.load(path))), flat(_plain(ours))
+    stored, wanted = flat(plain(OmegaConf.load(path))), flat(plain(ours))
     differing = [
         f"{key} ({stored.get(key, 'absent')} there, {wanted.get(key, 'absent')} here)"
         for key in sorted({*stored, *wanted})
@@ -222,7 +222,3 @@ def _directories() -> list[str]:
 
     sources = HydraConfig.get().runtime.config_sources
     return [source.path for source in sources if source.schema == "file"]
-
-
-def _plain(config: Any) -> Any:
-    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config

@@ -21,8 +21,10 @@ from ...errors import ConfigError, DataError
 from ...progress import ProgressLine
 from ..alignment import Alignment
 from ..alignment.base import descriptor_spaces
-from ..data import StoredViews, decoded, join, normalise, prefetched
+from ..batch import normalise
+from ..loading import decoded, prefetched
 from ..students import Student, StudentOutput
+from ..views import StoredViews, join
 from .base import Array
 from .corruptions import Corruption
 from .feature_cache import FeatureCache

@@ -17,6 +17,7 @@ from ...cache.durable import write_whole
 from ...engine import launch, refuse_several
 from ...errors import ConfigError, DataError
 from ...measure import peak_memory_mb
+from ...options import plain
 from ..checkpoint import write_json
 from . import PROTOCOLS, build_suite
 from .base import Suite
@@ -84,7 +85,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "images": {"train": len(train.rows), "test": len(test.rows)},
         "features": {"computed": kept.computed, "from_cache": kept.found},
         "protocol": {
-            key: _plain(value)
+            key: plain(value)
             for key, value in config.items()
             if key not in ("engine", "hydra", "out", "features", "workers", "batch_size")
         },
@@ -116,7 +117,7 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
     suite = _suite(config)
     tasks = _tasks(config, suite)
     train, test = (
-        LabelledRows.open(side.cache, _plain(side.shards), tasks, max_pixels=config.max_pixels)
+        LabelledRows.open(side.cache, plain(side.shards), tasks, max_pixels=config.max_pixels)
         for side in (config.train, config.test)
     )
     if config.with_teachers or "cka" in suite.protocols:
@@ -175,17 +176,17 @@ def _suite(config: DictConfig) -> Suite:
     named = list(PROTOCOLS) if config.protocols == "all" else list(config.protocols)
     return build_suite(
         named,
-        {name: _plain(config[name]) for name in PROTOCOLS if name in config},
+        {name: plain(config[name]) for name in PROTOCOLS if name in config},
         validation=config.validation,
         seed=config.seed,
-        bootstrap=Bootstrap(**_plain(config.intervals), seed=config.seed),
+        bootstrap=Bootstrap(**plain(config.intervals), seed=config.seed),
     )
 
 
 def _tasks(config: DictConfig, suite: Suite) -> list[Task]:
     """The tasks that some protocol reads."""
     tasks = [
-        Task.parse(str(name), options) for name, options in (_plain(config.tasks) or {}).items()
+        Task.parse(str(name), options) for name, options in (plain(config.tasks) or {}).items()
     ]
     read = {protocol.truth for protocol in suite.protocols.values()}
     for name, protocol in suite.protocols.items():
@@ -216,7 +217,3 @@ def _validate(config: DictConfig) -> None:
             )
     if config.batch_size < 1:
         raise ConfigError(f"batch_size={config.batch_size}: expected a positive number")
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

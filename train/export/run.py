@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ...cache.samples import SampleIndex
 from ...cache.views import ViewPolicy
 from ...errors import ConfigError, DataError, ExportError
+from ...options import plain
 from ...progress import ProgressLine
 from ..alignment import Alignment
+from ..batch import normalise
 from ..checkpoint import KEPT, kept_weights, load_calibration, load_model, write_json
-from ..data import normalise
 from ..students import IMAGENET_MEAN, IMAGENET_STD, Student
 from . import graph, hub
 from .graph import Backbone, Outputs, Run, WithHeads
@@ -206,9 +207,8 @@ def _images(config: DictConfig, run: Path, student: Student, interpolation: str)
                 f"{run} does not say which images it was trained on; say check.shards=... or "
                 "check.images=0"
             ) from error
-    plain: Any = OmegaConf.to_container(shards) if OmegaConf.is_config(shards) else shards
     try:
-        index = SampleIndex.from_shards(plain)
+        index = SampleIndex.from_shards(plain(shards))
     except DataError as error:
         raise DataError(f"images to compare on: {error}; say check.shards=...") from error
     policy, found = ViewPolicy(), []

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from preceptor.engine import launch
 from preceptor.train.alignment import build_alignment
 from preceptor.train.alignment.base import Space
-from preceptor.train.loop import Distiller
+from preceptor.train.distiller import Distiller
 from preceptor.train.students import build_student
 from safetensors.torch import save_file
 from torch import Tensor

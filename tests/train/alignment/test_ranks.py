@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from preceptor.train.loop import Distiller
+from preceptor.train.distiller import Distiller
 from safetensors.torch import load_file
 from torch import Tensor
 

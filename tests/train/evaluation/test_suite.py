@@ -12,8 +12,8 @@ import pytest
 import torch
 from preceptor.cache import Cache, SampleIndex, TeacherRecord, ViewPolicy
 from preceptor.errors import ConfigError, DataError
+from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_model
-from preceptor.train.data import normalise
 from preceptor.train.evaluation import Features, Score, Targets, build_suite, over_seeds
 from preceptor.train.evaluation.corruptions import Corruption
 from preceptor.train.evaluation.feature_cache import FeatureCache

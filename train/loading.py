@@ -1,0 +1,128 @@
+"""Work that is done before it is asked for: by one thread, or by processes that decode images."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import PreceptorError
+from .views import Problems, Views
+
+T = TypeVar("T")
+
+
+def prefetched(source: Iterator[T], ahead: int) -> Iterator[T]:
+    """The items of an iterator, computed up to `ahead` items early by one thread.
+
+    Closing the generator stops the thread.
+
+    Raises:
+        Whatever the source does, where its item would have come.
+    """
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=ahead)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in source:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:  # handed over, whatever it is
+            put((False, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, value = ready.get()
+            if more:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def decoded(
+    views: Views, orders: Iterable[Sequence[tuple[int, int]]], workers: int
+) -> Iterator[Tensor]:
+    """The pixels of lists of (row, epoch), in order, decoded by worker processes (0: in this one).
+
+    Raises:
+        DataError: of the image that cannot be read, as if it had been read here.
+    """
+    images = loaded(views, orders, workers)
+
+    def checked() -> Iterator[Tensor]:
+        for pixels, problems in images:
+            if problems:
+                raise problems[min(problems)]
+            yield pixels
+
+    return checked()
+
+
+def loaded(
+    views: Views, orders: Iterable[Sequence[tuple[int, int]]], workers: int
+) -> Iterator[tuple[Tensor, Problems]]:
+    """As `decoded`, each with what is wrong with its damaged images, by place, instead of raising.
+
+    Pixels at those places are arbitrary.
+    """
+    options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
+    loader = DataLoader(
+        _Told(views),
+        batch_sampler=orders,  # type: ignore[arg-type]  # any iterable is taken
+        num_workers=workers,
+        collate_fn=_as_is,
+        # Its own generator, or the loader would draw from the one that a run resumes.
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    )
+    images = iter(loader)  # the workers start here, in the caller's thread
+
+    def checked() -> Iterator[tuple[Tensor, Problems]]:
+        for found in images:
+            if isinstance(found, PreceptorError):
+                raise found
+            yield found
+
+    return checked()
+
+
+class _Told(Dataset[Any]):
+    """Errors as values: a loader would bury their sentence in a worker's traceback."""
+
+    def __init__(self, views: Views) -> None:
+        self.views = views
+
+    def __getitems__(
+        self, items: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Problems] | PreceptorError:
+        try:
+            return self.views.take(items)
+        except PreceptorError as error:
+            return error
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

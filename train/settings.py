@@ -1,0 +1,86 @@
+"""The configuration of a run: what may be asked, and what of it determines the weights."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..cache import Cache
+from ..cache.plan import ROWS
+from ..engine import precision
+from ..errors import ConfigError
+from ..options import plain
+from .logs import check_loggers
+from .state import METRICS
+
+
+def identity_of(config: DictConfig, cache: Cache) -> dict[str, Any]:
+    """What determines the weights: plain containers, kept in every checkpoint."""
+    recipe = plain(config.recipe)
+    for key in ("log_every", "checkpoint_every"):
+        recipe.pop(key)
+    return {
+        "seed": config.seed,
+        "views": config.get("views"),
+        "student": plain(config.student),
+        "align": plain(config.align),
+        "recipe": recipe,
+        "precision": str(precision(config.engine)),
+        "store": {
+            unit: cache.manifest.configuration(unit)
+            for unit in cache.plan.units
+            if unit == ROWS or cache.plan.spaces_of(unit)  # stored pixels change no weight
+        },
+    }
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse what the composition cannot: numbers out of range, and choices that need another.
+
+    Raises:
+        ConfigError: the option, what it was and what it may be.
+    """
+    for group, prefix in ((config, ""), (config.data, "data.")):
+        for key in map(str, group):
+            if OmegaConf.is_missing(group, key):
+                raise ConfigError(f"{prefix}{key} is required: say {prefix}{key}=...")
+    recipe, log, keep = config.recipe, config.log, config.keep
+    if config.on_damaged not in ("stop", "skip"):
+        raise ConfigError(f"on_damaged={config.on_damaged}: valid are stop, skip")
+    first = config.get("views")
+    if first is not None and (not isinstance(first, int) or first is True or first < 1):
+        raise ConfigError(
+            f"views={first}: how many of an image's stored views to train on, at least 1; "
+            "null for all"
+        )
+    if lacking := sorted(_recipe_keys() - {"crop"} - set(recipe)):
+        raise ConfigError(
+            f"the recipe lacks {', '.join(lacking)}: a recipe has all the keys of "
+            "configs/recipe/short.yaml"
+        )
+    if (recipe.steps is None) == (recipe.epochs is None):
+        raise ConfigError("recipe: give either steps or epochs, and null for the other")
+    length = "epochs" if recipe.steps is None else "steps"
+    for key in (length, "batch_size", "accumulate", "lr", "alignment_lr", "log_every"):
+        if not recipe[key] > 0:
+            raise ConfigError(f"recipe.{key}={recipe[key]}: expected a positive number")
+    if not 0 <= recipe.warmup <= 1:
+        raise ConfigError(f"recipe.warmup={recipe.warmup}: a share of the steps, from 0 to 1")
+    if not 0 < recipe.layer_decay <= 1:
+        raise ConfigError(f"recipe.layer_decay={recipe.layer_decay}: above 0, and 1 for none")
+    if not 0 <= recipe.ema < 1:
+        raise ConfigError(f"recipe.ema={recipe.ema}: a decay below 1, and 0 for none")
+    check_loggers(log.to)
+    if keep.last < 1:
+        raise ConfigError(f"keep.last={keep.last}: at least the last checkpoint is kept")
+    if keep.best not in (None, *METRICS):
+        raise ConfigError(f"keep.best={keep.best}: valid are null, {', '.join(METRICS)}")
+    if keep.best == "knn" and not log.knn_every:
+        raise ConfigError("keep.best=knn: say how often it is measured, log.knn_every=...")
+
+
+def _recipe_keys() -> set[str]:
+    text = resources.files("preceptor.configs").joinpath("recipe", "short.yaml").read_text("utf-8")
+    return set(map(str, OmegaConf.create(text)))
