@@ -170,7 +170,7 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
         "--bed", str(bed), "--out", str(tmp_path), "--students", "cnn", "--seeds", "1",
         "--steps", "2", "--json", str(tmp_path / "method.json"),
     ]  # fmt: skip
-    chosen = "model_token,regression,supervised,random,teacher_stream"  # of the ViT, the last one
+    chosen = "model_token,regression,supervised,random,ours_no_stream"  # of the ViT, the last one
     method.main([*arguments, "--variants", chosen])
     found = json.loads((tmp_path / "method.json").read_text())
     summary = found["summary"]["cnn"]
