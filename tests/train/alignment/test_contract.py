@@ -23,7 +23,7 @@ VARIANTS = {
     "model_token, inside": {"write_back": 2, "layers": 0, "width": 16, "heads": 2},
     "model_token, constant": {"intra": False, "write_back": 2, "layers": 1, "width": 16},
     "model_token, cross without intra": {"intra": False, "inter": "cross", "write_back": 1},
-    "model_token, hidden": {"write_back": 2, "mask_weight": 0.3},
+    "model_token, hidden": {"write_back": 2, "mask_weight": 0.3, "teacher_stream": 0.3},
     "model_token, all": {"write_back": [0, 2], "teacher_stream": 0.5, "gamma": None},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
