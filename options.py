@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 CONFIGS = "preceptor.configs"
-_MAY_BE_NULL = ("recipe.steps", "recipe.epochs", "recipe.images_a_step")
-"""Options that are numbers by default and may be left out. Alignments check their own."""
+_MAY_BE_NULL = ("recipe.steps", "recipe.epochs", "recipe.images_a_step", "data.shards")
+"""Options of a stated kind that may be left out. Alignments check their own; what needs images, its
+images."""
 
 
 def check_options(name: str, options: Sequence[str]) -> None:
@@ -199,7 +200,7 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
         for value in _values(item):
             expected = _mismatch(default, value)
             if value is None and not (key in _MAY_BE_NULL or key.startswith("align.")):
-                expected = expected or _number(default)
+                expected = _kind(default)
             if expected:
                 such = "" if default == "???" else f", such as the default {default!r}"
                 given = "null" if value is None else value
@@ -236,11 +237,11 @@ def _mismatch(default: Any, value: Any) -> str | None:
 
     if isinstance(value, QuotedString):
         value = value.text
-    if default == "???":  # a path or a name, or several paths
-        return None if isinstance(value, str | list) else "text (a number in quotes: \"'7'\")"
-    expected = _number(default)
+    expected = _kind(default)
     if value is None or expected is None:
         return None
+    if default == "???":
+        return None if isinstance(value, str | list) else expected
     if isinstance(value, str) and value.startswith("${"):
         return None
     if isinstance(default, bool):
@@ -249,8 +250,10 @@ def _mismatch(default: Any, value: Any) -> str | None:
     return None if isinstance(value, kind) and not isinstance(value, bool) else expected
 
 
-def _number(default: Any) -> str | None:
+def _kind(default: Any) -> str | None:
     """What an option of this default takes; None where that may be many things."""
+    if default == "???":  # a path or a name, or several paths
+        return "text (a number in quotes: \"'7'\")"
     if isinstance(default, bool):
         return "true or false"
     if isinstance(default, int):

@@ -285,6 +285,8 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
 
 def _sample_index(config: DictConfig, *, quiet: bool) -> SampleIndex:
     shards = plain(config.data)["shards"]
+    if shards is None:
+        raise ConfigError("data.shards=null: teachers need the images; say data.shards=...")
     index = list_samples(shards, quiet=quiet)
     if index.ignored and not quiet:
         print(

@@ -86,6 +86,8 @@ def test_unknown_verb_names_the_closest(capsys: pytest.CaptureFixture[str]) -> N
         (["seed=0,1,x", "-m"], ["seed=x", "a whole number"]),
         (["recipe.batch_size=null"], ["recipe.batch_size=null", "a whole number", "default 512"]),
         (["align=model_token,regresion", "-m"], ["regresion", "did you mean regression?"]),
+        (["cache=null"], ["cache=null", "expected text"]),
+        (["data.shards=7"], ["data.shards=7", "expected text"]),
         (["seed"], ["key=value"]),
         (["--config-dir", "/nowhere"], ["/nowhere", "no such folder"]),
     ],
@@ -98,6 +100,16 @@ def test_a_mistyped_option_is_answered_with_the_valid_ones(
     for part in expected:
         assert part in message
     assert len(message.strip().splitlines()) == 1
+
+
+def test_a_store_with_pixels_is_enough_for_training() -> None:
+    check_options("train", ["cache=a", "data.shards=null"])
+
+
+def test_teachers_need_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"cache={tmp_path / 'store'}", "data.shards=null", "teachers=imagenet_hub"]
+    assert main(["extract", *given]) == 1
+    assert "data.shards=null: teachers need the images" in capsys.readouterr().err
 
 
 def test_a_group_written_in_place_is_told_to_be_a_file(capsys: pytest.CaptureFixture[str]) -> None:
