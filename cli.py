@@ -13,13 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, PreceptorError
-from .options import CONFIGS, check_options, closest, readable
+from .options import CONFIGS, check_options, closest, config_directories, readable
 from .version import __version__
 
 if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
     from omegaconf import DictConfig
 
 
@@ -49,7 +52,7 @@ VERBS: dict[str, Verb] = {
         "preceptor info cache=/data/store picture=tokens.png",
     ),
     "verify": Verb(
-        "read every file of a store against every checksum, and ask the teachers again",
+        "read every file of a store against every checksum; with sample=N ask the teachers again",
         "extract.maintain:verify",
         "preceptor verify cache=/data/store teachers=imagenet_hub "
         "data.shards='/data/in1k/train-{000000..001281}.tar' sample=256",
@@ -61,13 +64,14 @@ VERBS: dict[str, Verb] = {
         "data.shards='/data/in1k/train-{000000..001281}.tar'",
     ),
     "add": Verb(
-        "add teachers to a store without touching the others",
+        "add teachers, or the views' pixels, to a store without touching what is there",
         "extract.maintain:add",
         "preceptor add cache=/data/store 'teachers={dinov2_l: {source: "
-        "timm:vit_large_patch14_dinov2}}' data.shards='/data/in1k/train-{000000..001281}.tar'",
+        "timm:vit_large_patch14_dinov2.lvd142m, size: 224}}' "
+        "data.shards='/data/in1k/train-{000000..001281}.tar'",
     ),
     "drop": Verb(
-        "remove a teacher from a store without touching the others",
+        "remove a teacher, or the pixels, from a store without touching the rest",
         "extract.maintain:drop",
         "preceptor drop cache=/data/store teacher=dinov2_l",
     ),
@@ -189,12 +193,15 @@ def _overview() -> str:
 
 def _help(name: str, given: Sequence[str] = ()) -> str:
     """All options of a command; those of each group as the given ``group=choice`` has them."""
-    root = resources.files(CONFIGS)
-    text = (root / f"{name}.yaml").read_text(encoding="utf-8")
+    package = resources.files(CONFIGS)
+    roots = [package, *map(Path, config_directories(given))]
+    text = (package / f"{name}.yaml").read_text(encoding="utf-8")
     groups = []
-    for folder in sorted(root.iterdir(), key=lambda entry: entry.name):
+    for folder in sorted(package.iterdir(), key=lambda entry: entry.name):
         if folder.is_dir() and f"- {folder.name}:" in text:
-            choices = sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+            there = [root / folder.name for root in roots if (root / folder.name).is_dir()]
+            files = {file.name for place in there for file in place.iterdir()}
+            choices = sorted(file[:-5] for file in files if file.endswith(".yaml"))
             groups.append(f"  {folder.name}={' | '.join(choices)}")
     options = text.split("\nhydra:")[0].rstrip()
     return "\n".join(
@@ -207,36 +214,36 @@ def _help(name: str, given: Sequence[str] = ()) -> str:
             "options and their defaults, written key=value or key.subkey=value:",
             "",
             *(f"  {line}" for line in options.splitlines()),
-            *_group_options(text, given),
+            *_group_options(text, given, roots),
         ]
     )
 
 
-def _group_options(text: str, given: Sequence[str]) -> list[str]:
+def _group_options(text: str, given: Sequence[str], roots: Sequence[Traversable]) -> list[str]:
     """The options of every group that a verb's configuration begins with, group by group."""
     told = dict(option.split("=", 1) for option in given if "=" in option)
     lines = []
     for group, default in re.findall(r"^  - (\w+): (?!null)(\w+)$", text, re.MULTILINE):
-        parts = _lineage(group, told.get(group, default))
+        parts = _lineage(group, told.get(group, default), roots)
         for number, (choice, content) in enumerate(parts):
             over = f", over those of {parts[number - 1][0]}" if number else ""
-            lines += ["", f"{group}=... options, as {group}={choice} has them{over}:", ""]
+            lines += ["", f"{group}.KEY=..., as {group}={choice} has them{over}:", ""]
             lines += [f"  {line}" for line in content.splitlines()]
     return lines
 
 
-def _lineage(group: str, choice: str) -> list[tuple[str, str]]:
-    """A choice of a group that the package has, after the choices that it builds on."""
-    file = resources.files(CONFIGS) / group / f"{choice}.yaml"
-    if not file.is_file():
+def _lineage(group: str, choice: str, roots: Sequence[Traversable]) -> list[tuple[str, str]]:
+    """A choice of a group, after the choices that it builds on."""
+    files = [root / group / f"{choice}.yaml" for root in roots]
+    text = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
+    if text is None:
         return []
-    text = file.read_text(encoding="utf-8")
     found = re.search(r"^defaults:\n((?:  - \w+\n)+)\n?", text, re.MULTILINE)
     if found is None:
         return [(choice, text)]
     bases = [base for base in re.findall(r"- (\w+)", found[1]) if base != "_self_"]
     own = text.replace(found[0], "")
-    return [*(part for base in bases for part in _lineage(group, base)), (choice, own)]
+    return [*(part for base in bases for part in _lineage(group, base, roots)), (choice, own)]
 
 
 if __name__ == "__main__":

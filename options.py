@@ -37,7 +37,7 @@ def check_options(name: str, options: Sequence[str]) -> None:
     from hydra.errors import HydraException
 
     texts = [option for option in options if not option.startswith("-")]
-    directories = _config_directories(options)
+    directories = config_directories(options)
     texts = [text for text in texts if text not in directories]
     for text in texts:
         if "=" not in text and not text.startswith("~"):
@@ -81,7 +81,7 @@ def compose_options(name: str, options: Sequence[str]) -> DictConfig:
         ConfigError: an option is wrong.
     """
     check_options(name, options)
-    directories = _config_directories(options)
+    directories = config_directories(options)
     with _Composer(name, _search(directories)) as composer:
         return composer.compose(
             [text for text in options if not text.startswith("-") and text not in directories]
@@ -292,7 +292,12 @@ def readable(options: Sequence[str]) -> list[str]:
     return [*flags, *pairs]
 
 
-def _config_directories(options: Sequence[str]) -> list[str]:
+def config_directories(options: Sequence[str]) -> list[str]:
+    """The folders of configuration groups that a command was given.
+
+    Raises:
+        ConfigError: one is not there.
+    """
     found = []
     for position, option in enumerate(options):
         if option in ("--config-dir", "-cd"):

@@ -34,6 +34,20 @@ def test_the_package_is_a_program() -> None:
     assert "trian" in found.stderr
 
 
+def test_help_shows_choices_of_the_user_s_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "student").mkdir()
+    own = "defaults:\n  - vit_small\n  - _self_\n\nsize: 448  # pixels\n"
+    (tmp_path / "student" / "mine.yaml").write_text(own)
+    assert main(["train", "--config-dir", str(tmp_path), "student=mine", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "mine | resnet10t" in text
+    assert "student.KEY=..., as student=vit_small has them:" in text
+    assert "as student=mine has them, over those of vit_small:" in text
+    assert "size: 448  # pixels" in text
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
