@@ -194,7 +194,8 @@ def readme_commands() -> list[list[str]]:
 def test_every_command_of_the_readme_is_accepted(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "teachers").mkdir()
     (tmp_path / "teachers" / "mine.yaml").write_text("mine: {source: 'call:mine:mine'}\n")
-    check_options(words[1], readable(["--config-dir", str(tmp_path), *words[2:]]))
+    options = [str(tmp_path) if word == "my/configs" else word for word in words[2:]]
+    check_options(words[1], readable(options))
 
 
 def test_the_readme_has_commands_for_every_verb() -> None:
