@@ -21,6 +21,10 @@ class DataError(PreceptorError):
     """An image source is missing, unreadable, or not what the store was made from."""
 
 
+class DamagedImageError(DataError):
+    """The bytes of an image were read, and are none that can be decoded."""
+
+
 class StoreError(PreceptorError):
     """A store is incomplete, damaged, or made by another configuration."""
 

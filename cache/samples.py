@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DamagedImageError, DataError
 from ..progress import counting
 from . import tars
 from .folders import Folder, list_folder
@@ -220,23 +220,24 @@ class SampleIndex:
         16-bit grey keeps its high byte, as libpng reduces it.
 
         Raises:
-            DataError: the image has more than ``max_pixels`` pixels, is cut short, or is none.
+            DamagedImageError: the image has more than ``max_pixels`` pixels, is cut short, or none.
+            DataError: its bytes cannot be read, today at least.
         """
         data = self.read(i)
         try:
             image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             width, height = image.size
             if width * height > max_pixels:
-                raise DataError(
+                raise DamagedImageError(
                     f"image {self.where(i)} is {width} x {height}, more than {max_pixels:,} pixels"
                 )
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-        except (DataError, MemoryError):
+        except (DamagedImageError, MemoryError):
             raise
         except Exception as error:  # decoders of damaged bytes raise anything at all
-            raise DataError(
+            raise DamagedImageError(
                 f"image {self.where(i)} ({len(data):,} bytes) cannot be decoded: {error}; "
                 "replace it, or let the extraction skip corrupt images"
             ) from error

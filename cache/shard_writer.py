@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from ..errors import StoreError
-from .commit import COMMITS, Commit, FileRecord, is_whole, read_commit, record_name
+from .commit import (
+    COMMITS,
+    Commit,
+    Completion,
+    FileRecord,
+    is_whole,
+    read_commit,
+    record_name,
+)
 from .copies import best_completion
 from .durable import Staged, directory_lock, make_directory, sync_directory, write_whole
 from .encoded import Encoded
@@ -306,7 +314,20 @@ class ShardWriter:
                 files,
                 statistics,
             )
+            if unit == ROWS and sealed is not None:
+                self._refuse_other_record(record, sealed)
             self._publish(unit, staged, moments, record)
+
+    def _refuse_other_record(self, record: Commit, sealed: Completion) -> None:
+        """What is repaired must be the rows that were there: the tokens of all teachers are theirs,
+        and rows depend on the images alone, not on a device."""
+        if hashlib.sha256(record.to_bytes()).hexdigest() != sealed.records[self._shard]:
+            invalid = self._rows - self._valid
+            raise StoreError(
+                f"its rows (keys {self._keys[0]!r} to {self._keys[-1]!r}, {invalid} of them "
+                "without a sound image) are not those that the store was made with: bring back the "
+                "images as they were then"
+            )
 
     @staticmethod
     def _stage(final: Path, buffers: Iterable[Any], undo: ExitStack) -> Staged:

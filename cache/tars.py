@@ -210,6 +210,12 @@ def members(path: str, file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarI
             f"shard {path} is cut short or damaged at byte {end}: no end-of-archive block there; "
             "fetch it again"
         )
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise DataError(
+                f"shard {path} goes on after its end at byte {end}, as archives that were joined "
+                "by cat do: name them one by one, or join them with tar -A"
+            )
 
 
 def _is_metadata(name: str) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..cache import PixelSpec, RowBatch, SampleIndex, ViewPolicy
 from ..cache.views import INTERPOLATIONS
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DamagedImageError, DataError
 from .teachers import Preprocessing
 
 Geometry = tuple[tuple[int, int], str]
@@ -29,11 +29,14 @@ class ViewBatch:
         rows: facts of all `b` rows.
         pixels: per geometry, uint8 [v, 3, height, width] of the `v <= b` valid rows.
         problems: one sentence for every invalid row.
+        unread: what kept the bytes of an image from being read; None for nothing. It says nothing
+            of the image, so that nobody may take its row for a damaged one.
     """
 
     rows: RowBatch
     pixels: dict[Geometry, Tensor]
     problems: list[str]
+    unread: str | None = None
 
 
 class ViewDataset(Dataset[ViewBatch]):
@@ -60,6 +63,7 @@ class ViewDataset(Dataset[ViewBatch]):
     def __getitem__(self, item: int) -> ViewBatch:
         keys: list[str] = []
         problems: list[str] = []
+        unread: str | None = None
         facts: list[tuple[int, int, tuple[float, float, float, float], bool, bool]] = []
         pixels: dict[Geometry, list[np.ndarray]] = {geometry: [] for geometry in self.geometries}
         numbers = self.batches[item]
@@ -69,6 +73,8 @@ class ViewDataset(Dataset[ViewBatch]):
             try:
                 image = self.index.image(sample, self.max_pixels)
             except DataError as error:
+                if not isinstance(error, DamagedImageError):
+                    unread = unread or str(error)
                 problems.append(str(error))
                 facts.append((0, 0, (0.0, 0.0, 0.0, 0.0), False, False))
                 continue
@@ -92,6 +98,7 @@ class ViewDataset(Dataset[ViewBatch]):
                 for geometry, arrays in pixels.items()
             },
             problems=problems,
+            unread=unread,
         )
 
 

@@ -126,7 +126,8 @@ class TeacherRunner:
     def batches(
         self, rows: Iterable[Sequence[int]], pixels: PixelSpec | None = None
     ) -> Iterable[ViewBatch]:
-        """Decode the given lists of rows; a damaged image stops the run unless skipping is on.
+        """Decode the given lists of rows; a damaged image stops the run unless skipping is on, one
+        that cannot be read always does.
 
         Args:
             pixels: a further geometry, beside those of the teachers.
@@ -137,6 +138,8 @@ class TeacherRunner:
         dataset = ViewDataset(self.index, self.policy, geometries, list(rows), self.max_pixels)
         pin = self.fabric.device.type == "cuda"
         for batch in view_batches(dataset, self.workers, pin=pin):
+            if batch.unread is not None:
+                raise DataError(batch.unread)
             if batch.problems and not self.skip_corrupt:
                 raise DataError(
                     f"{batch.problems[0]} (on_corrupt=skip leaves such images out and counts them)"

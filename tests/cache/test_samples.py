@@ -262,6 +262,15 @@ def test_damaged_header_between_samples_is_not_the_end(tmp_path: Path) -> None:
         SampleIndex.from_shards(path)
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_archives_joined_by_cat_are_refused(tmp_path: Path, mode: str) -> None:
+    """Readers of tars stop at the first one's end."""
+    parts = [write_tar(tmp_path / f"{n}.tar", simple(n, 3), mode).read_bytes() for n in (0, 3)]
+    (tmp_path / "both.tar").write_bytes(b"".join(parts))
+    with pytest.raises(DataError, match=r"both\.tar goes on after its end at byte 6144"):
+        SampleIndex.from_shards(tmp_path / "both.tar")
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

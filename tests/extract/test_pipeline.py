@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import webdataset
 import zarr
 from PIL import Image
 from preceptor.benchmarks.small_store import contents
-from preceptor.cache import Cache
+from preceptor.cache import Cache, SampleIndex
 from preceptor.cache.shard_writer import ShardWriter
 from preceptor.cli import main
 from preceptor.errors import DataError
@@ -282,6 +283,30 @@ def test_a_corrupt_image_is_skipped_when_asked_and_counted(
     assert np.flatnonzero(~np.asarray(cache.valid)).tolist() == [6]
     with pytest.raises(Exception, match="im006"):
         cache["cnn/map"].read(np.array([5, 6]))
+
+
+def test_an_image_that_cannot_be_read_is_no_damaged_image(
+    shards: str, teachers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A row is left out for good only for what its bytes are."""
+    store = tmp_path / "store"
+    whole = SampleIndex.read
+
+    def gone(index: SampleIndex, i: int, *rest: Any) -> bytes:
+        if index.keys[i] == "im006":
+            raise DataError("cannot read shard s-1.tar: Input/output error")
+        return whole(index, i, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleIndex, "read", gone)
+        arguments = options(shards, teachers, store, "on_corrupt=skip", "workers=0")
+        assert main(["extract", *arguments]) == 1
+    message = capsys.readouterr().err
+    assert "s-1.tar: Input/output error" in message
+    assert "skip" not in message
+    assert main(["extract", *arguments]) == 0
+    assert Cache.open(store).valid.all()
 
 
 def test_a_missing_shard_and_an_unknown_teacher_are_named(

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import webdataset
 from PIL import Image
 from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import contents
-from preceptor.cache import Cache, StoreWriter
+from preceptor.cache import Cache, SampleIndex, StoreWriter
 from preceptor.cache.plan import TeacherRecord
 from preceptor.cli import main
 from preceptor.tests.extract.tiny_store import CALL, COUNT, run, teachers
@@ -124,6 +125,27 @@ def test_a_teacher_that_an_earlier_release_was_adding_is_added_as_it_began(
     assert not eighths(now, "third/patch")
     assert not eighths(store, "vit/patch")
     assert main(["verify", f"cache={store}"]) == 0
+
+
+def test_rows_are_repaired_from_the_images_they_were_made_from_or_not_at_all(
+    shards: str, configs: Path, good: dict[str, bytes], store: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (store / "rows/label/c.0").unlink()
+    next((store / "spaces/cnn").rglob("c.0.*")).unlink()
+    whole = SampleIndex.read
+
+    def overwritten(index: SampleIndex, i: int, *rest: Any) -> bytes:
+        return b"no image" if index.keys[i] == "im001" else whole(index, i, *rest)
+
+    repair = ("repair", store, shards, "--config-dir", str(configs), "teachers=tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleIndex, "read", overwritten)
+        assert run(*repair) == 1
+    message = capsys.readouterr().err
+    assert "shard 0 of rows: its rows (keys 'im000' to 'im003', 1 of them without" in message
+    assert run(*repair) == 0
+    assert contents(store) == good
 
 
 def test_repair_without_a_report_verifies_first_and_asks_for_what_it_needs(
