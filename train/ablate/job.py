@@ -116,7 +116,8 @@ def work(folder: Path) -> dict[str, Any]:
     drawn = read_resamples(Path(configs[1].out)) or [{} for _ in evaluated["rows"]]
     for row, on_resamples in zip(evaluated["rows"], drawn, strict=True):
         if row["kind"] == "student":
-            readout = f"{row['readout']}-{row['dim']}" if row["reduced"] else row["readout"]
+            # By the width that was asked for: a narrower feature has one `dim` at several.
+            readout = f"{row['readout']}-{row['width']}" if row["reduced"] else row["readout"]
             for score in row["scores"]:
                 name = f"{readout}/{score['key']}"
                 scores[name] = score["value"]

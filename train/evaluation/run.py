@@ -50,7 +50,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if not config.students and not config.with_teachers:
         raise ConfigError("nothing to score: students is empty and with_teachers is false")
     suite, train, test, truths = prepare(config)
-    runs = [Run.load(Path(folder)) for folder in config.students]
+    # One run named twice is one.
+    folders = {Path(folder).resolve(): Path(folder) for folder in config.students}
+    runs = [Run.load(folder) for folder in folders.values()]
     readouts = choose_readouts(config, runs)
     fabric = launch(config.engine)
     suite = suite.on(fabric.device)
@@ -72,7 +74,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
                     name=subject.name,
                     readout=subject.readout,
                     dim=features.width,
-                    reduced=width is not None,
+                    width=width,
                     on_grid=features.grid is not None,
                     scores=suite.score(features, truths),
                     family=subject.family,
@@ -168,8 +170,8 @@ def _write_resamples(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _widths(config: DictConfig) -> list[int | None]:
-    """The widths at which every readout is scored; None for its own."""
-    return list(config.width) if OmegaConf.is_list(config.width) else [config.width]
+    """The widths at which every readout is scored, each once; None for its own."""
+    return list(dict.fromkeys(config.width)) if OmegaConf.is_list(config.width) else [config.width]
 
 
 def _suite(config: DictConfig) -> Suite:

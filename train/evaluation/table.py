@@ -29,7 +29,7 @@ class Row:
         name: run folder of a student, space of a teacher.
         readout: which of its features.
         dim: width of the feature, after a reduction where one was asked for.
-        reduced: whether there was one.
+        width: the one that was asked for; None where the feature is as it was read.
         on_grid: whether it is of tokens on a grid.
         scores: one for every figure of every protocol that reads such features.
         family: equal for students that differ in their seed alone; empty where not known.
@@ -39,7 +39,7 @@ class Row:
     name: str
     readout: str
     dim: int
-    reduced: bool
+    width: int | None
     on_grid: bool
     scores: Sequence[Score]
     family: str = ""
@@ -49,22 +49,28 @@ class Row:
         """Value by the score's key."""
         return {score.key: score.value for score in self.scores}
 
+    @property
+    def reduced(self) -> bool:
+        """Whether a width was asked for."""
+        return self.width is not None
+
     def as_json(self) -> dict[str, Any]:
         """The values by key, and under ``scores`` all there is to each."""
-        names = ("kind", "name", "readout", "dim", "reduced")
+        names = ("kind", "name", "readout", "dim", "width", "reduced")
         named = {name: getattr(self, name) for name in names}
         return {**named, **self.values, "scores": [score.as_json() for score in self.scores]}
 
 
 def seed_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Means over students that differ in their seed alone, with Student's t intervals of 95 %."""
-    families: dict[tuple[str, str, int, bool], list[Row]] = {}
+    families: dict[tuple[str, str, int, int | None], list[Row]] = {}
     for row in rows:
         if row.family:
-            own = (row.family, row.readout, row.dim, row.reduced)
+            # Not by `dim` alone: a feature narrower than two widths has one `dim` at both.
+            own = (row.family, row.readout, row.dim, row.width)
             families.setdefault(own, []).append(row)
     found = []
-    for (_, readout, _, _), members in families.items():
+    for (_, readout, dim, width), members in families.items():
         if len(members) < 2:
             continue
         means = {}
@@ -72,7 +78,8 @@ def seed_means(rows: Sequence[Row]) -> list[dict[str, Any]]:
             interval = over_seeds([row.values[key] for row in members])
             means[key] = {"mean": interval.value, "low": interval.low, "high": interval.high}
         names = [row.name for row in members]
-        found.append({"names": names, "readout": readout, "dim": members[0].dim, "means": means})
+        told = {"names": names, "readout": readout, "dim": dim, "width": width}
+        found.append({**told, "means": means})
     return found
 
 
@@ -148,8 +155,11 @@ def print_seeds(means: Sequence[Mapping[str, Any]], console: Console | None = No
             for key, one in entry["means"].items()
         ]
         count = len(entry["names"])
+        readout = entry["readout"]
+        if entry["width"] is not None:
+            readout += f" at width={entry['width']}"
         console.print(
-            f"{count} seeds, {entry['names'][0]} and so on, {entry['readout']}: {', '.join(parts)}"
+            f"{count} seeds, {entry['names'][0]} and so on, {readout}: {', '.join(parts)}"
         )
 
 

@@ -165,6 +165,22 @@ def test_views_are_ablated_over_one_store_that_has_several(ablate, bed, tmp_path
     assert failure == "views=3: the store has 2 of every image, so 1 to 2 can be used"
 
 
+def test_scores_at_several_widths_have_names_of_their_own(ablate, test_bed, tmp_path, monkeypatch):
+    """Of a feature that is narrower than two of them as well."""
+    monkeypatch.setattr(job, "run_apart", lambda folder: job.main(folder) or None)
+    judged = (
+        f"test.cache: {test_bed.cache}, test.shards: {test_bed.shards}, protocols: [knn], "
+        "knn.k: 5, readouts: [pooled], width: [null, 128, 256], engine: cpu, workers: 0"
+    )
+    assert ablate("align: [regression]", f"eval={{{judged}}}") == 0
+    rows = json.loads((tmp_path / "out/runs/regression/eval/summary.json").read_text())["rows"]
+    assert [row["dim"] for row in rows] == [16, 16, 16]
+    result = json.loads((tmp_path / "out/runs/regression/result.json").read_text())
+    names = ("pooled/knn", "pooled-128/knn", "pooled-256/knn")
+    assert result["scores"] == {n: row["knn"] for n, row in zip(names, rows, strict=True)}
+    assert set(result["resampled"]) == set(names)
+
+
 def test_mistakes_are_told_before_anything_runs(
     ablate, bed, test_bed, write_shard, tmp_path, capsys, monkeypatch
 ):

@@ -94,7 +94,7 @@ def test_every_protocol_has_its_rows(whole, runs):
     }  # fmt: skip
     maps = {"dense@square", "dense_regression@height"}
     robust = {"robustness/mean", "robustness/contrast", "robustness/jpeg"}
-    named = {"kind", "name", "readout", "dim", "reduced", "scores"}
+    named = {"kind", "name", "readout", "dim", "width", "reduced", "scores"}
     student = row(result, name="cnn-s0", readout="pooled")
     assert set(student) - named == vectors | robust
     assert set(row(result, kind="untrained", readout="pooled", name="resnet_micro-s1")) >= robust
@@ -261,6 +261,20 @@ def test_equal_width_is_the_same_reduction_for_everyone(whole):
     assert len(both["rows"]) == 2 * len(found["rows"])
 
 
+def test_a_run_is_one_seed_at_every_width_however_often_it_is_named(whole, runs, capsys):
+    _, again, _ = whole
+    quick = ("protocols=[knn]", "readouts=[pooled]", "with_teachers=false", "with_floor=false")
+    capsys.readouterr()
+    found = again(f"students=[{runs[0]},{runs[1]},{runs[0]}/]", "width=[128,256,128]", *quick)
+    assert [(r["name"], r["dim"], r["width"]) for r in found["rows"]] == [
+        (name, 16, width) for name in ("cnn-s0", "cnn-s1") for width in (128, 256)
+    ]
+    assert [(e["names"], e["dim"], e["width"]) for e in found["seeds"]] == [
+        (["cnn-s0", "cnn-s1"], 16, width) for width in (128, 256)
+    ]
+    assert "2 seeds, cnn-s0 and so on, pooled at width=256: knn" in capsys.readouterr().out
+
+
 def test_the_suite_is_usable_from_python(scenes):
     task = Task("position", "regression", ["json:x", "json:y"])
     learn, judge = (LabelledRows.open(side.cache, side.shards, [task]) for side in scenes)
@@ -282,7 +296,7 @@ def test_tables_fit_120_columns_and_cut_no_name(whole):
     result, _, _ = whole
     rows = [
         Row(
-            r["kind"], r["name"], r["readout"], r["dim"], False, r["readout"] == "map",
+            r["kind"], r["name"], r["readout"], r["dim"], None, r["readout"] == "map",
             [
                 Score(
                     **{k: v for k, v in s.items() if k != "key"},
@@ -313,7 +327,7 @@ def test_long_names_are_folded_and_figures_are_not():
 
     spaces = [f"a_teacher_with_a_long_name_{n}/its_only_space" for n in range(4)]
     scores = [score(space) for space in spaces]
-    rows = [Row("student", "a_run_whose_name_is_long" * 3, "predictions", 9, False, False, scores)]
+    rows = [Row("student", "a_run_whose_name_is_long" * 3, "predictions", 9, None, False, scores)]
     text = io.StringIO()
     print_tables(rows, "", Console(file=text, width=120, force_terminal=False))
     assert max(map(len, text.getvalue().splitlines())) <= 120
