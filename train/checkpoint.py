@@ -212,6 +212,12 @@ def save_model(
     )
 
 
+def remove_model(out: Path) -> None:
+    """Remove what `save_model` wrote there: model.json first, which says that the rest is whole."""
+    for name in (MODEL, WEIGHTS, ALIGNMENT, TARGETS):
+        (out / name).unlink(missing_ok=True)
+
+
 def load_model(out: Path) -> tuple[Student, Alignment, dict[str, Any]]:
     """The student and alignment of a finished run, in evaluation mode, and its model.json.
 

@@ -27,9 +27,11 @@ from .batch import TrainBatch, to_device
 from .checkpoint import (
     AVERAGE,
     BEST,
+    KEPT,
     Checkpoints,
     check_same_run,
     load_checkpoint,
+    remove_model,
     save_model,
     write_json,
 )
@@ -147,6 +149,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     if rank_zero:
         out.mkdir(parents=True, exist_ok=True)
         if not first:
+            # What an earlier run left would be taken for this one's, were it to end early.
+            (out / SUMMARY).unlink(missing_ok=True)
+            for part in KEPT.values():
+                remove_model(out / part)
             checkpoints.clear()
         checkpoints.tidy()
         OmegaConf.save(config, out / "config.yaml", resolve=True)

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from preceptor.benchmarks import torture_train
 from preceptor.cli import main
 from preceptor.errors import ConfigError, StoreError
+from preceptor.train import loop
 from preceptor.train.checkpoint import (
     Checkpoints,
     check_same_run,
@@ -180,6 +181,35 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_ends(train_con
     assert again["loss"] == whole["loss"]
     assert again["losses"] == whole["losses"]
     assert (tmp_path / "run" / "student.safetensors").exists()
+
+
+def test_a_run_that_starts_anew_leaves_nothing_of_the_one_before(
+    train_config, tmp_path, monkeypatch
+):
+    options = ("recipe.ema=0.9", "keep.best=loss", "recipe.checkpoint_every=4")
+    before = train(train_config(*options))
+    out = tmp_path / "run"
+    (out / "ema" / "notes.txt").write_text("mine")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    # After the last checkpoint of the new run and before its results.
+    anew = ("recipe.ema=0.9", "recipe.lr=0.003")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(train_config(*anew, "resume=false"))
+    assert load_checkpoint(Checkpoints(out, 1).last)["step"] == 8
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {name for name in left if not name.startswith(("logs/", "checkpoints/"))} == {
+        "config.yaml",
+        "ema/notes.txt",
+    }
+    after = train(train_config(*anew))
+    assert after["loss"] != before["loss"]
+    assert after["best"] is None
+    assert not (out / "best" / "model.json").exists()
 
 
 def test_a_run_older_than_the_gain_ends_in_the_units_that_it_began_with(train_config, tmp_path):
