@@ -86,7 +86,11 @@ class Checkpoints:
                 save_checkpoint(self.best, state)
             if last:
                 save_checkpoint(self._folder / f"step-{state['step']:08d}.pt", state)
-                for path in list(self.steps().values())[: -self._keep]:
+                steps = self.steps()
+                # Higher numbers are of fewer ranks, whose steps were of fewer images: this run went
+                # on from there, and counts from a lower number.
+                later = [step for step in steps if step > state["step"]]
+                for path in [*map(steps.pop, later), *list(steps.values())[: -self._keep]]:
                     path.unlink(missing_ok=True)
         except StoreError as error:
             if must:

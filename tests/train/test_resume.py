@@ -173,6 +173,26 @@ def test_another_number_of_ranks_goes_on_at_the_same_part_of_the_way(
     assert "going on from step 8 of 16" in told
 
 
+def test_more_ranks_keep_their_own_checkpoints_though_their_steps_are_fewer(
+    train_config, tmp_path, interrupted, capsys
+):
+    options = ("recipe.steps=null", "recipe.epochs=8", "recipe.checkpoint_every=4")
+    with interrupted(13):
+        train(train_config(*options))
+    kept = Checkpoints(tmp_path / "run", 1)
+    state = load_checkpoint(kept.last)
+    assert state["step"] == 12
+    # As a run with steps of half as many images would have left it.
+    save_checkpoint(kept.last, {**state, "ranks": 2, "images": state["images"] // 2})
+    with interrupted(9):
+        train(train_config(*options))
+    assert "going on from step 6 of 16" in capsys.readouterr().out
+    assert list(kept.steps()) == [8]
+    train(train_config(*options))
+    assert "going on from step 8 of 16" in capsys.readouterr().out
+    assert list(kept.steps()) == [16]
+
+
 def test_a_run_killed_between_its_last_checkpoint_and_its_summary_ends(train_config, tmp_path):
     whole = train(train_config())
     (tmp_path / "run" / "summary.json").unlink()
