@@ -66,6 +66,8 @@ def check_settings(config: DictConfig) -> None:
     for key in (length, "batch_size", "accumulate", "lr", "alignment_lr", "log_every"):
         if not recipe[key] > 0:
             raise ConfigError(f"recipe.{key}={recipe[key]}: expected a positive number")
+    if not isinstance(recipe[length], int) or isinstance(recipe[length], bool):
+        raise ConfigError(f"recipe.{length}={recipe[length]}: expected a whole number")
     if not 0 <= recipe.warmup <= 1:
         raise ConfigError(f"recipe.warmup={recipe.warmup}: a share of the steps, from 0 to 1")
     if not 0 < recipe.layer_decay <= 1:
@@ -77,6 +79,12 @@ def check_settings(config: DictConfig) -> None:
         raise ConfigError(f"keep.last={keep.last}: at least the last checkpoint is kept")
     if keep.best not in (None, *METRICS):
         raise ConfigError(f"keep.best={keep.best}: valid are null, {', '.join(METRICS)}")
+    balance = config.align.get("balance")
+    if keep.best == "loss" and balance in ("normalised", "drop"):
+        raise ConfigError(
+            f"keep.best=loss: the loss of align.balance={balance} does not tell which weights are "
+            "better; say keep.best=knn, or keep.best=null"
+        )
     if keep.best == "knn" and not log.knn_every:
         raise ConfigError("keep.best=knn: say how often it is measured, log.knn_every=...")
 

@@ -284,14 +284,19 @@ def test_half_precision_resumes_with_its_gradient_scale(
     [
         ("cache=???", "cache is required"),
         ("recipe.epochs=1", "either steps or epochs"),
+        ("recipe.steps=0.5", "recipe.steps=0.5: expected a whole number"),
+        ("recipe.steps=true", "recipe.steps=True: expected a whole number"),
         ("recipe.lr=0", "recipe.lr=0: expected a positive number"),
         ("align.spaces=[clip]", "does not hold; there are vit/patch, vit/cls"),
         ("engine.precision=float8", "engine: "),
+        (["recipe.steps=null", "recipe.epochs=0.5"], "recipe.epochs=0.5: expected a whole number"),
+        (["keep.best=loss", "align.balance=drop"], "balance=drop does not.*say keep.best=knn"),
+        (["keep.best=loss", "align.balance=normalised"], "balance=normalised does not tell"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(train_config, tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
-        train(train_config(override))
+        train(train_config(*([override] if isinstance(override, str) else override)))
     assert not (tmp_path / "run").exists()
 
 
