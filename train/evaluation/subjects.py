@@ -17,7 +17,7 @@ from ...cache.durable import file_sha256
 from ...engine import decoders
 from ...errors import ConfigError
 from ..alignment import Alignment
-from ..checkpoint import ALIGNMENT, load_model
+from ..checkpoint import ALIGNMENT, AVERAGE, BEST, load_model
 from ..students import MODEL, WEIGHTS, Student, build_student
 from .base import Array, Features, Suite
 from .corruptions import Corruption
@@ -33,6 +33,9 @@ from .features import (
     space_features,
 )
 from .robustness import Robustness
+
+CONFIG = "config.yaml"
+"""A run's configuration, in its own folder."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,18 @@ class Run:
         return cls(folder, *load_model(folder))
 
     @property
+    def _kept(self) -> str:
+        """Which weights these are, where the run kept them in a folder within its own."""
+        name = self.folder.absolute().name
+        return name if name in (AVERAGE, BEST) and not (self.folder / CONFIG).exists() else ""
+
+    @property
+    def name(self) -> str:
+        """Of its folder, and of the one above too for weights within a run's."""
+        folder = self.folder.absolute()
+        return f"{folder.parent.name}/{self._kept}" if self._kept else folder.name
+
+    @property
     def weights(self) -> dict[str, str]:
         """What determines its features."""
         return {name: file_sha256(self.folder / name) for name in (WEIGHTS, ALIGNMENT, MODEL)}
@@ -72,7 +87,7 @@ class Run:
     @property
     def family(self) -> str:
         """Equal for runs that differ in their seed alone; empty where that cannot be told."""
-        path = self.folder / "config.yaml"
+        path = (self.folder.absolute().parent if self._kept else self.folder) / CONFIG
         if not path.exists():
             return ""
         config = OmegaConf.to_container(OmegaConf.load(path))
@@ -80,6 +95,8 @@ class Run:
             return ""
         free = ("seed", "out", "workers", "resume", "log", "keep")
         told = {key: value for key, value in config.items() if key not in free}
+        if self._kept:
+            told["weights"] = self._kept  # of the same run as its last ones, but no second seed
         return digest(json.loads(json.dumps(told)))
 
 
@@ -132,7 +149,7 @@ def subjects(
     corruptions = robustness.wanted if isinstance(robustness, Robustness) else []
     floors: set[str] = set()
     for run in runs:
-        name, label, model = run.folder.name, run.model["student"]["name"], run.model
+        name, label, model = run.name, run.model["student"]["name"], run.model
         options = {
             "batch_size": config.batch_size,
             "workers": decoders(config.workers),
@@ -149,10 +166,12 @@ def subjects(
             yield Subject("student", name, readout, features, run.family)
 
         floor = f"{label}-s{model['seed']}"
-        described = digest({"student": model["student"], "seed": model["seed"]})
+        # Random weights, also under a student that started from a file or from the hub.
+        fresh = {**model["student"], "pretrained": False, "checkpoint": None}
+        described = digest({"student": fresh, "seed": model["seed"]})
         if config.with_floor and described not in floors:
             floors.add(described)
-            untrained = build_student(model["student"], model["seed"])
+            untrained = build_student(fresh, model["seed"])
             reader = plain_reader(untrained, ["pooled", *names] if suite.reads_vectors else names)
             weights = {"untrained": described}
             for readout, features in _run_sides(

@@ -68,6 +68,44 @@ def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, te
     assert result["rows"][0]["knn"] == pytest.approx(judge.score(*sides[1]), abs=1e-9)
 
 
+def test_the_floor_of_a_student_that_started_from_weights_has_none_of_them(
+    train_config, eval_config
+):
+    align = "align=regression"
+    plain = train(train_config(align, "recipe.steps=12", "recipe.lr=0.003", out="plain"))["out"]
+    start = f"student.checkpoint={plain}/student.safetensors"
+    onwards = train(train_config(align, "recipe.steps=1", start, out="onwards"))["out"]
+    floors = [
+        [row for row in evaluate(eval_config(f"students=[{run}]", "with_teachers=false"))["rows"]
+         if row["kind"] == "untrained"]
+        for run in (plain, onwards)
+    ]  # fmt: skip
+    assert floors[0] == floors[1]
+    both = evaluate(eval_config(f"students=[{plain},{onwards}]", "with_teachers=false"))["rows"]
+    assert [row for row in both if row["kind"] == "untrained"] == floors[0]
+
+
+def test_averaged_and_best_weights_have_their_runs_name_and_means_over_seeds(
+    train_config, eval_config, tmp_path, monkeypatch
+):
+    kept = ("recipe.ema=0.5", "keep.best=loss", "recipe.steps=4", "align=regression")
+    folders = []
+    for seed in (0, 1):
+        run = train(train_config(*kept, f"seed={seed}", out=f"run-s{seed}"))["out"]
+        folders += [f"{run}/ema", f"{run}/best", run]
+    quick = ("readouts=[pooled]", "protocols=[knn]", "knn.k=5", "with_teachers=false")
+    found = evaluate(eval_config(f"students=[{','.join(folders)}]", *quick, "with_floor=false"))
+    names = [row["name"] for row in found["rows"]]
+    assert names == [f"run-s{seed}{part}" for seed in (0, 1) for part in ("/ema", "/best", "")]
+    assert [entry["names"] for entry in found["seeds"]] == [
+        [f"run-s0{part}", f"run-s1{part}"] for part in ("/ema", "/best", "")
+    ]
+
+    monkeypatch.chdir(tmp_path / "run-s1")  # a name is not lost with the way to the folder
+    (row,) = evaluate(eval_config("students=[ema]", *quick, "with_floor=false"))["rows"]
+    assert row["name"] == "run-s1/ema"
+
+
 def test_mistakes_are_told(train_config, eval_config, tmp_path):
     run = train(train_config("align=regression", "recipe.steps=1"))["out"]
     with pytest.raises(DataError, match="holds no trained student"):
