@@ -12,8 +12,11 @@ from rich.table import Table
 
 from ..cache import Cache
 from ..cache.report import fidelity
+from ..errors import DataError
 from ..progress import ProgressLine
 from .pipeline import TeacherRunner, batched
+
+_SHOWN = 8  # unreadable images that are named
 
 
 def compare(cache: Cache, runner: TeacherRunner, rows: list[int]) -> dict[str, Any]:
@@ -25,18 +28,32 @@ def compare(cache: Cache, runner: TeacherRunner, rows: list[int]) -> dict[str, A
         whether they agree: no more than twice that error and one per cent. Of stored pixels, how
         many rows are equal, and those that differ by more than a level in the mean: decoders
         round otherwise from version to version, but not by that.
+
+    Raises:
+        DataError: images of rows that have tokens cannot be read any more.
     """
     sums: dict[str, list[torch.Tensor]] = {}
     levels: list[torch.Tensor] = []
+    problems: list[str] = []
     with ProgressLine("live", len(rows), "rows") as line:
         for batch in runner.batches(batched(rows, runner.batch_size), cache.pixels):
             at = rows[line.done : line.done + len(batch.rows.keys)]
+            line.advance(len(at))
+            problems += batch.problems
+            if problems:  # the rest is only read, so that all are named
+                continue
             if cache.pixels is not None:
                 shown = batch.pixels[cache.pixels.size, cache.pixels.interpolation]
                 levels.append(_levels(cache, at, shown))
             for name, live in runner.tokens(batch).items():
                 sums.setdefault(name, []).append(_errors(cache, name, at, live.cpu()))
-            line.advance(len(batch.rows.keys))
+    if problems:
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise DataError(
+            f"{len(problems)} of the {len(rows)} images to compare with the store cannot be read "
+            f"any more: {'; '.join(problems[:_SHOWN])}{more}; give the images that the store was "
+            "made from"
+        )
     spaces = {}
     for name, parts in sums.items():
         error, power, z_error, z_power, cosine = torch.cat(parts, 1)

@@ -195,6 +195,24 @@ def test_live_teachers_agree_or_are_told_apart(
     assert "dim" in capsys.readouterr().err
 
 
+def test_images_that_cannot_be_read_any_more_are_named_by_verify(
+    shards: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("add", store, shards, "pixels.size=16") == 0
+    harmed = tmp_path / "s-0.tar"
+    raw = bytearray(Path(shards).read_bytes())
+    for key in (2, 9):
+        at = raw.index(f"im{key:03d}.png".encode()) + 512  # past the tar's header
+        raw[at : at + 8] = bytes(8)
+    harmed.write_bytes(raw)
+    capsys.readouterr()
+    assert run("verify", store, str(harmed), teachers(vit="vit"), f"sample={COUNT}") == 1
+    message = capsys.readouterr().err
+    for part in ("2 of the 10 images", "cannot be read any more", "im002", "im009"):
+        assert part in message
+    assert "Traceback" not in message
+
+
 def test_add_and_drop_touch_no_other_file(
     shards: str, good: dict[str, bytes], store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
