@@ -93,9 +93,19 @@ def in_child(what: str, folder: Path) -> dict[str, Any]:
 # -- the store -------------------------------------------------------------------------------------
 
 
-def plan_of(rows: int, dims: dict[str, int]) -> StorePlan:
+def samples_of(rows: int) -> dict[str, Any]:
+    """The description of ImageNet's samples as SampleIndex has it: 1,282 tars of 1000."""
+    counts = [min(1000, rows - first) for first in range(0, rows, 1000)]
+    tars = [
+        {"name": f"imagenet1k-train-{number:04d}.tar", "bytes": 110_000 * count, "samples": count}
+        for number, count in enumerate(counts)
+    ]
+    return {"count": rows, "sha256": "0" * 64, "order": {"kind": "shards"}, "shards": tars}
+
+
+def plan_of(rows: int, dims: dict[str, int], samples: dict[str, Any]) -> StorePlan:
     return StorePlan(
-        samples={"count": rows, "sha256": "0" * 64},
+        samples=samples,
         views={"name": "center", "count": 1},
         rows=rows,
         shard_rows=SHARD,
@@ -108,7 +118,7 @@ def plan_of(rows: int, dims: dict[str, int]) -> StorePlan:
 
 
 def make(path: Path, rows: int) -> None:
-    plan = plan_of(rows, DIMS)
+    plan = plan_of(rows, DIMS, samples_of(rows))
     writer = StoreWriter.open_or_create(path, plan)
     for space in plan.spaces.values():
         writer.calibrate(space.id, np.zeros(space.dim), np.ones(space.dim), rows_used=1)
@@ -229,7 +239,7 @@ def epoch_order(valid: np.ndarray, rank: int) -> EpochOrder:
 def billion(_: Path) -> dict[str, float]:
     """Positions, lengths and the order of a billion rows."""
     before = resident_mb()
-    plan = plan_of(BILLION, {"dinov2": 768})
+    plan = plan_of(BILLION, {"dinov2": 768}, samples={})
     layout = Layout(plan)
     arrays = layout.space_arrays(plan.spaces["dinov2/patch"])
     rows = np.array([0, 2**29 + 17, BILLION // 2 + 31, BILLION - 1], np.int64)

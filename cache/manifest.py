@@ -45,6 +45,9 @@ class Manifest:
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     writer: str = ""
     others: Mapping[str, Json] = field(default_factory=dict)
+    _configurations: dict[str, str] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # by unit, as they were asked for; not of a changed copy
 
     def calibrated(self, space_id: str, calibration: Calibration) -> Manifest:
         return replace(self, calibrations={**self.calibrations, space_id: calibration})
@@ -59,13 +62,18 @@ class Manifest:
 
     def configuration(self, unit: str) -> str:
         """SHA-256 of all that determines a unit's contents; commit records carry it."""
-        # of every version alike: adding a teacher may raise the store's, and the rows stay
-        rows = digest({"format": FORMAT, "version": VERSIONS[0], **self.plan.rows_json()})
+        if unit not in self._configurations:
+            self._configurations[unit] = digest(self._configured(unit))
+        return self._configurations[unit]
+
+    def _configured(self, unit: str) -> Json:
         if unit == ROWS:
-            return rows
+            # of every version alike: adding a teacher may raise the store's, and the rows stay
+            return {"format": FORMAT, "version": VERSIONS[0], **self.plan.rows_json()}
+        rows = self.configuration(ROWS)
         if unit == PIXELS and self.plan.pixels is not None:
-            return digest({"rows": rows, **self.plan.pixels_json()})
-        return digest({"rows": rows, "teacher": self.teacher_json(unit)})
+            return {"rows": rows, **self.plan.pixels_json()}
+        return {"rows": rows, "teacher": self.teacher_json(unit)}
 
     def to_bytes(self) -> bytes:
         return sealed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -299,6 +300,34 @@ def test_the_configuration_hash_is_the_documented_one() -> None:
     assert manifest.configuration("rows") == hashlib.sha256(text).hexdigest()
     teacher = {"rows": manifest.configuration("rows"), "teacher": body["teachers"][0]}
     assert manifest.configuration("vit") == digest(teacher)
+
+
+def test_a_configuration_is_hashed_once_and_again_after_a_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest, hashed = Manifest(make_plan()), list[object]()
+    monkeypatch.setattr(
+        "preceptor.cache.manifest.digest", lambda value: (hashed.append(value), digest(value))[1]
+    )
+    units = manifest.plan.units
+    before = [manifest.configuration(unit) for unit in units * 3]
+    assert before == before[: len(units)] * 3
+    assert len(hashed) == len(units) == 3
+
+    def now(changed: Manifest) -> list[bool]:
+        fresh = [changed.configuration(unit) for unit in units]
+        assert fresh == [
+            Manifest(changed.plan, changed.calibrations).configuration(u) for u in units
+        ]
+        return [one == other for one, other in zip(fresh, before, strict=False)]
+
+    calibrated = manifest.calibrated("vit/patch", Calibration(7, "ab" * 32))
+    assert now(calibrated) == [True, False, True]
+    assert now(replace(manifest, plan=replace(manifest.plan, views={}))) == [False] * 3
+    assert calibrated != manifest
+    again = pickle.loads(pickle.dumps(manifest))  # noqa: S301
+    assert again == manifest == Manifest(make_plan())
+    assert now(again) == [True] * 3
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), {1, 2}, b"raw"])
