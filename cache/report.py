@@ -20,7 +20,9 @@ from .manifest import Manifest
 from .pictures import Panel, draw_panels, principal_colours
 from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec
 from .reader import Cache, Space
+from .source import local_path
 
+AT_ONCE = 8  # rows that are decoded together: some 50 bytes for every value of their tokens
 _SAMPLE = 128  # rows whose codes tell the error
 _PICTURED = 6
 _POOL = 200  # rows that fix the colours
@@ -61,6 +63,7 @@ def describe(location: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: there is no store.
     """
+    root = _local(location)
     problem = None
     cache, valid = None, None
     try:
@@ -68,18 +71,15 @@ def describe(location: str | Path) -> dict[str, Any]:
         cache, valid = opened, int(opened.valid.sum())  # damage there is told as if of opening
     except StoreError as error:
         cache, problem = None, str(error)
-    if cache is not None:
-        manifest = cache.manifest
-    else:
-        manifest = _local_manifest(Path(location), str(problem))
+    manifest = cache.manifest if cache is not None else _local_manifest(root, str(problem))
     plan, layout = manifest.plan, Layout(manifest.plan)
-    missing = {} if cache else _missing(Path(location), manifest)
+    missing = {} if cache or root is None else _missing(root, manifest)
+    sizes = _sizes(root)
     spaces = {}
     for spec in plan.spaces.values():
         readable = cache or _alone(location, spec.teacher, missing)
-        spaces[spec.id] = _space(location, layout, spec, readable)
+        spaces[spec.id] = _space(sizes or {}, layout, spec, readable)
         problem = problem or spaces[spec.id].get("problem")
-    sizes = _sizes(location)
     return {
         "store": str(location),
         "complete": cache is not None,
@@ -111,8 +111,16 @@ def _pixels(
     return {**spec.as_json(), "bytes": stored}
 
 
-def _local_manifest(root: Path, problem: str) -> Manifest:
-    manifest = best_manifest(root) if root.is_dir() else None
+def _local(location: str | Path) -> Path | None:
+    """The directory of a store, named by itself or as file://; None of a remote one."""
+    try:
+        return local_path(location, "describing what is not whole")
+    except StoreError:
+        return None
+
+
+def _local_manifest(root: Path | None, problem: str) -> Manifest:
+    manifest = best_manifest(root) if root is not None and root.is_dir() else None
     if manifest is None:
         raise StoreError(problem)
     return manifest
@@ -140,13 +148,12 @@ def _alone(location: str | Path, teacher: str, missing: Mapping[str, Any]) -> Ca
 
 
 def _space(
-    location: str | Path, layout: Layout, spec: SpaceSpec, cache: Cache | None
+    files: Mapping[str, int], layout: Layout, spec: SpaceSpec, cache: Cache | None
 ) -> dict[str, Any]:
     if cache is not None:
         sizes = cache.completions[spec.teacher].sizes
         stored: int | None = sum(sum(sizes[a.path]) for a in layout.space_arrays(spec).values())
     else:
-        files = _sizes(location) or {}
         paths = tuple(f"{array.path}/c." for array in layout.space_arrays(spec).values())
         stored = sum(size for name, size in files.items() if name.startswith(paths))
     found: dict[str, Any] = {
@@ -184,30 +191,36 @@ def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float]
     """
     if not len(rows):
         return None
-    tokens = space.read(rows)
-    z = tokens.standardised()
-    # An error spread evenly over [-b, b] has the mean square b^2 / 3.
-    square = space.spec.how.bound(z).expand(z.shape).double() ** 2 / 3
-    # a zero of a rectified dimension, which is centred on zero, was stored as it was
-    square = torch.where((z == 0) & (space.mean == 0), 0.0, square)
-    x = (space.decode(tokens)).double()
-    std = space.std.double()
-    error, power = (square * std**2).sum(-1), (x**2).sum(-1)
-    cosines = (1 + error / power.clamp_min(1e-300)).rsqrt()
+    sums, std = torch.zeros(4, dtype=torch.float64), space.std.double()
+    cosines = []
+    for first in range(0, len(rows), AT_ONCE):
+        tokens = space.read(rows[first : first + AT_ONCE])
+        z = tokens.standardised()
+        # An error spread evenly over [-b, b] has the mean square b^2 / 3.
+        square = space.spec.how.bound(z).expand(z.shape).double() ** 2 / 3
+        # a zero of a rectified dimension, which is centred on zero, was stored as it was
+        square = torch.where((z == 0) & (space.mean == 0), 0.0, square)
+        x = space.decode(tokens).double()
+        error, power = (square * std**2).sum(-1), (x**2).sum(-1)
+        sums += torch.stack([error.sum(), power.sum(), square.sum(), (z.double() ** 2).sum()])
+        cosines.append((1 + error / power.clamp_min(1e-300)).rsqrt().flatten())
+    error, power, z_error, z_power = sums
     return {
-        "relative_error": float((error.sum() / power.sum()).sqrt()),
-        "relative_error_standardised": float(
-            (square.sum() / (z.double() ** 2).sum().clamp_min(1e-300)).sqrt()
-        ),
-        "p1_cosine": float(torch.quantile(cosines.flatten()[: 1 << 24], 0.01)),
+        "relative_error": float((error / power).sqrt()),
+        "relative_error_standardised": float((z_error / z_power.clamp_min(1e-300)).sqrt()),
+        "p1_cosine": first_percentile(torch.cat(cosines)),
         "rows": len(rows),
     }
 
 
-def _sizes(location: str | Path) -> dict[str, int] | None:
+def first_percentile(values: torch.Tensor) -> float:
+    """The 1st percentile of a vector; of the first 2^24, for torch takes no more."""
+    return float(torch.quantile(values[: 1 << 24], 0.01))
+
+
+def _sizes(root: Path | None) -> dict[str, int] | None:
     """Length of every file of a local store, by path within it."""
-    root = Path(location)
-    if not root.is_dir():
+    if root is None or not root.is_dir():
         return None
     return {
         str(file.relative_to(root)): file.stat().st_size

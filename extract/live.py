@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cache import Cache
-from ..cache.report import fidelity
+from ..cache.report import AT_ONCE, fidelity, first_percentile
 from ..errors import DataError
 from ..progress import ProgressLine
 from .pipeline import TeacherRunner, batched
@@ -32,7 +32,8 @@ def compare(cache: Cache, runner: TeacherRunner, rows: list[int]) -> dict[str, A
     Raises:
         DataError: images of rows that have tokens cannot be read any more.
     """
-    sums: dict[str, list[torch.Tensor]] = {}
+    sums: dict[str, torch.Tensor] = {}
+    cosines: dict[str, list[torch.Tensor]] = {}
     levels: list[torch.Tensor] = []
     problems: list[str] = []
     with ProgressLine("live", len(rows), "rows") as line:
@@ -46,7 +47,11 @@ def compare(cache: Cache, runner: TeacherRunner, rows: list[int]) -> dict[str, A
                 shown = batch.pixels[cache.pixels.size, cache.pixels.interpolation]
                 levels.append(_levels(cache, at, shown))
             for name, live in runner.tokens(batch).items():
-                sums.setdefault(name, []).append(_errors(cache, name, at, live.cpu()))
+                for first in range(0, len(at), AT_ONCE):
+                    some = slice(first, first + AT_ONCE)
+                    parts, cosine = _errors(cache, name, at[some], live[some].cpu())
+                    sums[name] = sums.get(name, 0.0) + parts
+                    cosines.setdefault(name, []).append(cosine)
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise DataError(
@@ -55,15 +60,15 @@ def compare(cache: Cache, runner: TeacherRunner, rows: list[int]) -> dict[str, A
             "made from"
         )
     spaces = {}
-    for name, parts in sums.items():
-        error, power, z_error, z_power, cosine = torch.cat(parts, 1)
+    for name, (error, power, z_error, z_power) in sums.items():
+        cosine = torch.cat(cosines[name])
         expected = fidelity(cache[name], rows)
         explained = expected["relative_error_standardised"] if expected else 0.0
-        standardised = float((z_error.sum() / z_power.sum()).sqrt())
+        standardised = float((z_error / z_power).sqrt())
         spaces[name] = {
             "cosine": float(cosine.mean()),
-            "p1_cosine": float(cosine.quantile(0.01)),
-            "relative_error": float((error.sum() / power.sum()).sqrt()),
+            "p1_cosine": first_percentile(cosine),
+            "relative_error": float((error / power).sqrt()),
             "relative_error_standardised": standardised,
             "expected_standardised": explained,
             "agrees": standardised <= 2 * explained + 0.01,
@@ -85,21 +90,18 @@ def _levels(cache: Cache, rows: Sequence[int], shown: torch.Tensor) -> torch.Ten
     return (stored.double() - shown.double()).abs().flatten(1).mean(1)
 
 
-def _errors(cache: Cache, name: str, rows: Sequence[int], live: torch.Tensor) -> torch.Tensor:
-    """Per token: squared error and power, both again standardised, cosine: float64 [5, tokens]."""
+def _errors(
+    cache: Cache, name: str, rows: Sequence[int], live: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error and power, both again standardised: float64 [4]; cosines: float64 [tokens]."""
     space = cache[name]
     stored = space.read(np.asarray(rows))
     x, found = live.double(), space.decode(stored).double()
     z = (x - space.mean.double()) / space.std.double()
     z_found = stored.standardised().double()
-    parts = (
-        ((x - found) ** 2).sum(-1),
-        (x**2).sum(-1),
-        ((z - z_found) ** 2).sum(-1),
-        (z**2).sum(-1),
-        torch.cosine_similarity(x, found, -1),
-    )
-    return torch.stack([part.flatten() for part in parts])
+    parts = ((x - found) ** 2, x**2, (z - z_found) ** 2, z**2)
+    cosine = torch.cosine_similarity(x, found, -1).flatten()
+    return torch.stack([part.sum() for part in parts]), cosine
 
 
 def show(live: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import batch, contents, extract, fill_shard
 from preceptor.cache import Cache, SpaceSpec, StorePlan, StoreWriter, TeacherRecord
-from preceptor.cache.report import describe, fidelity
+from preceptor.cache.report import describe, fidelity, first_percentile
 from preceptor.cache.statistics import CalibrationSums, calibration
 
 ROWS = 16
@@ -74,6 +75,34 @@ def test_expected_error_is_the_measured_one(encoding: str, rectified: bool, tmp_
     assert 1 - float(cosine) == pytest.approx(1 - told["p1_cosine"], rel=0.35, abs=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, 13, 40])
+def test_the_expected_error_is_that_of_all_rows_at_once(
+    count: int, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.flatnonzero(cache.valid)[:count]
+    assert len(rows) == count
+    for name, space in cache.spaces.items():
+        told = fidelity(space, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr("preceptor.cache.report.AT_ONCE", count)
+            assert told == pytest.approx(fidelity(space, rows), rel=1e-12), name
+        tokens = space.read(rows)
+        z, x = tokens.standardised(), space.decode(tokens).double()
+        square, z = space.spec.how.bound(z).expand(z.shape).double() ** 2 / 3, z.double()
+        errors = (square * space.std.double() ** 2).sum(-1), (x**2).sum(-1)
+        assert told == pytest.approx({
+            "relative_error": float((errors[0].sum() / errors[1].sum()).sqrt()),
+            "relative_error_standardised": float((square.sum() / (z**2).sum()).sqrt()),
+            "p1_cosine": float((1 + errors[0] / errors[1]).rsqrt().quantile(0.01)),
+            "rows": count,
+        }, rel=1e-6), name  # fmt: skip
+
+
+def test_more_values_than_a_quantile_takes() -> None:
+    values = torch.arange((1 << 24) + 5, dtype=torch.float32)
+    assert first_percentile(values) == pytest.approx((1 << 24) / 100, abs=1)
+
+
 def test_damage_that_info_meets_is_told_beside_the_rest(tmp_path: Path) -> None:
     extract(tmp_path / "store")
     flip(tmp_path / "store/spaces/vit/patch/codes/c.0.0.0", np.random.default_rng(0))
@@ -97,6 +126,20 @@ def test_bytes_and_missing_shards(tmp_path: Path) -> None:
         assert space["bytes"] == sum(map(len, own))
     assert found["complete"]
     assert found["missing"] == {}
+
+
+def test_a_store_named_by_an_address_of_files(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    extract(path)
+    for whole in (True, False):
+        if not whole:
+            (path / "commits/vit/complete.json").unlink()
+            shutil.rmtree(path / "spare/commits/vit")
+        named = describe(f"file://{path}")
+        assert {**describe(path), "store": named["store"]} == named
+        assert named["complete"] == whole
+        assert named["bytes"] == sum(map(len, contents(path).values()))
+    assert named["missing"] == {"vit": {"shards": [], "finished": False}}
 
 
 def test_a_store_that_was_only_begun(tmp_path: Path) -> None:
