@@ -49,8 +49,11 @@ def launch(
             devices = int(os.environ["SLURM_NTASKS_PER_NODE"])
             nodes = int(os.environ["SLURM_NNODES"])
     try:
+        accelerator = engine.accelerator
+        if accelerator == "auto":  # Fabric's own choice may be one that nothing here was run on
+            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         parts: dict[str, Any] = {
-            "accelerator": engine.accelerator,
+            "accelerator": accelerator,
             "devices": devices,
             "num_nodes": nodes,
             "precision": exact or precision(engine),

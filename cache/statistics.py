@@ -182,8 +182,21 @@ def calibration(sums: CalibrationSums) -> tuple[np.ndarray, np.ndarray]:
     square = moments.mean_square(centre)
     # No fourth moment is less than the square of the second, but for rounding.
     fourth = np.maximum(sums.fourth_moment(centre), square**2)
-    deviation = floored((fourth / 3) ** 0.25)
+    deviation = _or_typical((fourth / 3) ** 0.25)
     return centre.astype(np.float32), deviation.astype(np.float32)
+
+
+def _or_typical(deviation: np.ndarray) -> np.ndarray:
+    """Deviations ``[D]``, and their root mean square for those that are less than 1e-4 of it.
+
+    What does not move in the sample may move in a later row. By a deviation of nearly nothing such
+    a value would be the largest of its token by far, and with one scale a token all others be lost.
+    Where nothing moves at all they are 1.
+    """
+    typical = np.sqrt(np.mean(deviation**2))
+    if typical == 0:
+        return np.ones_like(deviation)
+    return np.where(deviation < 1e-4 * typical, typical, deviation)
 
 
 def floored(deviation: np.ndarray) -> np.ndarray:

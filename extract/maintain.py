@@ -20,7 +20,7 @@ from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path, write_beside
 from ..cache.writer import remove_unit
-from ..engine import gathered, launch, precision, refuse_several
+from ..engine import gathered, launch, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
 from .images import stored_pixels
@@ -30,6 +30,7 @@ from .pipeline import (
     calibrate,
     load_teachers,
     teacher_record,
+    teachers_precision,
 )
 
 _SHOWN = 20
@@ -130,7 +131,7 @@ def add(config: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     root = local_path(config.cache, "adding to it")
     writer = StoreWriter.open(root)
-    asked = str(precision(config.engine))
+    asked = teachers_precision(config.engine)
     fabric = launch(config.engine, exact=asked, patience=PATIENCE)
     first = fabric.global_rank == 0  # it changes what the store is made of, alone
     pixels = stored_pixels(config.pixels)
@@ -255,7 +256,7 @@ def _runner(
     chosen = OmegaConf.create({name: config.teachers[name] for name in names})
     teachers = load_teachers(chosen) if names else []
     precisions = {str(plan.teacher(name).identity.get("precision", "32-true")) for name in names}
-    asked = str(config.engine.precision)
+    asked = "auto" if config.engine.precision == "auto" else teachers_precision(config.engine)
     if strict and len(precisions) > 1:
         raise ConfigError(
             f"the teachers {', '.join(names)} were run in {' and '.join(sorted(precisions))}: "

@@ -47,6 +47,7 @@ from .calibration import measure, sample_rows
 from .images import ViewBatch, ViewDataset, geometry, stored_pixels, view_batches
 from .teachers import Teacher, load_teacher
 
+TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other: their shares of a large store end hours apart."""
 
@@ -75,7 +76,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
         shard_rows=config.shard_rows,
         group_rows=config.group_rows,
         teachers=tuple(
-            teacher_record(teacher, options, str(precision(config.engine)))
+            teacher_record(teacher, options, teachers_precision(config.engine))
             for teacher, options in zip(teachers, config.teachers.values(), strict=True)
         ),
         key_bytes=key_room(index),
@@ -117,6 +118,8 @@ class TeacherRunner:
         self.fabric, self.teachers = fabric, teachers
         self.index, self.policy = index, policy
         self.batch_size, self.workers = int(config.batch_size), decoders(config.workers)
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size}: expected a positive number")
         self.max_pixels = int(config.data.max_pixels)
         self.skip_corrupt = config.on_corrupt == "skip"
         self.rows_extracted = 0
@@ -235,6 +238,20 @@ def load_teachers(options: DictConfig) -> list[Teacher]:
     return loaded
 
 
+def teachers_precision(engine: DictConfig) -> str:
+    """The precision that teachers run in: float32 weights, with or without autocast.
+
+    Raises:
+        ConfigError: one of other weights: nothing would convert them, and the store would say so.
+    """
+    found = str(precision(engine))
+    if found not in TEACHERS_PRECISIONS:
+        raise ConfigError(
+            f"engine.precision={found}: teachers run in {', '.join(TEACHERS_PRECISIONS)} or auto"
+        )
+    return found
+
+
 def teacher_record(teacher: Teacher, options: DictConfig, precision: str) -> TeacherRecord:
     """What the manifest keeps of a teacher: its spaces, their encoding, and its identity."""
     encoding = options.get("encoding") or "int8"
@@ -256,16 +273,34 @@ def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) ->
         _borrow_calibration(writer, specs, str(config.calibration.store))
         return
     teachers = sorted({spec.teacher for spec in specs})
+    if config.calibration.images < 1:
+        raise ConfigError(
+            f"calibration.images={config.calibration.images}: expected a positive number"
+        )
     rows = sample_rows(writer.plan.rows, int(config.calibration.images), int(config.seed))
 
     def tokens() -> Iterator[Mapping[str, Tensor]]:
         with ProgressLine("calibrate", len(rows), "rows") as line:
             for batch in runner.batches(batched(rows, runner.batch_size)):
-                yield runner.tokens(batch, teachers)
+                found = runner.tokens(batch, teachers)
+                _refuse_not_finite(found, batch)
+                yield found
                 line.advance(len(batch.rows.keys))
 
     for space, found in measure(specs, tokens()).items():
         writer.calibrate(space, **found)
+
+
+def _refuse_not_finite(tokens: Mapping[str, Tensor], batch: ViewBatch) -> None:
+    keys = np.asarray(batch.rows.keys)[batch.rows.valid]
+    for space, values in tokens.items():
+        bad = ~torch.isfinite(values).flatten(1).all(1)
+        if bad.any():
+            key = str(keys[bad.cpu().numpy()][0])
+            raise DataError(
+                f"{space}: tokens of {key!r} are not finite: check the image and the teacher's "
+                "precision"
+            )
 
 
 def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: str) -> None:
@@ -277,7 +312,7 @@ def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: s
             )
         theirs = other.manifest.plan.teacher(spec.teacher).identity
         ours = writer.plan.teacher(spec.teacher).identity
-        for part in (theirs.keys() | ours.keys()) - {"versions", "precision"}:
+        for part in (theirs.keys() | ours.keys()) - {"versions", "precision", "converted"}:
             if theirs.get(part) != ours.get(part):
                 raise StoreError(
                     f"calibration.store={path} was made by another {spec.teacher}: its {part} is "
@@ -312,7 +347,7 @@ def _validate(config: DictConfig) -> None:
     for key, allowed in (("order", ("source", "permuted")), ("on_corrupt", ("stop", "skip"))):
         if config[key] not in allowed:
             raise ConfigError(f"{key}={config[key]}: valid are {', '.join(allowed)}")
-    for key in ("batch_size", "shard_rows", "group_rows"):
+    for key in ("shard_rows", "group_rows"):
         if config[key] < 1:
             raise ConfigError(f"{key}={config[key]}: expected a positive number")
     if config.shard_rows % config.group_rows:

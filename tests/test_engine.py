@@ -8,7 +8,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
-from preceptor.engine import decoders
+import torch
+from lightning_fabric.accelerators import MPSAccelerator
+from omegaconf import OmegaConf
+from preceptor.engine import decoders, launch
 from preceptor.errors import ConfigError
 from preceptor.train.ablate import job
 
@@ -83,3 +86,10 @@ def test_processes_wait_as_long_as_they_are_told(tmp_path):
     done = subprocess.run([sys.executable, *run, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [script.with_suffix(f".{rank}").read_text() for rank in "01"] == ["[7, [0, 1]]"] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is CUDA then")
+def test_auto_is_no_accelerator_that_was_never_tried(monkeypatch):
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    engine = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    assert launch(OmegaConf.create({**engine, "precision": "auto"})).device.type == "cpu"

@@ -27,7 +27,8 @@ from preceptor.cache import Cache, SampleIndex
 from preceptor.cache.shard_writer import ShardWriter
 from preceptor.cli import main
 from preceptor.errors import DataError
-from preceptor.extract.pipeline import key_room
+from preceptor.extract.images import ViewBatch
+from preceptor.extract.pipeline import TeacherRunner, key_room
 
 COUNT, SIZE = 11, 64
 
@@ -335,6 +336,56 @@ def test_calibration_can_be_taken_from_another_store(
         expected = theirs[name].decode(theirs[name].read(rows))
         found = space.decode(space.read(np.arange(COUNT)))
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=5e-2)
+
+
+def test_calibration_can_be_taken_from_a_converted_store(
+    shards: str, teachers: list[str], store: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "fp16"
+    assert main(["convert", f"cache={store}", f"out={other}", "encoding=fp16"]) == 0
+    arguments = options(shards, teachers, tmp_path / "store", f"calibration.store={other}")
+    assert main(["extract", *arguments]) == 0
+    found, expected = contents(tmp_path / "store"), contents(store)
+    assert found.keys() == expected.keys()
+    assert {name for name in found if found[name] != expected[name]} <= {
+        "manifest.json", "spare/manifest.json",
+    }  # fmt: skip
+
+
+def test_what_is_no_number_in_the_calibration_is_told_with_its_image(
+    shards: str, teachers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    plain = TeacherRunner.tokens
+
+    def overflowing(self: TeacherRunner, batch: ViewBatch, *rest: Any) -> dict[str, torch.Tensor]:
+        found = plain(self, batch, *rest)
+        for place, key in enumerate(batch.rows.keys):
+            if key == "im004":
+                found["vit/patch"] = found["vit/patch"].clone()
+                found["vit/patch"][place, 3, 5] = float("inf")
+        return found
+
+    monkeypatch.setattr(TeacherRunner, "tokens", overflowing)
+    arguments = options(shards, teachers, tmp_path / "store", "calibration.images=11")
+    assert main(["extract", *arguments]) == 1
+    assert "vit/patch: tokens of 'im004' are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("calibration.images=0", "calibration.images=0: expected a positive number"),
+        ("batch_size=0", "batch_size=0: expected a positive number"),
+        ("engine.precision=64-true", "teachers run in 32-true, bf16-mixed, 16-mixed or auto"),
+    ],
+)
+def test_options_out_of_range_are_told(
+    shards: str, teachers: list[str], tmp_path: Path, option: str, expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(["extract", *options(shards, teachers, tmp_path / "store", option)]) == 1
+    assert expected in capsys.readouterr().err
 
 
 SECOND_IS_LATE = """
