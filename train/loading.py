@@ -68,7 +68,7 @@ def decoded(
     """The pixels of lists of (row, epoch), in order, decoded by worker processes (0: in this one).
 
     Raises:
-        DataError: of the image that cannot be read, as if it had been read here.
+        DataError, StoreError: of the image that cannot be read, as if it had been read here.
     """
     images = loaded(views, orders, workers)
 

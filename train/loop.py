@@ -216,8 +216,11 @@ def train(config: DictConfig) -> dict[str, Any]:
             measured = knn is not None and (ends or _due(done, log.knn_every))
             if knn is not None and measured:
                 judged = distiller if average is None else average.module
-                latest["knn"] = knn.accuracy(judged.student, judged.alignment)
-                logs.log({"knn": latest["knn"]}, done)
+                latest.pop("knn", None)
+                accuracy = knn.accuracy(judged.student, judged.alignment)
+                if accuracy is not None:
+                    latest["knn"] = accuracy
+                    logs.log({"knn": accuracy}, done)
             if rank_zero:
                 line.advance(images_a_step, _note(latest))
 
@@ -323,6 +326,7 @@ def _monitor(config: DictConfig, fabric: Fabric, cache: Cache, views: Views) -> 
         seed=config.seed,
         batch_size=config.recipe.batch_size,
         workers=decoders(config.workers),
+        skip=config.on_damaged == "skip",
     )
 
 

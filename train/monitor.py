@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cache import Cache
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError, StoreError
 from .alignment import Alignment
 from .batch import normalise
 from .evaluation.knn import knn_predict
-from .loading import decoded, prefetched
+from .loading import loaded, prefetched
 from .students import Student
 from .views import StorePixels, Views
 
@@ -44,6 +46,7 @@ class KnnMonitor:
             whole.
         neighbours: k.
         batch_size: rows a forward pass.
+        skip: leave damaged images out, and tell of each once, instead of raising what is wrong.
 
     Raises:
         ConfigError: the store has too few labelled images to split.
@@ -60,9 +63,11 @@ class KnnMonitor:
         seed: int,
         batch_size: int,
         workers: int,
+        skip: bool = False,
     ) -> None:
         self._fabric, self._neighbours, self._batch = fabric, neighbours, batch_size
-        self._workers = workers
+        self._workers, self._skip = workers, skip
+        self._told: set[str] = set()
         self._views = copy.copy(views)
         self._views.jitter = self._views.crop = None
         labels = np.asarray(cache.labels, dtype=np.int64)
@@ -87,41 +92,66 @@ class KnnMonitor:
         self._rows, self._labels = rows, torch.from_numpy(labels[rows])
         self._asked = torch.from_numpy(asked)
 
-    def accuracy(self, student: Student, alignment: Alignment) -> float:
-        """Share of the held-out images that are classified as labelled; a collective call."""
+    def accuracy(self, student: Student, alignment: Alignment) -> float | None:
+        """Share of the held-out images that are classified as labelled; a collective call.
+
+        None where damage leaves none to ask about, or none to be their neighbours.
+
+        Raises:
+            DataError, StoreError: a damaged image or group, where they are not skipped.
+        """
         was_training = student.training, alignment.training
         student.eval()
         alignment.eval()
         try:
-            features = self._features(student, alignment)
+            features, sound = self._features(student, alignment)
         finally:
             student.train(was_training[0])
             alignment.train(was_training[1])
-        asked = self._asked
+        asked, known = self._asked & sound, ~self._asked & sound
+        if not asked.any() or not known.any():
+            return None
         predicted = knn_predict(
-            features[~asked], self._labels[~asked], features[asked], k=self._neighbours
+            features[known], self._labels[known], features[asked], k=self._neighbours
         )
         return float((predicted == self._labels[asked]).double().mean())
 
     @torch.no_grad()
-    def _features(self, student: Student, alignment: Alignment) -> Tensor:
-        """Descriptors float32 [n, P] on the CPU; every rank computes its share."""
+    def _features(self, student: Student, alignment: Alignment) -> tuple[Tensor, Tensor]:
+        """Descriptors float32 [n, P] and which of them mean anything, bool [n], both on the CPU.
+
+        Every rank computes its share, of damaged images too, so that shares stay equal.
+        """
         fabric = self._fabric
         own = np.split(self._rows, fabric.world_size)[fabric.global_rank]
         orders = [
             [(int(row), 0) for row in part]
             for part in _read_together(own, self._group or 1, self._batch)
         ]
-        found = []
-        for pixels in prefetched(decoded(self._views, orders, self._workers), 2):
+        found, sound = [], torch.ones(len(own), dtype=torch.long)
+        done = 0
+        for pixels, problems in prefetched(loaded(self._views, orders, self._workers), 2):
+            for place in sorted(problems):
+                self._leave_out(problems[place])
+                sound[done + place] = 0
+            done += len(pixels)
             for batch in pixels.split(self._batch):
                 inputs = fabric.strategy.precision.convert_input(normalise(batch, fabric.device))
                 with fabric.autocast():
                     output = alignment.run_student(student, inputs)
                     found.append(output.pooled.float())
-        gathered = fabric.all_gather(torch.cat(found))
-        assert isinstance(gathered, Tensor)
-        return gathered.view(len(self._rows), -1).cpu()
+        gathered, kept = (
+            cast(Tensor, fabric.all_gather(part)).view(len(self._rows), -1).cpu()
+            for part in (torch.cat(found), sound.to(fabric.device))
+        )
+        return gathered, kept[:, 0] > 0
+
+    def _leave_out(self, problem: DataError | StoreError) -> None:
+        if not self._skip:
+            raise problem
+        if str(problem) not in self._told:
+            self._told.add(str(problem))
+            print(f"warning: left out of the k-NN: {problem}", file=sys.stderr, flush=True)
 
 
 def _of_groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,11 +15,11 @@ from torch.utils.data import Dataset
 from ..cache import Cache
 from ..cache.samples import SampleIndex
 from ..cache.views import View
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, StoreError
 from .crops import RandomCrop
 from .photometric import ColorJitter
 
-Problems = dict[int, DataError]
+Problems = dict[int, DataError | StoreError]
 """What is wrong with the image at a place of a list of rows."""
 
 
@@ -168,12 +169,20 @@ class StorePixels:
         return pixels
 
     def take(self, items: Sequence[int | tuple[int, int]]) -> tuple[Tensor, Problems]:
-        """As `StoredViews.take`; a store has no images that cannot be read.
-
-        Raises:
-            StoreError: damage.
-        """
-        return self.__getitems__(items), {}
+        """As `StoredViews.take`, of rows whose group is damaged."""
+        with contextlib.suppress(StoreError):
+            return self.__getitems__(items), {}
+        pixels = torch.zeros((len(items), *self.size, 3), dtype=torch.uint8)
+        problems: Problems = {}
+        rows = np.array([item[0] if isinstance(item, tuple) else item for item in items])
+        groups = rows // self.cache.plan.group_rows
+        for group in np.unique(groups):
+            places = np.flatnonzero(groups == group).tolist()
+            try:
+                pixels[places] = self.__getitems__([items[place] for place in places])
+            except StoreError as error:
+                problems |= dict.fromkeys(places, error)
+        return pixels, problems
 
     def vary(self, pixels: Tensor, place: int, row: int, epoch: int) -> None:
         """Apply the jitter to one image of uint8 [b, H, W, 3], in place."""

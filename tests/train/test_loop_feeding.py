@@ -111,6 +111,25 @@ def test_a_damaged_shard_stops_a_run_or_is_skipped_and_counted(
     assert same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_skipping_run_with_the_knn_ends_past_damaged_pixels(
+    train_config, pixel_bed, tmp_path: Path, capsys
+) -> None:
+    path = tmp_path / "damaged"
+    shutil.copytree(pixel_bed.cache, path)
+    file = path / "pixels/c.0.0.0.0"
+    raw = bytearray(file.read_bytes())
+    raw[7] ^= 1
+    file.write_bytes(bytes(raw))
+    common = (f"cache={path}", "data.shards=null", "recipe.steps=2", "log.knn_every=2")
+    summary = train(train_config(*common, "on_damaged=skip"))
+    assert 0 < summary["knn"] <= 1
+    told = capsys.readouterr().err
+    assert told.count("left out of the k-NN: ") == 1
+    assert "shard 0 of pixels" in told
+    with pytest.raises(StoreError, match="shard 0 of pixels"):
+        train(train_config(*common, out="stopped"))
+
+
 def test_crops_of_whole_images_learn_and_resume(
     train_config, full_bed, tmp_path: Path, interrupted
 ) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from preceptor.benchmarks.faults import flip
 from preceptor.cache import Cache
 from preceptor.cache.gather import Gatherer
+from preceptor.cache.samples import SampleIndex
+from preceptor.errors import DataError, StoreError
 from preceptor.train.alignment import build_alignment
 from preceptor.train.alignment.base import Space
 from preceptor.train.batch import normalise
 from preceptor.train.monitor import KnnMonitor, _of_groups, _read_together
 from preceptor.train.students import build_student
-from preceptor.train.views import StorePixels
+from preceptor.train.views import StoredViews, StorePixels
 from sklearn.neighbors import KNeighborsClassifier
 
 
@@ -60,6 +65,83 @@ def test_every_group_that_is_drawn_is_read_once(pixel_bed, monkeypatch, batch):
     ).fit(features[~asked], labels[rows[~asked]])
     expected = (judge.predict(features[asked]) == labels[rows[asked]]).mean()
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "decoded"])
+def test_damaged_images_are_left_out_of_the_knn_where_damage_is_skipped(
+    pixel_bed, tmp_path, monkeypatch, capsys, stored
+):
+    path = tmp_path / "store"
+    shutil.copytree(pixel_bed.cache, path)
+    cache = Cache.open(path)
+    if stored:
+        flip(path / "pixels/c.0.0.0.0", np.random.default_rng(1))
+        views, lost, told = StorePixels(cache), None, "shard 0 of pixels"
+    else:
+        index = pixel_bed.index
+        views, lost, told = StoredViews(cache, index, (32, 32)), {20, 40}, "train-0[12]0"
+        image = SampleIndex.image
+
+        def bad(self, sample, **limit):
+            if sample in (10, 20):
+                raise DataError(f"image {self.keys[sample]!r} cannot be decoded")
+            return image(self, sample, **limit)
+
+        monkeypatch.setattr(SampleIndex, "image", bad)
+
+    def monitor(**options):
+        return KnnMonitor(
+            Fabric(accelerator="cpu", devices=1), cache, views,
+            images=40, neighbours=3, seed=4, batch_size=16, workers=0, **options,
+        )  # fmt: skip
+
+    student = build_student({"model": "resnet10t", "size": 32}, 0)
+    space = Space("vit", 1, 4, None)
+    alignment = build_alignment({"name": "regression"}, student, {"vit/cls": space})
+    with pytest.raises((StoreError, DataError), match=told):
+        monitor().accuracy(student, alignment)
+    skipping = monitor(skip=True)
+    found = skipping.accuracy(student, alignment)
+    assert skipping.accuracy(student, alignment) == found
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == (1 if stored else 2)
+    assert all(re.search(f"left out of the k-NN: .*{told}", warning) for warning in warnings)
+
+    rows, asked = skipping._rows, skipping._asked.numpy()
+    if lost is None:
+        _, problems = views.take([(int(row), 0) for row in rows])
+        lost = {int(rows[place]) for place in problems}
+        assert len({row // cache.plan.group_rows for row in lost}) == 1
+    kept = np.array([row not in lost for row in rows.tolist()])
+    assert 0 < (~kept).sum() <= 2
+    labels = np.asarray(cache.labels)[rows]
+    whole = StorePixels(Cache.open(pixel_bed.cache)) if stored else views
+    pixels = torch.zeros((len(rows), 32, 32, 3), dtype=torch.uint8)
+    pixels[torch.from_numpy(kept)] = whole.__getitems__(rows[kept].tolist())
+    with torch.no_grad():
+        features = student.eval()(normalise(pixels, torch.device("cpu"))).pooled.double().numpy()
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    judge = KNeighborsClassifier(
+        3, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute"
+    ).fit(features[~asked & kept], labels[~asked & kept])
+    expected = (judge.predict(features[asked & kept]) == labels[asked & kept]).mean()
+    assert found == pytest.approx(expected)
+
+
+def test_a_knn_of_which_nothing_is_left_is_none(pixel_bed, tmp_path):
+    path = tmp_path / "store"
+    shutil.copytree(pixel_bed.cache, path)
+    cache = Cache.open(path)
+    for file in (path / "pixels").glob("c.*"):
+        file.write_bytes(bytes(file.stat().st_size))
+    monitor = KnnMonitor(
+        Fabric(accelerator="cpu", devices=1), cache, StorePixels(cache),
+        images=40, neighbours=3, seed=4, batch_size=16, workers=0, skip=True,
+    )  # fmt: skip
+    student = build_student({"model": "resnet10t", "size": 32}, 0)
+    space = Space("vit", 1, 4, None)
+    alignment = build_alignment({"name": "regression"}, student, {"vit/cls": space})
+    assert monitor.accuracy(student, alignment) is None
 
 
 def test_groups_are_drawn_by_the_seed_and_cut_nowhere():
