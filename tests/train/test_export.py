@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from preceptor.cache import Cache, Space
 from preceptor.cache.samples import SampleIndex
 from preceptor.errors import ConfigError, DataError, ExportError
@@ -390,6 +390,11 @@ def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
     told(ConfigError, "units=mm: valid are teacher, standardised", runs / "vit", "units=mm")
     told(ConfigError, "weights=mean: valid are last, ema, best", runs / "vit", "weights=mean")
     told(DataError, "weights=best: .* it has last, ema", runs / "vit", "weights=best")
+    shutil.copytree(runs / "vit", tmp_path / "of-pixels")
+    settings = OmegaConf.load(runs / "vit/config.yaml")
+    OmegaConf.save({**settings, "data": {"shards": None}}, tmp_path / "of-pixels/config.yaml")
+    told(DataError, r"which images it was .*check\.shards=.*check\.images=0",
+         tmp_path / "of-pixels")  # fmt: skip
     told(DataError, r"images to compare on.*check\.shards", runs / "vit", "check.shards=/no.tar")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     told(ConfigError, r"pip install 'preceptor\[export\]'", runs / "vit", "formats=[onnx]")

@@ -11,10 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...cache import Cache
 from ...cache.convert import convert_store
+from ...engine import refuse_several
 from ...errors import ConfigError, TrainingError, first_line
 from ...options import compose_options, plain
 from ..checkpoint import KEPT, flat, write_json
 from ..evaluation.run import prepare as check_evaluation
+from ..settings import check_settings
 from .figure import draw
 from .job import EVAL, RESULT, TRAIN, enter, launched, read_failure, read_result
 from .plan import ENCODING, SEED, PlannedRun, baseline_of, option, plan_runs
@@ -33,6 +35,7 @@ def ablate(config: DictConfig) -> dict[str, Any] | None:
         ConfigError, DataError, StoreError: an input cannot be used; nothing has been run.
         TrainingError: some runs failed; the table holds the others.
     """
+    refuse_several("ablate")
     out = Path(config.out).absolute()
     if config.job is not None:
         launched(out, str(config.job))
@@ -103,9 +106,16 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
             if encoding is not None:
                 options["cache"] = str(stores[str(encoding)])
             composed[variant.name] = _composed("train", options, directories)
+            _check_training(variant.name, composed[variant.name], config.weights)
         if evaluation is None:
-            first = composed[variant.name]
-            options = {"train.cache": config.cache, "train.shards": plain(first.data.shards)}
+            options = {"train.cache": config.cache}
+            if (shards := plain(composed[variant.name].data)["shards"]) is not None:
+                options["train.shards"] = shards
+            elif "train.shards" not in flat(judged):
+                raise ConfigError(
+                    "train.shards is required of the evaluation, as the training names no images "
+                    "(data.shards=null): say eval={train.shards: ...}"
+                )
             options |= {"with_teachers": False, "with_floor": False, "features": None, **judged}
             evaluation = _composed("eval", options, directories)
             check_evaluation(evaluation)
@@ -125,6 +135,25 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
             _same(path, what)
             path.parent.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(what, path, resolve=True)
+
+
+def _check_training(name: str, training: DictConfig, weights: str) -> None:
+    """Refuse what a variant's training would, and weights that it would not keep."""
+    try:
+        check_settings(training)
+    except ConfigError as error:
+        raise ConfigError(
+            f"preceptor train would not take the options of {name}: {error}"
+        ) from None
+    if weights == "ema" and not training.recipe.ema:
+        raise ConfigError(
+            f"weights=ema: {name} keeps no average; say train={{recipe.ema: 0.999}}, or another "
+            "decay"
+        )
+    if weights == "best" and training.keep.best is None:
+        raise ConfigError(
+            f"weights=best: {name} keeps no best weights; say train={{keep.best: loss}} or knn"
+        )
 
 
 def _composed(verb: str, options: Mapping[str, Any], directories: Sequence[str]) -> DictConfig:

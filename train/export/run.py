@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ...cache.samples import SampleIndex
 from ...cache.views import ViewPolicy
+from ...engine import refuse_several
 from ...errors import ConfigError, DataError, ExportError
 from ...options import plain
 from ...progress import ProgressLine
@@ -61,6 +63,7 @@ def export(config: DictConfig) -> dict[str, Any]:
         DataError: the folder holds no finished run, or images cannot be read.
         ExportError: a form cannot be written, or does not compute what the student does.
     """
+    refuse_several("export")
     _validate(config)
     run = Path(config.run)
     name = "export" if config.weights == "last" else f"export-{config.weights}"
@@ -200,13 +203,14 @@ def _images(config: DictConfig, run: Path, student: Student, interpolation: str)
         return torch.zeros(1, 3, *student.size)
     shards = config.check.shards
     if shards is None:
-        try:
+        # Absent, or null: trained on the pixels of its store.
+        with contextlib.suppress(OSError, AttributeError):
             shards = OmegaConf.load(run / "config.yaml").data.shards
-        except (OSError, AttributeError) as error:
-            raise DataError(
-                f"{run} does not say which images it was trained on; say check.shards=... or "
-                "check.images=0"
-            ) from error
+    if shards is None:
+        raise DataError(
+            f"{run} does not say which images it was trained on; say check.shards=... or "
+            "check.images=0"
+        )
     try:
         index = SampleIndex.from_shards(plain(shards))
     except DataError as error:

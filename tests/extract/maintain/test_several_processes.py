@@ -55,7 +55,7 @@ def test_two_processes_extract_and_add_what_one_does(
     assert json.loads(Path(f"{both}.add.json").read_text())["rows_extracted"] == COUNT
 
 
-@pytest.mark.parametrize("verb", ["verify", "repair", "eval"])
+@pytest.mark.parametrize("verb", ["verify", "repair", "eval", "ablate", "export"])
 def test_what_takes_one_process_says_so(
     verb: str,
     store: Path,
@@ -65,5 +65,6 @@ def test_what_takes_one_process_says_so(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     eval_of = [f"{side}.{key}={store}" for side in ("train", "test") for key in ("cache", "shards")]
-    assert main([verb, *(eval_of if verb == "eval" else [f"cache={store}"])]) == 1
+    given = {"eval": eval_of, "export": [f"run={store}"]}.get(verb, [f"cache={store}"])
+    assert main([verb, *given]) == 1
     assert "start it without torchrun" in capsys.readouterr().err

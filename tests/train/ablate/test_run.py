@@ -202,6 +202,11 @@ def test_mistakes_are_told_before_anything_runs(
     told("level=2", more=("level=2.0",))
     told("train=short: expected options", more=("train=short",))
     told("weights=mean: valid are last, ema, best", more=("weights=mean",))
+    some = "recipe.ema: [0.9, 0]"
+    told("weights=ema: ema=0 keeps no average", "recipe.ema:", factors=some, more=("weights=ema",))
+    told("weights=best: regression keeps no best", "keep.best: loss", more=("weights=best",))
+    told("train would not take the options of lr=-1: recipe.lr=-1", factors="recipe.lr: [1, -1]")
+    told("train.shards is required", "eval={train.shards: ...}", factors="data.shards: [null]")
     judged = f"test.cache: {test_bed.cache}, test.shards: {test_bed.shards}"
     told("protocols: dense needs a dense task", more=(f"eval={{{judged}, protocols: [dense]}}",))
     assert main(["ablate", f"cache={bed.cache}"]) == 1
