@@ -347,9 +347,8 @@ def test_calibration_can_be_taken_from_a_converted_store(
     assert main(["extract", *arguments]) == 0
     found, expected = contents(tmp_path / "store"), contents(store)
     assert found.keys() == expected.keys()
-    assert {name for name in found if found[name] != expected[name]} <= {
-        "manifest.json", "spare/manifest.json",
-    }  # fmt: skip
+    other = {name for name in found if found[name] != expected[name]}  # fp16 has no prediction
+    assert all("manifest" in name or "/vit/" in name for name in other)
 
 
 def test_what_is_no_number_in_the_calibration_is_told_with_its_image(
