@@ -22,6 +22,8 @@ CONFIGS = "preceptor.configs"
 _MAY_BE_NULL = ("recipe.steps", "recipe.epochs", "recipe.images_a_step", "data.shards")
 """Options of a stated kind that may be left out. Alignments check their own; what needs images, its
 images."""
+_SIZE = re.compile(r"teachers\.[^.]+\.size")
+"""Of a teacher: a side, [height, width], or null for the network's own; the teacher checks it."""
 
 
 def check_options(name: str, options: Sequence[str]) -> None:
@@ -201,6 +203,8 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
             expected = _mismatch(default, value)
             if value is None and not (key in _MAY_BE_NULL or key.startswith("align.")):
                 expected = _kind(default)
+            if _SIZE.fullmatch(key) and (value is None or isinstance(value, list)):
+                expected = None
             if expected:
                 such = "" if default == "???" else f", such as the default {default!r}"
                 given = "null" if value is None else value

@@ -134,6 +134,18 @@ def test_a_group_written_in_place_is_told_to_be_a_file(capsys: pytest.CaptureFix
     assert "DIR/teachers/mine.yaml and say --config-dir DIR teachers=mine" in message
 
 
+@pytest.mark.parametrize("size", ["448", "null", "[224,448]"])
+def test_a_teacher_s_size_is_a_side_two_sides_or_the_network_s_own(
+    size: str, tmp_path: Path
+) -> None:
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers/mine.yaml").write_text("vit: {source: 'timm:vit', size: 224}\n")
+    given = ["--config-dir", str(tmp_path), "teachers=mine", "cache=a", "data.shards=b"]
+    check_options("extract", [*given, f"teachers.vit.size={size}"])
+    with pytest.raises(ConfigError, match=r"teachers\.vit\.size=big: expected a whole number"):
+        check_options("extract", [*given, "teachers.vit.size=big"])
+
+
 def test_a_swept_group_brings_its_own_keys() -> None:
     needed = ["cache=a", "data.shards=b", "-m"]
     check_options("train", ["align=model_token,regression", "seed=0,1", *needed])
