@@ -115,7 +115,30 @@ def difference(theirs: Json, ours: Json, path: str = "") -> str | None:
         return None
     if type(theirs) is type(ours) and theirs == ours:
         return None
+    if (left := _names(theirs)) and (right := _names(ours)) and {*left} != {*right}:
+        return _only(path, left, right)
     return f"{path} is {_short(theirs)} in the store and {_short(ours)} in this configuration"
+
+
+def _names(value: Json) -> list[str]:
+    """The names of a list of mappings; none of anything else."""
+    if not isinstance(value, list):
+        return []
+    names = [one.get("name") for one in value if isinstance(one, Mapping)]
+    found = [name for name in names if isinstance(name, str)]
+    return found if len(found) == len(value) else []
+
+
+def _only(path: str, theirs: list[str], ours: list[str]) -> str:
+    """What one of two lists of names has and the other has not, three of each at most."""
+    told = []
+    for side, mine, others in (("the store", theirs, ours), ("this configuration", ours, theirs)):
+        known = set(others)
+        names = [f"{path}[{name}]" for name in mine if name not in known]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        if names:
+            told.append(f"only {side} has {', '.join(names[:3])}{more}")
+    return ", ".join(told)
 
 
 def _short(value: Json) -> str:

@@ -349,6 +349,27 @@ def test_differences_name_both_sides() -> None:
     assert difference({"a": 1}, {"a": True}) is not None
 
 
+def test_lists_of_other_lengths_differ_by_what_one_side_has() -> None:
+    def named(*names: str) -> dict:
+        return {"a": [{"name": name, "long": "x" * 100} for name in names]}
+
+    only = "only the store has a[t]"
+    assert difference(named("s", "t"), named("s")) == only
+    assert difference(named("s"), named("s", "t")) == only.replace(
+        "the store", "this configuration"
+    )
+    assert difference(named("t", "s", "u"), named("s", "v")) == (
+        "only the store has a[t], a[u], only this configuration has a[v]"
+    )
+    assert difference(named(*"pqrstu"), named("p")) == (
+        "only the store has a[q], a[r], a[s] and 2 more"
+    )
+    assert "in the store and" in str(difference(named("s", "s"), named("s")))
+    assert difference({"a": [1, 2]}, {"a": [1]}) == (
+        "a is [1, 2] in the store and [1] in this configuration"
+    )
+
+
 @pytest.mark.parametrize("name", ["", "rows", "../up", "a/b", ".hidden", "é", "x" * 65])
 def test_names_that_could_leave_their_folder_are_refused(name: str) -> None:
     with pytest.raises(StoreError):

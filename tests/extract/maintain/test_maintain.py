@@ -214,8 +214,9 @@ def test_images_that_cannot_be_read_any_more_are_named_by_verify(
 
 
 def test_add_and_drop_touch_no_other_file(
-    shards: str, good: dict[str, bytes], store: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    shards: str, configs: Path, good: dict[str, bytes], store: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     inodes = {name: (store / name).stat().st_ino for name in good}
     assert run("add", store, shards, teachers(third="other_vit")) == 0
     assert main(["verify", f"cache={store}"]) == 0
@@ -230,6 +231,8 @@ def test_add_and_drop_touch_no_other_file(
     assert cache["third/patch"].shape == (COUNT, 16, 20)
     assert run("add", store, shards, teachers(third="other_vit")) == 0  # nothing left to do
     assert contents(store) == added
+    assert run("extract", store, shards, "--config-dir", str(configs), "teachers=tiny") == 1
+    assert "only the store has teachers[third]" in capsys.readouterr().err
     assert run("add", store, shards, teachers(third="vit")) == 1
     assert "another teacher third" in capsys.readouterr().err
     assert main(["drop", f"cache={store}", "teacher=thrid"]) == 1
