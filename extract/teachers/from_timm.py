@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,13 @@ class TimmTeacher(NetworkTeacher):
             "cls" if by_token else "pooled": {},
         }
         taps = taps_from(spaces, default, offer, name)
+        self._asks_prefix = self._prefix > 0 and offer.blocks > 0 and _gives_prefix(network)
+        for space, tap in taps.items():
+            if tap.take == "cls" and tap.block is not None and not self._asks_prefix:
+                raise TeacherError(
+                    f"teachers.{name}.spaces.{space}: timm gives no class token of a block of "
+                    "this network; drop block, or take tokens or mean of it"
+                )
         self._blocks = sorted({tap.block for tap in taps.values() if tap.block is not None})
         self._final = any(tap.block is None for tap in taps.values())
         own = preprocessing or timm_preprocessing(network)
@@ -90,7 +98,7 @@ class TimmTeacher(NetworkTeacher):
                 output_fmt="NCHW",
                 intermediates_only=not self._final,
                 stop_early=not self._final,
-                **({"return_prefix_tokens": True} if self._prefix else {}),
+                **({"return_prefix_tokens": True} if self._asks_prefix else {}),
             )
             if self._final:
                 final, result = result
@@ -136,6 +144,10 @@ class TimmTeacher(NetworkTeacher):
             f"teacher {self.name}: the final features of this network have no grid that is known "
             "here; take a block, mean or pooled"
         )
+
+
+def _gives_prefix(network: Any) -> bool:
+    return "return_prefix_tokens" in inspect.signature(network.forward_intermediates).parameters
 
 
 def timm_preprocessing(network: nn.Module) -> Preprocessing:

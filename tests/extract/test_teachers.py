@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from preceptor.checkpoints import read_checkpoint
 from preceptor.errors import TeacherError
 from preceptor.extract.teachers import Teacher, load_teacher
+from preceptor.extract.teachers.from_timm import TimmTeacher
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -132,6 +133,30 @@ def test_vit_blocks_are_its_own_activations(checkpoints: dict[str, Path]) -> Non
     teacher = load_teacher("t", "timm:test_vit", checkpoint=str(path), spaces=early)
     with torch.no_grad():
         assert torch.allclose(teacher(pixels)["cls"], network.norm(seen[1])[:, :1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "convit_tiny", "xcit_nano_12_p16_224"])
+def test_blocks_of_networks_whose_class_token_comes_late(name: str) -> None:
+    spaces = {
+        "raw": {"take": "tokens", "block": 1, "norm": False},
+        "mean": {"block": -1},
+        "cls": {},
+    }
+    network = randomised(timm.create_model(name))
+    teacher = TimmTeacher("t", network, f"timm:{name}", spaces=spaces)
+    seen: list[torch.Tensor] = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    pixels = images(teacher, 1)
+    with torch.no_grad():
+        cls = network.forward_features(pixels)[:, :1]
+        mean = network.norm(seen[-1][:, -196:]).mean(1, keepdim=True)
+    found = teacher(pixels)
+    assert torch.allclose(found["raw"], seen[1][:, -196:], atol=1e-4)
+    assert torch.allclose(found["mean"], mean, atol=1e-4)
+    assert torch.allclose(found["cls"], cls, atol=1e-4)
+    with pytest.raises(TeacherError, match=r"teachers\.t\.spaces\.cls: timm gives no class token"):
+        TimmTeacher("t", network, f"timm:{name}", spaces={"cls": {"block": 1}})
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext", "resnet10t"])
