@@ -134,10 +134,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     # Where it starts.
     checkpoints = Checkpoints(out, config.keep.last)
     first = seen = 0  # steps, and images of all ranks, before this start
+    spent = 0.0  # seconds before it
     if config.resume and (last := checkpoints.last):
         state = load_checkpoint(last)
         check_same_run(last, state["identity"], identity)
         first, seen = int(state["step"]), int(state["images"])
+        spent = float(state.get("seconds", 0))  # older checkpoints do not say
         if recipe.epochs and state["ranks"] != world:
             first = seen // images_a_step  # the same part of the way, in steps of another size
         if first >= steps and (out / SUMMARY).exists():
@@ -230,7 +232,8 @@ def train(config: DictConfig) -> dict[str, Any]:
             best = judges and run.improves(config.keep.best, latest, done)
             if saves or best:
                 watch.check(checkpoints)
-                state = run.collect(done, seen + (done - first) * images_a_step)
+                images = seen + (done - first) * images_a_step
+                state = run.collect(done, images, spent + meter.seconds)
                 if rank_zero:
                     logs.flush()
                     checkpoints.keep(state, last=saves, best=best, must=ends or stopping)
@@ -250,9 +253,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         "seed": config.seed,
         "steps": steps,
         "epochs": steps * accumulate / data.steps_per_epoch,
-        "images": (steps - first) * images_a_step,
-        "seconds": meter.seconds,
-        "images_per_second": meter.images * world / meter.seconds,
+        "images": seen + (steps - first) * images_a_step,
+        "seconds": spent + meter.seconds,
+        "images_per_second": meter.images * world / meter.seconds,  # since this start
         "wait_share": meter.wait_share,
         "images_an_epoch": data.epoch_views.images,
         "images_an_epoch_left_over": data.left_over,
@@ -291,7 +294,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             save_model(out / BEST, student, alignment, identity, cache)
         write_json(out / SUMMARY, summary)
         print(
-            f"{out}: {steps} steps in {meter.seconds:.0f} s, "
+            f"{out}: {steps} steps in {summary['seconds']:.0f} s, "
             f"{summary['images_per_second']:,.0f} images/s, loss {summary['loss']:.4f}"
         )
     fabric.barrier()

@@ -48,12 +48,13 @@ class RunState:
         self.best = {"metric": metric, "value": value, "step": step}
         return True
 
-    def collect(self, step: int, images: int) -> dict[str, Any]:
+    def collect(self, step: int, images: int, seconds: float) -> dict[str, Any]:
         """Everything, as plain containers and tensors; a collective call.
 
         Args:
             step: optimiser steps that are done.
             images: that all ranks have trained on.
+            seconds: that it took, over all starts.
         """
         fabric = self.fabric
         window = self.meter.state()
@@ -73,6 +74,7 @@ class RunState:
         return {
             "step": step,
             "images": images,
+            "seconds": seconds,
             "ranks": world,
             "module": self.module.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),

@@ -246,7 +246,7 @@ def test_card_and_summary_say_what_the_run_says(exported):
         f"| vit/cls | {summary['losses']['vit/cls']:.4f} |",
         "`model_token`",
         f"{summary['parameters']['student']:,} parameters",
-        "seed 0, 4 steps",
+        f"seed 0, 4 steps, {summary['epochs']:.2f} passes over the images, ",
         "| vit | random |",
     ):
         assert fact in card

@@ -232,6 +232,33 @@ def test_a_run_that_starts_anew_leaves_nothing_of_the_one_before(
     assert not (out / "best" / "model.json").exists()
 
 
+def test_the_images_and_seconds_of_a_summary_are_of_all_starts(train_config, tmp_path, interrupted):
+    options = ("recipe.checkpoint_every=3",)
+    with interrupted(5):
+        train(train_config(*options))
+    path = Checkpoints(tmp_path / "run", 1).last
+    state = load_checkpoint(path)
+    assert state["images"] == 3 * 16
+    assert state["seconds"] > 0
+    save_checkpoint(path, {**state, "seconds": 1e6})
+    summary = train(train_config(*options))
+    assert summary["images"] == 8 * 16
+    assert summary["seconds"] > 1e6
+    assert summary["images_per_second"] > 8 * 16 / 1e6  # of this start alone
+    assert load_checkpoint(Checkpoints(tmp_path / "run", 1).last)["seconds"] > 1e6
+
+    # Checkpoints of earlier versions do not say how long it took.
+    with interrupted(5):
+        train(train_config(*options, out="older"))
+    path = Checkpoints(tmp_path / "older", 1).last
+    state = load_checkpoint(path)
+    del state["seconds"]
+    save_checkpoint(path, state)
+    older = train(train_config(*options, out="older"))
+    assert older["images"] == 8 * 16
+    assert 0 < older["seconds"] < 1e6
+
+
 def test_a_run_older_than_the_gain_ends_in_the_units_that_it_began_with(train_config, tmp_path):
     """Its checkpoints and weights have none: tokens were learnt as the store has them."""
     options = ("recipe.checkpoint_every=4", "recipe.ema=0.9")

@@ -152,7 +152,7 @@ a grid of {student.grid[0]} x {student.grid[1]}. Its heads and readouts are not 
 
 - alignment: `{model["align"].get("method") or model["align"]["name"]}`, {json.dumps(options)}
 - seed {summary["seed"]}, {summary["steps"]:,} steps, {summary["epochs"]:.2f} passes over the \
-stored views, {summary["images"]:,} images
+images, {summary["images"]:,} images
 - {summary["seconds"]:,.0f} s on {summary["ranks"]} x {summary["device"]}, {summary["precision"]}
 - weights: {weights}
 
