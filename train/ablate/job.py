@@ -10,9 +10,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +26,8 @@ from ..checkpoint import write_json
 
 TRAIN, EVAL = "train.yaml", "eval.yaml"
 """What the run is: composed configurations of the two commands."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""That are passed on to a run."""
 RESULT, FAILURE, LOG = "result.json", "failure.json", "log.txt"
 
 
@@ -57,6 +62,9 @@ def run_apart(folder: Path) -> str | None:
 
     Returns:
         Why it failed, in one sentence; None if it has a result.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: this process was asked to stop; the run has ended.
     """
     if (folder / RESULT).exists():
         return None
@@ -65,17 +73,55 @@ def run_apart(folder: Path) -> str | None:
         # -P: the folder that the user stands in is no place to import from.
         command = [sys.executable, "-P", "-m", "preceptor.train.ablate.job", str(folder)]
         own = {**os.environ, **({IN_POOL: "1"} if in_pool() else {})}
-        done = subprocess.run(command, env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    if (folder / RESULT).exists():
-        return None
-    if not (folder / FAILURE).exists():
-        how = f"ended with status {done.returncode} before its result"
-        if done.returncode == 0:
+        status, asked = _run(command, env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    if not any((folder / file).exists() for file in (RESULT, FAILURE)):
+        how = f"ended with status {status} before its result"
+        if status == 0:
             how = "was stopped and is saved: the same command goes on"
-        if done.returncode < 0:
-            how = f"was ended by {signal.Signals(-done.returncode).name}"
+        if status < 0:
+            how = f"was ended by {signal.Signals(-status).name}"
         write_json(folder / FAILURE, {"error": f"{how}; see {folder / LOG}"})
+    if asked == signal.SIGINT:
+        raise KeyboardInterrupt
+    if asked is not None:
+        raise SystemExit(128 + asked)
     return read_failure(folder)
+
+
+def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
+    """Run a command to its end, however this process is asked to stop meanwhile.
+
+    The first signal is passed on, so that the command can save what it did; the second kills it.
+    The command has a process group of its own: what a terminal sends reaches it from here alone,
+    once. Outside the main thread signals cannot be handled.
+
+    Returns:
+        (its exit status, negative for a signal; the signal that this process got, if any)
+    """
+    got: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+    told = "SLURM_STEP_ID" in os.environ  # srun itself signals every process of a step
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        got.append(number)
+        if child is not None and len(got) > 1:
+            child.kill()
+        elif child is not None and not told:
+            child.send_signal(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        # One that is ignored, as hangups are under nohup, stays so.
+        wanted = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+        before = {number: signal.signal(number, pass_on) for number in wanted}
+    try:
+        child = subprocess.Popen(command, process_group=0, **options)
+        if got and not told:  # before there was a child to tell
+            child.send_signal(got[0])
+        return child.wait(), got[0] if got else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -129,6 +130,88 @@ def test_a_begun_run_goes_on_from_its_checkpoint(ablate, tmp_path, monkeypatch):
         load_file(folder / "student.safetensors") for folder in (run / "train", tmp_path / "whole")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture
+def in_place_of_a_run(tmp_path, monkeypatch):
+    """A folder whose run is a program; what ends it or its parent is blocked and can be awaited."""
+
+    def make(program: str) -> Path:
+        script = tmp_path / "script"
+        script.write_text(
+            f"#!{sys.executable}\nimport os, signal, sys\nfrom pathlib import Path\n"
+            "ends = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}\n"
+            "signal.pthread_sigmask(signal.SIG_BLOCK, ends)\n"
+            f"got = Path(sys.argv[-1], 'got')\n{program}"
+        )
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setattr(sys, "executable", str(script))
+        monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+        folder = tmp_path / "run"
+        folder.mkdir()
+        return folder
+
+    def unhandled(number, frame):
+        pytest.fail(f"{signal.Signals(number).name} was not for the run")
+
+    before = {number: signal.signal(number, unhandled) for number in job.SIGNALS}
+    yield make
+    assert {number: signal.getsignal(number) for number in before} == dict.fromkeys(
+        before, unhandled
+    )
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", job.SIGNALS)
+def test_a_signal_is_passed_on_and_the_run_is_waited_for(in_place_of_a_run, number):
+    folder = in_place_of_a_run(
+        f"os.kill(os.getppid(), {int(number)})\n"
+        "first = signal.sigwait(ends)\n"
+        # What a terminal sends goes to a group, and the parent is not in this one.
+        "got.write_text(f'{int(first)} {os.getpgrp() == os.getpid()}')\n"
+    )
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as stopped:
+        job.run_apart(folder)
+    if number != signal.SIGINT:
+        assert stopped.value.code == 128 + number
+    assert (folder / "got").read_text() == f"{int(number)} True"
+    assert "was stopped and is saved" in (job.read_failure(folder) or "")
+
+
+def test_nothing_is_begun_after_a_signal_that_a_run_finished_under(in_place_of_a_run):
+    folder = in_place_of_a_run(
+        "os.kill(os.getppid(), signal.SIGTERM)\ngot.with_name('result.json').write_text('{}')\n"
+    )
+    with pytest.raises(SystemExit):
+        job.run_apart(folder)
+    assert job.read_failure(folder) is None
+
+
+def test_a_second_signal_kills_the_run(in_place_of_a_run):
+    folder = in_place_of_a_run(
+        "for _ in range(2):\n"
+        "    os.kill(os.getppid(), signal.SIGINT)\n"
+        "    got.write_text(str(int(signal.sigwait(ends))))\n"
+        "got.write_text('two')\n"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        job.run_apart(folder)
+    assert (folder / "got").read_text() == str(int(signal.SIGINT))
+    assert "was ended by SIGKILL" in (job.read_failure(folder) or "")
+
+
+def test_in_a_step_of_slurm_the_signal_is_not_sent_twice(in_place_of_a_run, monkeypatch):
+    sent = []
+    monkeypatch.setattr(job.subprocess.Popen, "send_signal", lambda self, n: sent.append(n))
+    folder = in_place_of_a_run(
+        "for process in (os.getppid(), os.getpid()):\n    os.kill(process, signal.SIGTERM)\n"
+        "signal.sigwait(ends)\n"
+    )
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(SystemExit):
+        job.run_apart(folder)
+    assert sent == []
 
 
 def test_encodings_are_stores_converted_once(ablate, bed, tmp_path, monkeypatch):
