@@ -65,7 +65,9 @@ def one_run(seed, figures, **more):
         task: {"pooled": {"validation": v, "test": v}, "spatial": {"validation": 0, "test": 99.0}}
         for task, v in figures.items()
     }
-    return {"seed": seed, "scores": scores, "kind": "rival", "losses": {}, "cosines": {}, **more}
+    seconds = {"train": 60 + seed}
+    run = {"seed": seed, "scores": scores, "kind": "rival", "losses": {}, "cosines": {}}
+    return {**run, "seconds": seconds, **more}
 
 
 def test_differences_are_paired_by_seed_and_task():
@@ -107,6 +109,7 @@ def test_the_best_rival_is_chosen_on_the_seeds_that_both_have():
     assert found["best_rival"]["mean"] == -1
     assert found["spatial"] == dict.fromkeys(runs, 99.0)
     assert found["tokens"] == {}
+    assert found["train_seconds"]["model_token"] == 60
 
 
 def test_the_test_part_never_chooses():
