@@ -52,9 +52,9 @@ def test_a_run_of_an_ablation_knows_that_its_launcher_is_a_pool(monkeypatch, tmp
     started = subprocess.run
 
     def instead(command, **how):
-        return started([sys.executable, "-c", pool], **how)
+        return started([sys.executable, "-c", pool], **how).returncode, None
 
-    monkeypatch.setattr(job.subprocess, "run", instead)
+    monkeypatch.setattr(job, "_run", instead)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(job, "in_pool", lambda: True)
     assert job.run_apart(tmp_path).startswith("was stopped")  # its status is 0

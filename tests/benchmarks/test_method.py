@@ -65,7 +65,7 @@ def one_run(seed, figures, **more):
         task: {"pooled": {"validation": v, "test": v}, "spatial": {"validation": 0, "test": 99.0}}
         for task, v in figures.items()
     }
-    seconds = {"train": 60 + seed}
+    seconds = {"train": 60 + (seed or 0)}
     run = {"seed": seed, "scores": scores, "kind": "rival", "losses": {}, "cosines": {}}
     return {**run, "seconds": seconds, **more}
 
