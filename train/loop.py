@@ -253,9 +253,10 @@ def train(config: DictConfig) -> dict[str, Any]:
         "seed": config.seed,
         "steps": steps,
         "epochs": steps * accumulate / data.steps_per_epoch,
+        # of all starts, as the steps are; the speed is this one's
         "images": seen + (steps - first) * images_a_step,
         "seconds": spent + meter.seconds,
-        "images_per_second": meter.images * world / meter.seconds,  # since this start
+        "images_per_second": meter.images * world / meter.seconds,
         "wait_share": meter.wait_share,
         "images_an_epoch": data.epoch_views.images,
         "images_an_epoch_left_over": data.left_over,
