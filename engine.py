@@ -50,7 +50,7 @@ def launch(
             nodes = int(os.environ["SLURM_NNODES"])
     try:
         accelerator = engine.accelerator
-        if accelerator == "auto":  # Fabric might choose MPS, which has no float64 for the statistics
+        if accelerator == "auto":  # Fabric might choose MPS, which has no float64 for statistics
             accelerator = "cuda" if torch.cuda.is_available() else "cpu"
         parts: dict[str, Any] = {
             "accelerator": accelerator,
