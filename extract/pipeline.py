@@ -371,12 +371,17 @@ def _summary(
     seconds = time.monotonic() - started
     root = local_path(config.cache, "extracting")
     size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    invalid = np.flatnonzero(~np.asarray(cache.valid))
     return {
         "store": str(config.cache),
         "rows": len(cache),
         "rows_extracted": extracted,
-        "rows_invalid": int((~np.asarray(cache.valid)).sum()),
-        "damaged_images": list(problems),
+        "rows_invalid": len(invalid),
+        # Of the whole store, whichever run met them; what was wrong with them only this run's.
+        "damaged_images": [
+            runner.index.where(int(sample)) for sample in np.unique(invalid // runner.policy.count)
+        ],
+        "damage": list(problems),
         "bytes": size,
         "bytes_per_row": size / len(cache),
         "spaces": {name: list(space.shape) for name, space in cache.spaces.items()},

@@ -279,7 +279,13 @@ def test_a_corrupt_image_is_skipped_when_asked_and_counted(
     assert main(["extract", *arguments]) == 0
     summary = json.loads((tmp_path / "store.extract.json").read_text())
     assert summary["rows_invalid"] == 1
+    assert len(summary["damaged_images"]) == len(summary["damage"]) == 1
+    assert summary["damaged_images"][0] in summary["damage"][0]
     assert "im006" in summary["damaged_images"][0]
+    assert main(["extract", *arguments]) == 0  # which has nothing to do, and met no image
+    again = json.loads((tmp_path / "store.extract.json").read_text())
+    assert again["damaged_images"] == summary["damaged_images"]
+    assert again["damage"] == []
     cache = Cache.open(tmp_path / "store")
     assert np.flatnonzero(~np.asarray(cache.valid)).tolist() == [6]
     with pytest.raises(Exception, match="im006"):
