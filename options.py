@@ -180,10 +180,14 @@ class _Composer:
 
 
 def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
-    from omegaconf import Container, DictConfig
+    from omegaconf import Container, DictConfig, OmegaConf
 
     key = item.key_or_group
-    if item.is_add() or item.is_force_add():
+    if item.is_force_add():
+        return
+    if item.is_add():
+        if any(OmegaConf.select(config, key) is not None for config in variants):
+            raise ConfigError(f"there is an option {key}: write it without the +")
         return
     for config in variants:
         node: Any = config
@@ -200,6 +204,8 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
             node = node._get_node(part)
         default = None if isinstance(node, Container) else node._value()
         for value in _values(item):
+            if isinstance(node, DictConfig) and isinstance(value, dict):
+                _check_parts(key, node, value)
             expected = _mismatch(default, value)
             if value is None and not (key in _MAY_BE_NULL or key.startswith("align.")):
                 expected = _kind(default)
@@ -209,6 +215,17 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
                 such = "" if default == "???" else f", such as the default {default!r}"
                 given = "null" if value is None else value
                 raise ConfigError(f"{key}={given}: expected {expected}{such}")
+
+
+def _check_parts(key: str, node: DictConfig, value: dict[Any, Any]) -> None:
+    """Refuse parts of a mapping that it does not have: Hydra would merge, and says only that."""
+    there = [str(part) for part in node]
+    for part in map(str, value):
+        if part not in there and node._get_flag("struct"):
+            raise ConfigError(
+                f"{key} has no {part!r}{closest(part, there)}; it has "
+                f"{', '.join(there) or 'none'}. '+{key}.{part}=...' adds it, '~{key}.NAME' takes one away"
+            )
 
 
 def _check_whole(overrides: Sequence[Override], composer: _Composer) -> None:

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from preceptor.cli import VERBS, main
 from preceptor.errors import ConfigError
-from preceptor.options import check_options, readable
+from preceptor.options import check_options, compose_options, readable
 
 
 def test_import_and_help_do_not_import_torch() -> None:
@@ -132,6 +132,20 @@ def test_a_group_written_in_place_is_told_to_be_a_file(capsys: pytest.CaptureFix
     message = capsys.readouterr().err
     assert "teachers is one of imagenet_hub here" in message
     assert "DIR/teachers/mine.yaml and say --config-dir DIR teachers=mine" in message
+
+
+def test_spaces_of_a_teacher_are_added_and_taken_away() -> None:
+    """Hydra merges mappings, so that one written in place of another would say nothing of it."""
+    given = ["cache=a", "data.shards=b", "teachers=imagenet_hub"]
+    of = "teachers.dinov2_b.spaces"
+    with pytest.raises(ConfigError, match=r"has no 'mid'; it has patch, cls\. '\+teachers\.dinov2"):
+        check_options("extract", [*given, f"{of}={{mid: {{take: tokens, block: 5}}}}"])
+    with pytest.raises(ConfigError, match=rf"there is an option {of}\.cls: write it without"):
+        check_options("extract", [*given, f"+{of}.cls={{norm: false}}"])
+    changed = [f"+{of}.mid={{take: tokens, block: 5}}", f"~{of}.cls", "~teachers.clip_b16"]
+    teachers = compose_options("extract", [*given, *changed]).teachers
+    assert list(teachers) == ["dinov2_b", "convnext_b"]
+    assert teachers.dinov2_b.spaces == {"patch": {}, "mid": {"take": "tokens", "block": 5}}
 
 
 @pytest.mark.parametrize("size", ["448", "null", "[224,448]"])
