@@ -224,7 +224,8 @@ def _check_parts(key: str, node: DictConfig, value: dict[Any, Any]) -> None:
         if part not in there and node._get_flag("struct"):
             raise ConfigError(
                 f"{key} has no {part!r}{closest(part, there)}; it has "
-                f"{', '.join(there) or 'none'}. '+{key}.{part}=...' adds it, '~{key}.NAME' takes one away"
+                f"{', '.join(there) or 'none'}. '+{key}.{part}=...' adds it, '~{key}.NAME' takes "
+                "one away"
             )
 
 
