@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_DIM = 2048
 MAX_ROWS = 128
+# Compute capability from which on Triton supports a GPU.
+OLDEST = 8
 # Elements that a 32-bit offset reaches.
 MAX_REACH = 2**31 - 1
 
@@ -23,8 +26,16 @@ def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str
     # The interpreter, a debugging aid of Triton, runs the kernels on CPU tensors.
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"needs tensors on a CUDA device, got {tokens.device}"
+    if tokens.is_cuda:
+        # Of all ways to ask, the one that torch.compile can trace.
+        properties: Any = torch.cuda.get_device_properties(tokens.device)
+        if properties.major < OLDEST:
+            return (
+                f"needs a GPU of compute capability {OLDEST}.0, got "
+                f"{properties.major}.{properties.minor}"
+            )
     if torch.float64 in (query.dtype, tokens.dtype):
-        return 'has no float64; pass float32 or use implementation="absorbed"'
+        return "has no float64; pass float32 or take another implementation"
     if tokens.shape[2] > max_dim:
         return f"takes tokens of width D up to {max_dim}, got {tokens.shape[2]}"
     if query.shape[1] > MAX_ROWS:

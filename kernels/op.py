@@ -63,7 +63,8 @@ def cross_attention(
             where it can and "absorbed" elsewhere. (With the projections in the picture there is one
             more choice, which `CrossAttention` makes.)
         validate: check that the scales of attended tokens are finite and not negative, which on
-            CUDA waits for the device. It is never checked while compiling or capturing a graph.
+            CUDA waits for the device, and which `torch.vmap` over scales does not allow. It is
+            never checked while compiling or capturing a graph.
 
     Returns:
         y [B, R, D] in the query's dtype and, if asked for, lse [B, R] in float32 (float64 for
@@ -77,6 +78,7 @@ def cross_attention(
             other, or "triton" was asked for what it cannot do.
     """
     _check(query, tokens, scale, mean, std, mask, lengths, norm_eps, implementation)
+    mean, std = (None if value is None else value.detach() for value in (mean, std))
     if validate and scale is not None:
         _check_scale(scale, mask, lengths)
     device_type = tokens.device.type
@@ -296,9 +298,11 @@ def _backward(
             return triton_launch.backward(
                 grad_output, grad_lse, query, tokens, gain, mean, output, lse, tokens_need_grad
             )
-    return absorbed.backward(
-        grad_output, grad_lse, query, tokens, gain, mean, probabilities, tokens_need_grad
-    )
+    # A backward pass may run inside the caller's autocast.
+    with torch.autocast(query.device.type, enabled=False):
+        return absorbed.backward(
+            grad_output, grad_lse, query, tokens, gain, mean, probabilities, tokens_need_grad
+        )
 
 
 @register_fake("preceptor::cross_attention_backward")

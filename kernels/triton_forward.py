@@ -88,7 +88,6 @@ def attend_forward(
                 x, tokens, position, valid, token_stride, width, dim,
                 NC, DC, EVEN, LANES, OPERAND, RELOAD, BN,
             )  # fmt: skip
-            kept = gain
             if HAS_WEIGHT:
                 gain = tl.maximum(gain, 0.0)
                 gain = gain * tl.rsqrt(gain * gain * deviation + norm_eps)
@@ -124,7 +123,8 @@ def attend_forward(
         )  # fmt: skip
         top = new_top
 
-    some = denominator > 0.0
+    # Not "> 0": a row that is NaN must not look like one that attends nothing.
+    some = denominator != 0.0
     reciprocal = tl.where(some, 1.0 / tl.where(some, denominator, 1.0), 0.0)
     row_place = split * batch * rows + sample * rows
     for chunk in tl.static_range(NC):
@@ -207,7 +207,7 @@ def merge_parts(
         part = tl.load(parts + place * dim + column, mask=column < dim, other=0.0)
         total += share
         merged += share * part
-    some = total > 0.0
+    some = total != 0.0
     safe = tl.where(some, total, 1.0)
     merged = merged / safe
     if EMULATE:

@@ -56,8 +56,12 @@ class Layout:
 
 
 def float32_precision() -> str:
-    """How float32 products use the tensor cores, after torch's own setting."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How float32 products use the tensor cores, after torch's own setting.
+
+    `torch.get_float32_matmul_precision` raises where the setting was made on this attribute, which
+    follows `torch.set_float32_matmul_precision`.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def splits_of(batch: int, rows: int, count: int, device: torch.device) -> tuple[int, int]:
@@ -85,6 +89,7 @@ def forward(
     count = tokens.shape[1]
     query = _addressable(query)
     layout = Layout.of(tokens)
+    weight = None if weight is None else weight.contiguous()
     kept = (batch, count) if norm_eps is not None else (0,)
     options: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     gain, mean = torch.empty(kept, **options), torch.empty(kept, **options)
@@ -207,7 +212,7 @@ def backward(
         {
             "NORM": normalised, "SLOTS": slots,
             "OPERAND": tl.float32 if half else layout.operand,
-            # float16 tokens: float32 operands rounded to tf32, float16's mantissa in a wide range.
+            # float16 tokens: float32 operands cut to tf32, float16's mantissa in a wide range.
             "PRECISION": "tf32" if half else layout.precision, "EMULATE": layout.emulate,
         },
         key=("rows", "dim", "NORM"),

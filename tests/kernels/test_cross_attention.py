@@ -79,6 +79,10 @@ def test_statistics_of_the_store_are_folded_in(judge):
     expected, expected_lse = judge.reference(problem.query, decoded, mask=problem.mask)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    mean, std = mean.requires_grad_(), std.requires_grad_()
+    assert not cross_attention(
+        problem.query, problem.tokens, problem.scale, mean=mean, std=std
+    ).requires_grad
 
 
 def test_lengths_and_a_shared_query(judge):
@@ -190,6 +194,21 @@ def test_autocast_casts_query_and_tokens_but_not_scales(judge):
         y = cross_attention(codes.query, codes.tokens, codes.scale)
     expected, _ = judge.reference(codes.query.bfloat16(), codes.tokens, codes.scale)
     assert judge.errors([y], [expected])[0] < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+def test_a_backward_pass_inside_autocast_is_the_one_outside(judge, norm_eps, dtype):
+    problem = judge.problem(2, 3, 9, 16, dtype)
+    inputs = [problem.query.requires_grad_()]
+    if dtype == torch.float32:
+        inputs.append(problem.tokens.requires_grad_())
+    y, lse = full(problem.query, problem.tokens, problem.scale, norm_eps=norm_eps)
+    gradients = problem.grad_output, problem.grad_lse
+    outside = torch.autograd.grad((y, lse), inputs, gradients, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad((y, lse), inputs, gradients)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
 def test_vmap_over_any_argument(judge):

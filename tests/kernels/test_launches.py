@@ -1,5 +1,7 @@
 """What the launching code hands to the kernels, compiled for a chip that is not there."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -181,6 +183,37 @@ def test_samples_beyond_32_bit_offsets_are_refused(monkeypatch):
         reason = availability.why_not_triton(query, tokens)
         assert (reason is not None) == refused
         assert not refused or "2^31" in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused"), [((7, 5), True), ((8, 0), False), ((12, 0), False)], ids=str
+)
+def test_a_chip_that_triton_does_not_support_is_refused(monkeypatch, capability, refused):
+    major, minor = capability
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(major=major, minor=minor),
+    )
+    with FakeTensorMode():
+        query, tokens = (torch.empty(1, 2, 64, device="cuda") for _ in range(2))
+    reason = availability.why_not_triton(query, tokens)
+    assert (reason is not None) == refused
+    assert not refused or "capability 8.0, got 7.5" in reason
+
+
+def test_float32_products_follow_torchs_setting_whichever_way_it_is_made():
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    try:
+        for old, found in (("high", "tf32"), ("highest", "tf32x3")):
+            torch.set_float32_matmul_precision(old)
+            assert triton_launch.float32_precision() == found
+        for new, found in (("tf32", "tf32"), ("ieee", "tf32x3"), ("none", "tf32x3")):
+            matmul.fp32_precision = new
+            assert triton_launch.float32_precision() == found
+    finally:
+        matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_chip_of_little_shared_memory_gets_what_fits(monkeypatch):

@@ -285,6 +285,28 @@ def test_what_the_forward_pass_kept_may_come_back_with_other_strides(judge):
         assert torch.equal(plain, strided)
 
 
+def test_weights_of_any_strides(judge):
+    problem = judge.problem(2, 4, 33, 48, torch.int8)
+    attend = torch.ops.preceptor.cross_attention
+    strided = problem.scale.T.contiguous().T
+    plain, other = (
+        attend(problem.query, problem.tokens, scale, 1e-5, True)
+        for scale in (problem.scale, strided)
+    )
+    assert not strided.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+@pytest.mark.parametrize("count", [33, 130])  # in one part, and in several
+def test_a_row_that_is_not_a_number_is_no_row_that_attends_nothing(judge, count):
+    problem = judge.problem(1, 3, count, 48)
+    problem.query[0, 1, 5] = torch.nan
+    y, lse = fused(problem.query, problem.tokens)
+    assert y[0].isnan().all(-1).tolist() == [False, True, False]
+    assert lse[0].isnan().tolist() == [False, True, False]
+    assert torch.isfinite(lse[0, ::2]).all()
+
+
 def test_no_tokens_give_zero(judge):
     problem = judge.problem(2, 3, 0, 16)
     y, lse = fused(problem.query.requires_grad_(), problem.tokens)
