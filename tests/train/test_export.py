@@ -376,6 +376,21 @@ def test_a_form_that_differs_is_not_kept(runs, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_is_not_a_number_is_never_what_the_student_computes(tmp_path):
+    right = {name: torch.ones(2, 3) for name in ("pooled", "grid", "readout/pooled")}
+    for bad in right:
+        wrong = {**right, bad: torch.full((2, 3), torch.nan)}
+        artefact = run.Artefact(
+            "a.onnx",
+            lambda path: path.touch(),
+            lambda path, found=wrong: lambda pixels: found,
+            right,
+        )
+        check = OmegaConf.create({"images": 2, "tolerance": 1e-4})
+        with pytest.raises(ExportError, match=f"a.onnx does not compute .*: {bad} differs by nan"):
+            run._written(artefact, tmp_path, torch.zeros(2, 3, 4, 4), check)
+
+
 def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
     def told(error: type[Exception], match: str, folder: Path, *overrides: str) -> None:
         with pytest.raises(error, match=match) as caught:

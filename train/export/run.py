@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
@@ -177,7 +178,8 @@ def _written(artefact: Artefact, folder: Path, pixels: Tensor, check: DictConfig
     }
     if check.images:
         found = graph.differences(artefact.load(path)(pixels), artefact.expected)
-        worst = max(found, key=lambda name: found[name])
+        # NaN is neither more nor less than anything, and worse than all.
+        worst = max(found, key=lambda name: (math.isnan(found[name]), found[name]))
         if not found[worst] <= check.tolerance:
             raise ExportError(
                 f"{artefact.name} does not compute what the student does: {worst} differs by "
