@@ -98,7 +98,14 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
 def main() -> None:
     options = timing.chosen(timing.arguments(__doc__))
     copy = timing.copy_bandwidth(options.device)
-    summary, results = {}, {}
+    summary: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    report = {
+        **timing.describe(options.device),
+        "copy_bytes_per_s": copy,
+        "summary": summary,
+        "results": results,
+    }
     for name, shape in (TINY if options.tiny else SIZES[options.device]).items():
         found = results[name] = measure(shape, options)
         times = found["forward_backward"]
@@ -126,11 +133,8 @@ def main() -> None:
         summary[name]["peak_bytes_over_ours"] = round(
             times["eager"]["peak_bytes"] / max(1, times["ours"]["peak_bytes"]), 2
         )
-    described = timing.describe(options.device)
-    timing.save(
-        options.json,
-        {**described, "copy_bytes_per_s": copy, "summary": summary, "results": results},
-    )
+        timing.write(options.json, report)
+    timing.save(options.json, report)
 
 
 if __name__ == "__main__":

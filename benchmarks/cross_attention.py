@@ -334,7 +334,8 @@ def main() -> None:
         }
     )
     summary: dict[str, Any] = {}
-    results = []
+    results: list[dict[str, Any]] = []
+    report = {**timing.describe(options.device), **ceilings, "summary": summary, "results": results}
     sizes = {"tiny": TINY} if options.tiny else SIZES[options.device]
     for name in options.sizes or sizes:
         for kind in options.kinds or kinds_of(name, options.device):
@@ -344,6 +345,7 @@ def main() -> None:
             found = measure(sizes[name], kind, options)
             results.append({"name": name, **found})
             summarise(name, found, ceilings["copy_bytes_per_s"], summary)
+            timing.write(options.json, report)
             rows = [
                 (
                     rival,
@@ -371,10 +373,7 @@ def main() -> None:
         return
     if options.png:
         roofline(options.png, options.device, results, ceilings)
-    timing.save(
-        options.json,
-        {**timing.describe(options.device), **ceilings, "summary": summary, "results": results},
-    )
+    timing.save(options.json, report)
 
 
 if __name__ == "__main__":

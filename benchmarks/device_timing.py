@@ -198,9 +198,17 @@ def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def write(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Writes the result so far: a run that is stopped keeps what it measured."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
 def save(path: Path | None, result: Mapping[str, Any]) -> None:
     """Writes the result, and prints its summary as one last line."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(path, result)
     print(json.dumps({"summary": result["summary"]}))
