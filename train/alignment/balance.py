@@ -170,17 +170,22 @@ class PCGrad(Balance):
             return total
         # Gradients of float16 tensors underflow without the loss scale, which comes later.
         raised = 2.0**12 if any(end.dtype == torch.float16 for end in ends) else 1.0
-        gradients = []
-        for loss in losses.unbind():
-            parts = torch.autograd.grad(loss * raised, ends, retain_graph=True, allow_unused=True)
-            flat = [
-                torch.zeros_like(end, dtype=losses.dtype) if part is None else part.to(losses.dtype)
-                for part, end in zip(parts, ends, strict=True)
-            ]
-            gradients.append(torch.cat([part.flatten() for part in flat]) / raised)
-        stacked = torch.stack(gradients)
-        # Autocast would round the products, which in float16 are 0 for small gradients.
-        with torch.autocast(stacked.device.type, enabled=False):
+        # Autocast, within which a loss is computed, is for forward passes: backward ones would meet
+        # dtypes that they did not save, and products of small gradients would be 0 in float16.
+        with torch.autocast(losses.device.type, enabled=False):
+            gradients = []
+            for loss in losses.unbind():
+                parts = torch.autograd.grad(
+                    loss * raised, ends, retain_graph=True, allow_unused=True
+                )
+                flat = [
+                    torch.zeros_like(end, dtype=losses.dtype)
+                    if part is None
+                    else part.to(losses.dtype)
+                    for part, end in zip(parts, ends, strict=True)
+                ]
+                gradients.append(torch.cat([part.flatten() for part in flat]) / raised)
+            stacked = torch.stack(gradients)
             change = projected(stacked).sum(0) - stacked.sum(0)
         surrogate = torch.zeros_like(total)
         for piece, end in zip(change.split([end.numel() for end in ends]), ends, strict=True):

@@ -165,6 +165,23 @@ def test_projection_in_half_precision_is_that_in_float32(build, run, given_stude
         assert error < 0.5 * (without - expected).norm() / expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_teachers_gradients_are_taken_outside_autocast(build, run, given_student, targets, dtype):
+    """Through the absorbed attention, whose backward pass autocast would give mixed dtypes."""
+    options = {"balance": "pcgrad", "width": 16, "heads": 2, "tokens": 1}
+    ends = {}
+    for kind in (torch.float32, dtype):
+        alignment = build("model_token", **options)
+        output = run(alignment, given_student(dtype=kind))
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=dtype, enabled=kind != torch.float32):
+            loss = alignment(output, targets).loss
+        loss.backward()
+        ends[kind] = output.tokens.grad.double()
+    expected = ends[torch.float32]
+    assert (ends[dtype] - expected).norm() < 0.02 * expected.norm()
+
+
 def test_one_teacher_or_no_gradient_is_the_plain_sum():
     balance = build_balance("pcgrad", ["a"], None, momentum=0.9, drop=0.5)
     hidden = torch.ones(2, requires_grad=True)
