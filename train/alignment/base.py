@@ -303,10 +303,14 @@ class Alignment(nn.Module, ABC):
 
     def matched(self, space: str, prediction: Tensor, target: Target) -> tuple[Tensor, Target]:
         """A prediction on the student's grid and its target on one grid, as `match` says."""
-        resample = self.grids[module_key(space)]
+        resample: Any = self.grids[module_key(space)]
         if self.match == "teacher":
             return resample(prediction), target
-        return prediction, target if resample.matrix is None else resample(floats(target))
+        if resample.matrix is None:
+            return prediction, target
+        values = floats(target)
+        with torch.autocast(values.device.type, enabled=False):  # it would round the targets
+            return prediction, resample(values)
 
     def standardised(self, space: str, prediction: Tensor) -> Tensor:
         """A prediction [..., D] in the units of the store, whatever `targets` it was learnt in."""

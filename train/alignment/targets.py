@@ -166,7 +166,9 @@ class PhiS(nn.Module):
         self.offset.copy_(torch.from_numpy(rotation @ (mean - moments.mean)))
 
     def forward(self, target: Target) -> Target:
-        return nn.functional.linear(floats(target), self.matrix, self.offset)
+        values = floats(target)
+        with torch.autocast(values.device.type, enabled=False):  # it would round the targets
+            return nn.functional.linear(values, self.matrix, self.offset)
 
     def standardised(self, values: Tensor) -> Tensor:
         """The way back, to the units of the store."""

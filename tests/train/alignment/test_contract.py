@@ -87,6 +87,14 @@ def test_a_space_is_compared_as_the_base_says(make, run, targets, variant, match
         assert float(found.losses[space]) == pytest.approx(loss_in_numpy(p, t), rel=1e-5)
 
 
+def test_autocast_does_not_round_targets_on_the_students_grid(build, targets):
+    alignment = build("regression", match="student")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = alignment.matched("vit/patch", torch.zeros(5, 9, 16), targets["vit/patch"])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, interpolate(targets["vit/patch"], (5, 6), (3, 3)))
+
+
 def interpolate(tokens, source, target):
     image = tokens.transpose(1, 2).unflatten(2, source)
     image = functional.interpolate(image, target, mode="bilinear", antialias=True)

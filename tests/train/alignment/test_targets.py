@@ -74,6 +74,18 @@ def test_phis_has_unit_variances_and_the_teachers_distances(tokens):
     torch.testing.assert_close(torch.cdist(y[:50], y[:50]), distances, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("kind", [PhiS, Units, Standardised])
+def test_autocast_does_not_round_targets(tokens, kind):
+    space, z = store(tokens)
+    units = kind(tokens.shape[1])
+    units.fit(space)
+    expected = units(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = units(z)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_the_teachers_units_come_back(tokens):
     space, z = store(tokens)
     units = Units(tokens.shape[1])
