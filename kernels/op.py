@@ -70,7 +70,8 @@ def cross_attention(
         y [B, R, D] in the query's dtype and, if asked for, lse [B, R] in float32 (float64 for
         float64 inputs). Rows that may attend nothing get y = 0 and lse = -inf. Under autocast float
         tokens and the query are cast first. Sums are accumulated in float32 at least, in a fixed
-        order: results repeat bit for bit.
+        order: results repeat bit for bit, and on CUDA in another process too where torch is to use
+        deterministic algorithms, which leaves Triton's autotuner no choice.
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
@@ -203,7 +204,7 @@ def _check(
             f"query must be on the device of tokens, {tokens.device}, got {query.device}"
         )
     if norm_eps is not None:
-        if not (math.isfinite(norm_eps) and norm_eps > 0):
+        if not 0 < norm_eps < math.inf:
             raise ValueError(f"norm_eps must be positive and finite, got {norm_eps}")
         if mean is not None or std is not None:
             raise ValueError(

@@ -237,15 +237,16 @@ def test_opcheck(judge, codes, norm_eps):
     )
 
 
-def test_compiles_without_a_graph_break(judge):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_without_a_graph_break(judge, dynamic):
     problem = judge.problem(2, 3, 7, 8, torch.int8, masked=True)
 
-    def function(query, tokens, scale, mask):
-        y, lse = full(query * 2, tokens, scale, mask=mask, norm_eps=1e-5)
+    def function(query, tokens, scale, mask, norm_eps):
+        y, lse = full(query * 2, tokens, scale, mask=mask, norm_eps=norm_eps)
         return (y.square().sum() + lse.masked_fill(~mask.any(1, True), 0).sum()) * 3
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    arguments = (problem.tokens, problem.scale, problem.mask)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    arguments = (problem.tokens, problem.scale, problem.mask, 1e-5)
     results = []
     for candidate in (function, compiled):
         query = problem.query.detach().requires_grad_()
