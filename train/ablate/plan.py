@@ -83,11 +83,22 @@ def plan_runs(factors: Mapping[str, Any]) -> list[PlannedRun]:
             is several options at once.
 
     Raises:
-        ConfigError: a factor has no level, or two runs would have one name.
+        ConfigError: a factor has no level, two factors decide one option, or two runs would have
+            one name.
     """
     levels: dict[str, list[Level]] = {}
+    decided: dict[str, str] = {}  # option -> the factor that decides it
     for factor, values in factors.items():
-        levels[ALIASES.get(factor, factor)] = _levels(factor, values)
+        own = _levels(factor, values)
+        for key in dict.fromkeys(key for level in own for key in level.options):
+            # A store of another encoding takes the place of the one that is converted.
+            key = "cache" if key == ENCODING else key
+            if (other := decided.setdefault(key, factor)) != factor:
+                raise ConfigError(
+                    f"factors.{other} and factors.{factor} both decide {key}: a run can have one "
+                    "value only, so put them under one factor, as labelled sets of options"
+                )
+        levels[ALIASES.get(factor, factor)] = own
     seeds: list[int | None] = [None]
     if SEED in levels:
         seeds = [_seed(level) for level in levels.pop(SEED)]
@@ -167,7 +178,7 @@ def _find(there: Mapping[str, Sequence[str]], baseline: str) -> tuple[str, str]:
 
 def _levels(factor: str, values: Any) -> list[Level]:
     key = ALIASES.get(factor, factor)
-    if isinstance(values, Mapping):
+    if isinstance(values, Mapping) and values:
         return [
             Level(str(label), value if isinstance(value, Mapping) else {key: value})
             for label, value in values.items()
@@ -190,6 +201,11 @@ def _label(key: str, value: Any) -> str:
 
 
 def _seed(level: Level) -> int:
+    if more := [key for key in level.options if key != SEED]:
+        raise ConfigError(
+            f"factors.seed: {level.label} sets {', '.join(more)} too: runs of one variant differ "
+            "in their seed alone, so give that to another factor"
+        )
     value = level.options.get(SEED)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"factors.seed: {value!r} is not a whole number")

@@ -55,6 +55,16 @@ def test_names_of_folders_hold_nothing_but_letters_digits_and_signs():
         ({"seed": [0, "x"]}, "factors.seed: 'x' is not a whole number"),
         ({"align": ["a", "a"]}, "several runs would be called a; label them"),
         ({"cache": ["/a b", "/a_b"]}, "several runs would be called"),
+        ({"align": {}}, "factors.align: expected a list"),
+        ({"teachers": ["x"], "spaces": ["y"]}, "teachers and factors.spaces both decide align.sp"),
+        ({"align": ["x"], "alignment": ["y"]}, "align and factors.alignment both decide align:"),
+        (
+            {"method": {"plain": {"align.inter": "none"}}, "align.inter": ["self"]},
+            "factors.method and factors.align.inter both decide align.inter",
+        ),
+        ({"method": {"plain": {"seed": 5}}, "seed": [0]}, "method and factors.seed both decide"),
+        ({"encoding": ["int4"], "cache": ["/a"]}, "encoding and factors.cache both decide cache"),
+        ({"seed": {"one": {"seed": 1, "recipe.lr": 2}}}, "seed: one sets recipe.lr too"),
     ],
 )
 def test_factors_that_cannot_be_used(factors, message):
