@@ -87,6 +87,11 @@ def difference(
     }
 
 
+def can_be_paired(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
+    """Whether some seed has been run for both."""
+    return bool({run["seed"] for run in ours} & {run["seed"] for run in theirs})
+
+
 def paired(
     ours: Sequence[Run], theirs: Sequence[Run], part: str, readout: str = "chosen"
 ) -> NDArray[np.float64]:
@@ -145,13 +150,14 @@ def summarise(
     if OURS not in runs:
         return summary
     ours = runs[OURS]
-    summary["against"] = {
-        name: difference(ours, own) for name, own in runs.items() if name != OURS
-    } | {f"teacher {name}": difference(ours, own) for name, own in teachers.items()}
-    summary["against_pooled"] = {
-        name: difference(ours, own, readout="pooled") for name, own in runs.items() if name != OURS
+    others = {name: own for name, own in runs.items() if name != OURS and can_be_paired(ours, own)}
+    summary["against"] = {name: difference(ours, own) for name, own in others.items()} | {
+        f"teacher {name}": difference(ours, own) for name, own in teachers.items()
     }
-    rivals = [name for name, kind in kinds.items() if kind == "rival"]
+    summary["against_pooled"] = {
+        name: difference(ours, own, readout="pooled") for name, own in others.items()
+    }
+    rivals = [name for name in others if kinds[name] == "rival"]
     if rivals:
         # On the seeds that both have: a mean of other seeds would be another comparison.
         best = max(rivals, key=lambda name: paired(runs[name], ours, "validation").mean())
@@ -161,7 +167,7 @@ def summarise(
     summary["company"] = {
         name.removeprefix("only_"): _cost_of_company(runs["regression"], own)
         for name, own in runs.items()
-        if kinds[name] == "teacher" and "regression" in runs
+        if kinds[name] == "teacher" and can_be_paired(runs.get("regression", ()), own)
     }
     return summary
 
@@ -171,10 +177,12 @@ def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _cost_of_company(joint: Sequence[Run], alone: Sequence[Run]) -> dict[str, float]:
+    """Mean losses on the spaces that were learnt alone, of the seeds that both have."""
     spaces = list(alone[0]["losses"])
+    seeds = {run["seed"] for run in joint} & {run["seed"] for run in alone}
     return {
-        "joint": float(np.mean([run["losses"][s] for run in joint for s in spaces])),
-        "alone": float(np.mean([run["losses"][s] for run in alone for s in spaces])),
+        name: float(np.mean([r["losses"][s] for r in runs if r["seed"] in seeds for s in spaces]))
+        for name, runs in (("joint", joint), ("alone", alone))
     }
 
 
@@ -203,7 +211,9 @@ def rows(summary: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def text(difference: Mapping[str, Any] | None) -> str:
+    """A difference with its interval over seeds; over tasks, as it then says, of a single one."""
     if difference is None:
         return "–"
     low, high = difference["over_seeds"] or difference["over_tasks"]
-    return f"{difference['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    over = "" if difference["over_seeds"] else " over tasks"
+    return f"{difference['mean']:+.2f} [{low:+.2f}, {high:+.2f}]{over}"

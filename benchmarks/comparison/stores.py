@@ -72,18 +72,15 @@ def collect(plan: Plan) -> dict[str, dict[str, Any]]:
         found[student] = {}
         for store in [name for name in ENCODINGS + VIEWS if name in by_store]:
             own, best = by_store[store], "fp16" if store in ENCODINGS else "online"
+            paired = store != best and report.can_be_paired(own, by_store.get(best, ()))
             found[student][store] = {
                 "mean": report.mean(own, "test"),
                 "seeds": len(own),
                 "variant": own[0]["variant"],
                 "against": best,
-                "difference": report.difference(own, by_store[best])
-                if store != best and best in by_store
-                else None,
+                "difference": report.difference(own, by_store[best]) if paired else None,
                 "held_out_loss": float(np.mean(list(_losses(own).values()))),
-                "held_out_difference": _loss_difference(own, by_store[best])
-                if store != best and best in by_store
-                else None,
+                "held_out_difference": _loss_difference(own, by_store[best]) if paired else None,
             }
     return found
 

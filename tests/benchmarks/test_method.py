@@ -112,6 +112,24 @@ def test_the_best_rival_is_chosen_on_the_seeds_that_both_have():
     assert found["train_seconds"]["model_token"] == 60
 
 
+def test_variants_without_a_common_seed_are_not_compared():
+    cost = {"student": 1, "alignment": 1, "operations": 1}
+    runs = {
+        "model_token": [one_run(0, {"a": 50}, kind="ours", cost=cost)],
+        "regression": [one_run(s, {"a": 49}, cost=cost, losses={"x": s + 1.0}) for s in (0, 1)],
+        "ladder": [one_run(1, {"a": 60}, cost=cost)],
+        "only_b": [one_run(1, {"a": 40}, kind="teacher", cost=cost, losses={"x": 1.5})],
+        "only_c": [one_run(2, {"a": 40}, kind="teacher", cost=cost, losses={"x": 1.5})],
+    }
+    found = report.summarise(runs, {})
+    assert set(found["against"]) == set(found["against_pooled"]) == {"regression"}
+    assert found["best_rival"]["name"] == "regression"
+    assert found["company"] == {"b": {"joint": 2.0, "alone": 1.5}}  # of seed 1
+    told = {row[0]: row[-1] for row in report.rows(found)}
+    assert told["regression"] == "+1.00 [+1.00, +1.00] over tasks"
+    assert told["ladder"] == told["only_b"] == "–"
+
+
 def test_the_test_part_never_chooses():
     run = one_run(0, {"a": 50})  # its spatial readout is far better on test and worse on validation
     assert report.figures(run, "test") == {"a": 50}
