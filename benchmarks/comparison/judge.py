@@ -14,7 +14,7 @@ from ...train.evaluation import PROTOCOLS, Classes, Features, Maps, Targets
 from .bed import Bed, Outputs
 
 WIDTH = 128
-"""Width that every readout is reduced to; narrower ones stay as they are."""
+"""Width that every readout is reduced to; narrower ones keep theirs, centred and turned."""
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "fewshot": {"shots": (5,)},
     "retrieval": {"validation": 0.25},  # of four sights in the gallery, one

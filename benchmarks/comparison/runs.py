@@ -189,7 +189,9 @@ def held_out(plan: Plan, student: Student, alignment: Alignment) -> dict[str, fl
 
 def cost(student: Student, alignment: Alignment) -> dict[str, float]:
     """Parameters and operations of a forward pass of one image: of the student as it is used, with
-    whatever runs inside it, and parameters of the whole alignment."""
+    whatever runs inside it, and parameters of the whole alignment.
+
+    The operations are those that torch's counter knows: without the products within attention."""
     student.eval()
     alignment.eval()
     with FlopCounterMode(display=False) as counter:
