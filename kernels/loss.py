@@ -56,7 +56,8 @@ def alignment_loss(
         scale: [B, N] float, needed with int8 codes and only there; a constant.
         gain: [D] float, positive: of each dimension; 1 where not given. A constant.
         mask: [B, N] bool, True where a token counts. The mean is over the tokens that count, and 0
-            where none does; with reduction "none" the others are 0.
+            where none does; with reduction "none" the others are 0. They and their scales must be
+            finite all the same, or their gradient is not.
         beta: where smooth-L1 turns from a parabola into a line; positive.
         reduction: "mean" over tokens, or "none" for one value a token.
         implementation: "triton" needs CUDA and D up to 8192; "auto" takes it where it can.
