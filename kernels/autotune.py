@@ -34,14 +34,17 @@ def chunk_of(width: int, ceiling: int, most: int) -> int:
     """The chunk DC in which a token's ``width`` elements are read: a power of two.
 
     The largest one up to ``ceiling`` that divides the width, unless that makes more than ``most``
-    chunks (each is an unrolled product); then the smallest one that makes few enough.
+    chunks (each is an unrolled product); then the smallest one that makes few enough. Chunks of 16
+    are for widths of no more: three of them, for 192 codes, take many more registers than two of
+    32.
     """
+    least = 16 if width <= 16 else 32
     exact = ceiling
-    while exact > 16 and width % exact:
+    while exact > least and width % exact:
         exact //= 2
     if width % exact == 0 and width // exact <= most:
         return exact
-    chunk = 16
+    chunk = least
     while chunk * most < width:
         chunk *= 2
     return chunk
