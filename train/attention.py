@@ -193,8 +193,8 @@ class CrossAttention(nn.Module):
             y = y * self.norm.weight + self.norm.bias
         values = self._values(y)
         if mask is not None:
-            # What the biases add must not reach a sample that attends nothing.
-            values = torch.where((lse > -torch.inf).unsqueeze(-1), values, 0.0)
+            # What the biases add must not reach a sample that attends nothing; NaN must stay.
+            values = torch.where((lse == -torch.inf).unsqueeze(-1), 0.0, values)
         return values, lse if offset is None else lse + offset
 
     def _absorbed_query(self, q: Tensor) -> Tensor:

@@ -111,6 +111,16 @@ def test_a_sample_without_tokens_gets_the_output_bias(implementation):
     assert gradient[0].any()
 
 
+def test_a_mask_hides_no_number_that_is_none():
+    ours, _ = modules(True, "absorbed")
+    model_tokens = torch.randn(BATCH, MODEL_TOKENS, DIM, dtype=torch.float64)
+    model_tokens[0, 1, 0] = torch.nan
+    tokens = torch.randn(BATCH, TOKENS, TOKEN_DIM, dtype=torch.float64)
+    y = ours(model_tokens, tokens, mask=torch.ones(BATCH, TOKENS, dtype=torch.bool))
+    assert y[0, 1].isnan().all()
+    assert torch.isfinite(y[1:]).all()
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_int8_codes_equal_their_decoded_tokens(norm):
     ours, _ = modules(norm, "absorbed")
