@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -87,6 +88,20 @@ def test_the_interval_over_seeds_is_students():
     low, high = report.difference(ours, theirs)["over_seeds"]
     reach = stats.t.ppf(0.975, 2) * np.std([0, 1, 5], ddof=1) / math.sqrt(3)
     assert (low, high) == pytest.approx((2 - reach, 2 + reach))
+
+
+def test_the_interval_over_tasks_draws_tasks_and_for_each_its_own_seeds():
+    gaps = np.array([[0.0, 9.0], [3.0, 20.0]])  # by seed and task
+    ours = [one_run(s, {"a": gaps[s, 0], "b": gaps[s, 1]}) for s in (0, 1)]
+    theirs = [one_run(s, {"a": 0, "b": 0}) for s in (0, 1)]
+    pairs = list(itertools.product((0, 1), repeat=2))
+    everything = [
+        np.mean([gaps[seed, task] for task, own in zip(tasks, seeds, strict=True) for seed in own])
+        for tasks in pairs
+        for seeds in itertools.product(pairs, repeat=2)
+    ]
+    expected = np.quantile(everything, [0.025, 0.975], method="inverted_cdf")
+    assert report.difference(ours, theirs)["over_tasks"] == pytest.approx(expected)
 
 
 def test_only_common_seeds_are_paired_and_teachers_stand_beside_all():
