@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.table import Table
 from ...cache.durable import write_whole
 from ...errors import ConfigError
 from ...options import closest
-from ..evaluation.intervals import over_seeds
+from ..evaluation.intervals import Bootstrap, over_seeds
 from .plan import Variant
 
 Bounds = tuple[float, float]
@@ -182,11 +183,8 @@ def _resampled(runs: Sequence[Outcome], score: str) -> NDArray[np.float64] | Non
 
 
 def _percentiles(values: NDArray[np.float64], level: float) -> Bounds | None:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    low, high = Bootstrap(level=level).bounds(values)
+    return None if math.isnan(low) else (low, high)
 
 
 # -- formats ---------------------------------------------------------------------------------------
