@@ -73,10 +73,11 @@ class Normalised(Balance):
 
     mu is the mean of the first losses and then forgets with the momentum m:
 
-        mu_t <- mu_t + max(1 - m, 1 / n) (L_t - mu_t)         at the n-th training step
+        mu_t <- mu_t + max(1 - m, 1 / n) (L_t - mu_t)         at the n-th forward pass
 
-    so it starts without bias. It counts training steps only and is saved with the weights; where
-    several ranks train, rank 0's is everybody's (buffers are broadcast).
+    so it starts without bias. It counts passes in training only, of which an accumulated step has
+    several, and is saved with the weights; where several ranks train, every step begins with rank
+    0's (buffers are broadcast).
 
     Args:
         momentum: m.

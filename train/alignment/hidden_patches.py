@@ -30,7 +30,8 @@ class HiddenPatches(nn.Module):
     token in the place of a hidden patch's embedding; the others (CNNs, hierarchical transformers)
     are given the image's cells in the mean colour: this project's adaptation. Where the loss is
     taken on the teacher's grid, a teacher's token counts if more than half of its resampling window
-    is hidden.
+    is hidden: on a grid coarser than the student's fewer do than `ratio`, and none on a grid of one
+    token unless more than half of the image is hidden; the term is then 0.
 
     The third level of targets of Proteus (Zhang et al. 2024, arXiv:2407.10366).
 
