@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +70,18 @@ def cosines(queries: Tensor, gallery: Tensor) -> Tensor:
 
 @contextmanager
 def whole_float32() -> Iterator[None]:
-    """Products of float32 are not rounded to fewer bits for speed, as training may allow."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Products of float32 are not rounded to fewer bits for speed, as training may allow.
+
+    `torch.set_float32_matmul_precision` sets these attributes too, and its getter raises where they
+    were set otherwise.
+    """
+    cpu: Any = torch.backends.mkldnn  # its types do not know the attribute
+    settings: list[Any] = [torch.backends.cuda.matmul, cpu.matmul]
+    before = [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision

@@ -252,12 +252,19 @@ def test_a_suite_moves_to_devices_that_have_float64():
     assert suite.on(torch.device("mps")) is suite
 
 
-def test_similarities_are_whole_float32_whatever_training_allowed():
-    before = torch.get_float32_matmul_precision()
+@pytest.mark.parametrize("way", ["of all", "of one kind of device"])
+def test_similarities_are_whole_float32_whatever_training_allowed(way):
+    matmul = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [one.fp32_precision for one in matmul]
     try:
-        torch.set_float32_matmul_precision("medium")
+        if way == "of all":
+            torch.set_float32_matmul_precision("medium")
+        else:  # after which torch.get_float32_matmul_precision raises
+            matmul[0].fp32_precision = "tf32"
+        allowed = [one.fp32_precision for one in matmul]
         with search.whole_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "medium"
+            assert [one.fp32_precision for one in matmul] == ["ieee", "ieee"]
+        assert allowed == [one.fp32_precision for one in matmul] != ["ieee", "ieee"]
     finally:
-        torch.set_float32_matmul_precision(before)
+        for one, precision in zip(matmul, before, strict=True):
+            one.fp32_precision = precision
