@@ -61,10 +61,10 @@ def difference(
     """Ours minus theirs, paired by seed and task.
 
     Two intervals of 95 % answer two questions. ``over_tasks``: would it hold on other tasks of the
-    kind? A bootstrap that draws tasks, and seeds within them, for every task by themselves: what a
-    seed does to all tasks alike counts too little. ``over_seeds``: would it hold on these tasks if
-    students were trained anew? Student's t over the seeds' means. A model without seeds of its own,
-    a teacher, stands beside every seed.
+    kind? A bootstrap that draws tasks, and seeds, the same ones for all tasks, since a seed is one
+    student in all of them. ``over_seeds``: would it hold on these tasks if students were trained
+    anew? Student's t over the seeds' means. A model without seeds of its own, a teacher, stands
+    beside every seed.
 
     Returns:
         ``mean``, ``over_tasks`` and ``over_seeds`` ([low, high]; None from a single seed),
@@ -75,7 +75,7 @@ def difference(
     random = np.random.default_rng(0)
     seeds, count = pairs.shape
     drawn = random.integers(count, size=(RESAMPLES, count))
-    rows = random.integers(seeds, size=(RESAMPLES, count, seeds))
+    rows = random.integers(seeds, size=(RESAMPLES, 1, seeds))
     resampled = pairs[rows, drawn[..., None]].mean((1, 2))
     of_seeds = over_seeds(pairs.mean(1).tolist())
     return {
