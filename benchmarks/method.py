@@ -32,7 +32,7 @@ from preceptor.benchmarks.testbed import shards
 from preceptor.errors import ConfigError, PreceptorError
 from preceptor.train.checkpoint import write_json
 
-COLUMNS = ("variant", "kind", "validation", "test", "test, pooled", "M param.", "M op.",
+COLUMNS = ("variant", "kind", "validation", "test", "without tokens", "pooled", "M param.", "M op.",
            "model_token − it")  # fmt: skip
 
 

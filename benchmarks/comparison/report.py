@@ -13,7 +13,9 @@ from .judge import chosen
 from .variants import OURS
 
 RESAMPLES = 10_000
-READOUTS = ("pooled", "spatial", "predictions", "tokens")
+OWN = "tokens"
+"""The readout that not every alignment has: a choice more on validation for those that do."""
+READOUTS = ("pooled", "spatial", "predictions", OWN)
 
 Run = Mapping[str, Any]
 
@@ -22,15 +24,19 @@ def figures(run: Run, part: str, readout: str = "chosen") -> dict[str, float]:
     """The figure of every task on a part.
 
     Args:
-        readout: ``chosen`` takes each task's best on validation; else one readout for all tasks but
-            the dense ones, which have ``map`` alone.
+        readout: ``chosen`` takes each task's best on validation, ``shared`` the best of those that
+            all variants have; else one readout for all tasks but the dense ones, which have ``map``
+            alone.
     """
     scores = run["scores"]
+    if readout == "shared":
+        scores = {
+            task: {name: score for name, score in own.items() if name != OWN}
+            for task, own in scores.items()
+        }
     best = chosen(scores)
     return {
-        task: readouts[best[task] if readout == "chosen" or readout not in readouts else readout][
-            part
-        ]
+        task: readouts[readout if readout in readouts else best[task]][part]
         for task, readouts in scores.items()
     }
 
@@ -125,6 +131,7 @@ def summarise(
     summary: dict[str, Any] = {
         "means": {name: mean(own, "test") for name, own in runs.items()},
         "validation": {name: mean(own, "validation") for name, own in runs.items()},
+        "shared": {name: mean(own, "test", "shared") for name, own in runs.items()},
         **{readout: _by_readout(runs, readout) for readout in READOUTS},
         "deviation_over_seeds": {
             name: float(np.std([mean([run], "test") for run in own], ddof=1))
@@ -155,9 +162,10 @@ def summarise(
     summary["against"] = {name: difference(ours, own) for name, own in others.items()} | {
         f"teacher {name}": difference(ours, own) for name, own in teachers.items()
     }
-    summary["against_pooled"] = {
-        name: difference(ours, own, readout="pooled") for name, own in others.items()
-    }
+    for readout in ("shared", "pooled"):
+        summary[f"against_{readout}"] = {
+            name: difference(ours, own, readout=readout) for name, own in others.items()
+        }
     rivals = [name for name in others if kinds[name] == "rival"]
     if rivals:
         # On the seeds that both have: a mean of other seeds would be another comparison.
@@ -198,6 +206,7 @@ def rows(summary: Mapping[str, Any]) -> list[list[Any]]:
                 summary["kinds"][name],
                 summary["validation"][name],
                 value,
+                summary["shared"][name],
                 summary["pooled"][name],
                 summary["cost"][name]["student"] / 1e6,
                 summary["cost"][name]["operations"] / 1e6,
@@ -205,9 +214,8 @@ def rows(summary: Mapping[str, Any]) -> list[list[Any]]:
             ]
         )
     for name, value in summary["teachers"].items():
-        found.append(
-            [name, "teacher", None, value, None, None, None, text(against.get(f"teacher {name}"))]
-        )
+        of_teacher = text(against.get(f"teacher {name}"))
+        found.append([name, "teacher", None, value, *(None,) * 4, of_teacher])
     return found
 
 

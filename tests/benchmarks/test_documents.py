@@ -30,13 +30,13 @@ def interval(values: list[float] | None) -> str:
 def row(summary: dict[str, Any], name: str, kind: str) -> list[str]:
     """What stands behind a variant's name, or a teacher's."""
     if kind == "teacher" and name in summary["teachers"]:
-        mean, own, rival = summary["teachers"][name], ["–", "–", "–"], f"teacher {name}"
+        mean, own, rival = summary["teachers"][name], ["–"] * 4, f"teacher {name}"
     else:
         mean, rival = summary["means"][name], name
         own = [
             str(len(summary["seeds"][name])),
             f"{summary['validation'][name]:.2f}",
-            f"{summary['pooled'][name]:.2f}",
+            *(f"{summary[readout][name]:.2f}" for readout in ("shared", "pooled")),
         ]
     against = summary["against"].get(rival)
     difference = ["–", "–", "–"]
@@ -46,7 +46,7 @@ def row(summary: dict[str, Any], name: str, kind: str) -> list[str]:
             interval(against["over_seeds"]),
             interval(against["over_tasks"]),
         ]
-    return [kind, own[0], own[1], f"{mean:.2f}", own[2], *difference]
+    return [kind, own[0], own[1], f"{mean:.2f}", *own[2:], *difference]
 
 
 @pytest.mark.parametrize("student", ["CNN", "ViT"])

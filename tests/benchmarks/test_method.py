@@ -147,6 +147,16 @@ def test_the_test_part_never_chooses():
     assert report.figures(run, "test", "spatial") == {"a": 99.0}
 
 
+def test_a_readout_that_some_have_can_be_left_out_for_all():
+    run = one_run(0, {"a": 50, "b": 60})
+    run["scores"]["a"]["tokens"] = {"validation": 55.0, "test": 70.0}
+    run["scores"]["b"]["tokens"] = {"validation": 55.0, "test": 80.0}  # not chosen anyway
+    assert report.figures(run, "test") == {"a": 70.0, "b": 60}
+    assert report.figures(run, "test", "shared") == {"a": 50, "b": 60}
+    found = report.difference([run], [one_run(0, {"a": 45, "b": 45})], readout="shared")
+    assert found["by_task"] == {"a": 5, "b": 15}
+
+
 def test_every_alignment_is_compared():
     known = variants(["vit"])
     rivals = {name for name, variant in known.items() if variant.kind == "rival"}
