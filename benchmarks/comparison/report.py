@@ -13,9 +13,9 @@ from .judge import chosen
 from .variants import OURS
 
 RESAMPLES = 10_000
-OWN = "tokens"
+NOT_SHARED = "tokens"
 """The readout that not every alignment has: a choice more on validation for those that do."""
-READOUTS = ("pooled", "spatial", "predictions", OWN)
+READOUTS = ("pooled", "spatial", "predictions", NOT_SHARED)
 
 Run = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ def figures(run: Run, part: str, readout: str = "chosen") -> dict[str, float]:
     scores = run["scores"]
     if readout == "shared":
         scores = {
-            task: {name: score for name, score in own.items() if name != OWN}
+            task: {name: score for name, score in own.items() if name != NOT_SHARED}
             for task, own in scores.items()
         }
     best = chosen(scores)
