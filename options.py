@@ -24,6 +24,8 @@ _MAY_BE_NULL = ("recipe.steps", "recipe.epochs", "recipe.images_a_step", "data.s
 images."""
 _SIZE = re.compile(r"teachers\.[^.]+\.size")
 """Of a teacher: a side, [height, width], or null for the network's own; the teacher checks it."""
+_MAY_BE_LISTS = ("align.write_back", "align.depths", "knn.k", "knn.temperature")
+"""Options of a stated kind that take a list of that kind too."""
 
 
 def check_options(name: str, options: Sequence[str]) -> None:
@@ -180,7 +182,7 @@ class _Composer:
 
 
 def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
-    from omegaconf import Container, DictConfig, OmegaConf
+    from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 
     key = item.key_or_group
     if item.is_force_add():
@@ -206,9 +208,15 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
         for value in _values(item):
             if isinstance(node, DictConfig) and isinstance(value, dict):
                 _check_parts(key, node, value)
-            expected = _mismatch(default, value)
+            if isinstance(node, ListConfig):
+                default = list(node)
+                expected = _mismatch_of_list(default, value)
+            elif isinstance(value, list) and key in _MAY_BE_LISTS:
+                expected = _mismatch_of_list([default], value)
+            else:
+                expected = _mismatch(default, value)
             if value is None and not (key in _MAY_BE_NULL or key.startswith("align.")):
-                expected = _kind(default)
+                expected = expected or _kind(default)
             if _SIZE.fullmatch(key) and (value is None or isinstance(value, list)):
                 expected = None
             if expected:
@@ -270,6 +278,21 @@ def _mismatch(default: Any, value: Any) -> str | None:
         return None if isinstance(value, bool) else expected
     kind = int if isinstance(default, int) else int | float
     return None if isinstance(value, kind) and not isinstance(value, bool) else expected
+
+
+def _mismatch_of_list(default: list[Any], value: Any) -> str | None:
+    """What was expected, when `value` is no list, or has a part that is not of `default`'s kind.
+
+    Text is left to what reads it: ``protocols=all``, and parts that refer to other options.
+    """
+    if value is None or isinstance(value, int | float):
+        return "a list"
+    if not isinstance(value, list) or not default:
+        return None
+    kind = _kind(default[0])
+    if kind and any(part is None or _mismatch(default[0], part) for part in value):
+        return f"a list of {kind.removeprefix('a ')}s"
+    return None
 
 
 def _kind(default: Any) -> str | None:

@@ -160,6 +160,40 @@ def test_a_teacher_s_size_is_a_side_two_sides_or_the_network_s_own(
         check_options("extract", [*given, "teachers.vit.size=big"])
 
 
+EVALUATED = ("train.cache=a", "train.shards=b", "test.cache=c", "test.shards=d")
+TRAINED = ("cache=a", "data.shards=b")
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "expected"),
+    [
+        ("eval", ["knn.k=[5,20]"], None),  # "or a list to choose from"
+        ("eval", ["knn.temperature=[0.07,1]"], None),
+        ("train", ["align=model_token", "align.write_back=[1,3]"], None),
+        ("train", ["align=ladder", "align.depths=[0,2]"], None),
+        ("eval", ["knn.k=[5,x]"], "expected a list of whole numbers, such as the default 20"),
+        ("eval", ["knn.k=[5,null]"], "expected a list of whole numbers"),
+        ("eval", ["knn.k=x"], "expected a whole number"),
+        ("eval", ["batch_size=[5,20]"], "expected a whole number"),
+        ("eval", ["linear.strengths=[1,a]"], "expected a list of numbers"),
+        ("eval", ["linear.strengths=0.1"], "expected a list, such as the default [0.001"),
+        ("eval", ["linear.strengths=null"], "expected a list"),
+        ("eval", ["fewshot.shots=[1.5]"], "expected a list of whole numbers"),
+        ("eval", ["protocols=all"], None),
+    ],
+)
+def test_what_takes_a_list_is_given_one(
+    verb: str, options: list[str], expected: str | None
+) -> None:
+    given = [*options, *(EVALUATED if verb == "eval" else TRAINED)]
+    if expected is None:
+        check_options(verb, given)
+        return
+    with pytest.raises(ConfigError, match=re.escape(f"{options[-1].split('=')[0]}=")) as told:
+        check_options(verb, given)
+    assert expected in str(told.value)
+
+
 def test_a_swept_group_brings_its_own_keys() -> None:
     needed = ["cache=a", "data.shards=b", "-m"]
     check_options("train", ["align=model_token,regression", "seed=0,1", *needed])
