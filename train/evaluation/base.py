@@ -86,7 +86,8 @@ class Measurement:
         metric: such as ``accuracy``; larger is better for all of them.
         statistic: the figure as a function of the test images' weights.
         variant: which of a protocol's figures, such as ``5-shot``; empty where there is one.
-        validation: the same metric on the training images that choose; None where nothing is held.
+        validation: the same metric on the training images that choose; None where nothing is held,
+            or all that is held is the same.
         chosen: what the validation split chose.
         details: further figures.
     """
@@ -330,8 +331,8 @@ class Suite:
                     task=truth.name,
                     metric=one.metric,
                     value=float(one.statistic(np.ones((1, images)))[0]),
-                    low=None if math.isnan(low) else low,
-                    high=None if math.isnan(high) else high,
+                    low=defined(low),
+                    high=defined(high),
                     validation=one.validation,
                     chosen=one.chosen,
                     details=one.details,
@@ -362,5 +363,10 @@ def several(option: V | Sequence[V]) -> list[V]:
 
 
 def choose(scores: Mapping[tuple[Any, ...], float]) -> tuple[Any, ...]:
-    """The key of the largest score; the first of equals."""
+    """The key of the largest score; the first of equals, and where none is defined (NaN)."""
     return max(scores, key=lambda key: scores[key])
+
+
+def defined(figure: float) -> float | None:
+    """A figure; None for NaN, which JSON does not have."""
+    return None if math.isnan(figure) else figure

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from .base import Array, Protocol, T, choose
+from .base import Array, Protocol, T, choose, defined
 from .linear import STRENGTHS, check_strengths
 from .ridge import AffineMap, RidgeSums
 
@@ -38,11 +38,11 @@ class GridProbe(Protocol[T]):
 
     def chosen(
         self, ridge: RidgeSums, validation: Callable[[AffineMap], float]
-    ) -> tuple[float, float]:
+    ) -> tuple[float, float | None]:
         """The best of the strengths, and what the held-out images say of it."""
         scores = {(s,): validation(ridge.solve(s)) for s in self.strengths}
         best = choose(scores)
-        return best[0], scores[best]
+        return best[0], defined(scores[best])
 
 
 def over_images(

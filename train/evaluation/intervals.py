@@ -22,6 +22,8 @@ Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Weights [B, m] of the test images to values [B]; NaN where a resample leaves it undefined."""
 
 _CHUNK = 4_000_000  # counts that are held at once
+_ROUNDING = 1e-12
+"""Share of a sum of squares about the mean that rounding alone may leave of it."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,9 @@ class MeanOf:
 class R2:
     """Coefficient of determination, averaged over targets: 1 - sum (y - p)^2 / sum (y - mean y)^2.
 
+    Undefined where some target is the same for all images that count, as a rare one is in many
+    resamples.
+
     Attributes:
         truth, predicted: float64 [m, T].
     """
@@ -155,15 +160,16 @@ class R2:
         total = weights.sum(1, keepdims=True)
         centred = self.truth - self.truth.mean(0)  # so that the difference below does not cancel
         residual = weights @ (self.truth - self.predicted) ** 2
-        spread = weights @ centred**2 - (weights @ centred) ** 2 / total
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found: NDArray[np.float64] = (1 - residual / spread).mean(1)
+        spread = _spread(weights @ centred**2, (weights @ centred) ** 2 / total)
+        found: NDArray[np.float64] = (1 - residual / spread).mean(1)
         return found
 
 
 @dataclass(frozen=True, eq=False)
 class PooledR2:
     """Coefficient of determination of all pixels of all images together.
+
+    Undefined where all of them have one value.
 
     Attributes:
         residual: float64 [m], sum of (y - p)^2 over the pixels of an image.
@@ -178,10 +184,16 @@ class PooledR2:
     count: NDArray[np.float64]
 
     def __call__(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            spread = weights @ self.second - (weights @ self.first) ** 2 / (weights @ self.count)
-            found: NDArray[np.float64] = 1 - (weights @ self.residual) / spread
+        shared = (weights @ self.first) ** 2 / (weights @ self.count)
+        spread = _spread(weights @ self.second, shared)
+        found: NDArray[np.float64] = 1 - (weights @ self.residual) / spread
         return found
+
+
+def _spread(second: NDArray[np.float64], shared: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums of squares about the mean, from those about another point; NaN where they are none."""
+    found = second - shared
+    return np.where(found > _ROUNDING * second, found, np.nan)
 
 
 @dataclass(frozen=True, eq=False)

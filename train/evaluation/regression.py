@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ConfigError
-from .base import Array, Features, Measurement, Protocol, choose, row_blocks
+from .base import Array, Features, Measurement, Protocol, choose, defined, row_blocks
 from .intervals import R2
 from .linear import STRENGTHS, check_strengths
 from .ridge import RidgeSums
@@ -23,8 +24,8 @@ class Regression(Protocol[Targets]):
 
     Features are standardised by the images that are fitted; a strength s weighs the L2 penalty
     against the mean squared error (scikit-learn's ``alpha = s n``; the scale of a target does not
-    matter), and the validation split chooses it by R^2. The probe is then fitted on all training
-    images. R^2 is that of scikit-learn's ``r2_score``: 1 for exact predictions, 0 for the mean of
+    matter), and the validation split chooses it by R^2, averaged over the targets that vary there.
+    The probe is then fitted on all training images. R^2 is that of scikit-learn's ``r2_score``: 1 for exact predictions, 0 for the mean of
     the test targets, negative for worse. Angles are to be given as cosine and sine.
 
     Attributes:
@@ -53,10 +54,14 @@ class Regression(Protocol[Targets]):
         # Sums of products do not cancel where targets are far from zero and close to each other.
         centre = truth.train.mean(0)
         part, train = _sums(features.train[fit], truth.train[fit] - centre), features.train[held]
+        known = truth.train[held]
+        varies = np.ptp(known, axis=0) > 0
 
         def score(strength: float) -> float:
+            if not varies.any():
+                return math.nan
             predicted = part.solve(strength).values(train) + centre
-            return _value(R2(truth.train[held], predicted))
+            return _value(R2(known[:, varies], predicted[:, varies]))
 
         scores = {(strength,): score(strength) for strength in self.strengths}
         best = choose(scores)
@@ -67,7 +72,7 @@ class Regression(Protocol[Targets]):
             Measurement(
                 metric="R2",
                 statistic=R2(truth.test, predicted),
-                validation=scores[best],
+                validation=defined(scores[best]),
                 chosen={"strength": best[0]},
                 details={
                     "r2": [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from preceptor.errors import ConfigError
 from preceptor.train.evaluation import Bootstrap, over_seeds
-from preceptor.train.evaluation.intervals import R2, MeanIoU, MeanOf, _counts
+from preceptor.train.evaluation.intervals import R2, MeanIoU, MeanOf, PooledR2, _counts
 from scipy import stats
 from sklearn.metrics import r2_score
 
@@ -71,6 +71,28 @@ def test_weights_of_r2_stand_for_repeated_images():
     found = R2(truth, predicted)(np.stack([np.ones(60), counts]).astype(float))
     assert found[0] == pytest.approx(r2_score(truth, predicted), abs=1e-9)
     assert found[1] == pytest.approx(r2_score(truth[again], predicted[again]), abs=1e-9)
+
+
+def test_a_target_that_is_rare_does_not_blow_up_the_interval():
+    # Of 200 images one differs: a resample without it has a spread of nothing but rounding.
+    random = np.random.default_rng(7)
+    truth = np.full((200, 1), 0.1)
+    truth[7] = 0.47
+    predicted = truth + random.normal(0, 0.02, size=truth.shape)
+    residual = ((truth - predicted) ** 2)[:, 0]
+    pixels = PooledR2(residual, truth[:, 0] - 3, (truth[:, 0] - 3) ** 2, np.ones(200))
+    counts = np.concatenate([part for part in _counts(0, 1000, 200)])
+    judges = [
+        r2_score(np.repeat(truth, row, 0), np.repeat(predicted, row, 0)) if row[7] else np.nan
+        for row in counts.astype(int)
+    ]
+    assert 300 < np.isnan(judges).sum() < 440  # 1/e of them
+    for statistic in (R2(truth, predicted), pixels):
+        found = statistic(counts.astype(float))
+        np.testing.assert_allclose(found, judges, rtol=1e-8)
+        interval = Bootstrap().interval(statistic, 200)
+        expected = np.nanquantile(judges, [0.025, 0.975])
+        assert (interval.low, interval.high) == pytest.approx(tuple(expected))
 
 
 def test_classes_that_do_not_occur_are_left_out_of_the_mean():

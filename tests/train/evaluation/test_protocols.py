@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import numpy as np
@@ -148,6 +149,30 @@ def test_regression_is_scikit_learns_ridge_and_its_r2():
         np.sqrt(((predicted - truth) ** 2).mean(0)), rel=1e-5
     )
     assert score.key == "regression@pose"
+
+
+def test_a_target_that_is_the_same_for_all_that_choose_has_no_say():
+    random = np.random.default_rng(4)
+    x, queries = (random.normal(size=(n, 40)).astype(np.float32) for n in (100, 60))
+    weight = random.normal(size=40)
+    y, truth = ((p @ weight + random.normal(0, 9, len(p)))[:, None] for p in (x, queries))
+    fit, held = split(100, 0.2, 0)
+    rare, rare_test = np.zeros((2, 100)), np.zeros((1, 60))
+    rare[0, fit[0]] = rare[1, held[0]] = rare_test[0, 3] = 1
+    alone, beside = (
+        one("regression", Features(x, queries), Targets("t", values, judged))[0]
+        for values, judged in (
+            (y, truth),
+            (np.c_[y, rare[0]], np.c_[truth, rare_test[0]]),
+        )
+    )
+    assert alone.chosen["strength"] > 1e-3
+    assert (beside.chosen, beside.validation) == (alone.chosen, pytest.approx(alone.validation))
+    assert beside.details["r2"][0] == pytest.approx(alone.value)
+    for values in rare[:1], rare[1:]:  # alone: nothing can be chosen by; and all that varies
+        (score,) = one("regression", Features(x, queries), Targets("t", values.T, rare_test.T))
+        assert (score.validation is None) == (not values[0, held].any())
+        json.dumps(score.as_json(), allow_nan=False)
 
 
 def test_cka_is_its_definition_with_centring_matrices():
