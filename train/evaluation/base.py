@@ -187,6 +187,8 @@ class Protocol(ABC, Generic[T]):
     def check(self, truth: T) -> None:
         """Refuse labels that this protocol cannot use, before any feature is computed.
 
+        Images without a label have been left out.
+
         Raises:
             ConfigError: with what is missing.
         """
@@ -200,7 +202,7 @@ class Protocol(ABC, Generic[T]):
         model.
 
         Args:
-            classes: stratify by these.
+            classes: stratify by these; the image of a class that has no other is fitted.
 
         Raises:
             ConfigError: too few images to split.
@@ -213,19 +215,29 @@ def split(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of the images that fit and of those that choose, stratified by `classes`.
 
+    The image of a class that has no other is one that fits.
+
     Raises:
         ConfigError: too few images to split.
     """
+    alone = np.zeros(images, dtype=bool)
+    if classes is not None:
+        _, kinds, counts = np.unique(classes, return_inverse=True, return_counts=True)
+        alone = counts[kinds] == 1
+    others = np.flatnonzero(~alone)
     try:
         fit, held = train_test_split(
-            np.arange(images), test_size=validation, random_state=seed, stratify=classes
+            others,
+            test_size=validation,
+            random_state=seed,
+            stratify=None if classes is None else classes[others],
         )
     except ValueError as error:
-        kinds = "" if classes is None else f" of {len(np.unique(classes))} classes"
+        of = "" if classes is None else f" of {len(counts)} classes"
         raise ConfigError(
-            f"validation={validation}: cannot split {images} images{kinds}: {error}"
+            f"validation={validation}: cannot split {images} images{of}: {error}"
         ) from error
-    return fit, held
+    return np.concatenate([fit, np.flatnonzero(alone)]), held
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -35,8 +34,13 @@ class CKA(Protocol[Spaces]):
     truth: ClassVar[type[Spaces]] = Spaces
 
     def measure(self, features: Features, truth: Spaces) -> list[Measurement]:
+        x = features.test
         return [
-            Measurement(metric="CKA", statistic=Alignment(features.test, space), variant=name)
+            Measurement(
+                metric="CKA",
+                statistic=Alignment(x, space) if len(x) <= GRAM else Whole(linear_cka(x, space)),
+                variant=name,
+            )
             for name, space in truth.test.items()
         ]
 
@@ -48,8 +52,22 @@ def linear_cka(x: Array, y: Array) -> float:
 
 
 @dataclass(frozen=True, eq=False)
+class Whole:
+    """A figure of all images once each, undefined for any other weights; it holds no features."""
+
+    value: float
+
+    def __call__(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where((weights == 1).all(1), self.value, np.nan)
+
+
+@dataclass(frozen=True, eq=False)
 class Alignment:
-    """`linear_cka` as a statistic of the images' weights; undefined for weights beyond `GRAM`."""
+    """`linear_cka` as a statistic of the images' weights.
+
+    Scores keep their statistics, so it holds the features and not the Gram matrices, which it
+    computes for every part of the resamples.
+    """
 
     x: Array = field(repr=False)
     y: Array = field(repr=False)
@@ -57,20 +75,13 @@ class Alignment:
     def __call__(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         if (weights == 1).all():
             return np.full(len(weights), linear_cka(self.x, self.y))
-        if weights.shape[1] > GRAM:
-            return np.full(len(weights), np.nan)
-        k, l = self._grams
+        # Centred by the unweighted mean: the statistic does not depend on it, rounding does.
+        centred = (part - part.mean(0, dtype=np.float64) for part in (self.x, self.y))
+        k, l = (part @ part.T for part in centred)
         cross, first, second = (_weighted_hsic(a, b, weights) for a, b in ((k, l), (k, k), (l, l)))
         with np.errstate(invalid="ignore", divide="ignore"):
             found: NDArray[np.float64] = cross / np.sqrt(first * second)
         return found
-
-    @cached_property
-    def _grams(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        # Centred once by the unweighted mean: the statistic does not depend on it, rounding does.
-        centred = (part - part.mean(0, dtype=np.float64) for part in (self.x, self.y))
-        k, l = (part @ part.T for part in centred)
-        return k, l
 
 
 def _weighted_hsic(

@@ -37,36 +37,51 @@ class Dense(GridProbe[Maps]):
     def check(self, truth: Maps) -> None:
         if len(np.unique(truth.train[truth.train >= 0])) < 2:
             raise ConfigError(f"task {truth.name}: the training maps show fewer than two classes")
+        self.split(len(truth.train))
 
     def measure(self, features: Features, truth: Maps) -> list[Measurement]:
         self.check(truth)
         assert features.grid is not None
-        classes, grid = int(max(truth.train.max(), truth.test.max())) + 1, features.grid
-        fit, held = self.split(len(truth.train))
-        part = _ridge(features.train, grid, truth.train, classes, fit)
+        grid, (kinds, train, test) = features.grid, _without_gaps(truth.train, truth.test)
+        fit, held = self.split(len(train))
+        part = _ridge(features.train, grid, train, len(kinds), fit)
 
         def miou(probe: AffineMap) -> float:
-            found, _ = _judge(probe, features.train, grid, truth.train, held)
+            found, _ = _judge(probe, features.train, grid, train, held)
             return float(found(np.ones((1, len(held))))[0])
 
         strength, validation = self.chosen(part, miou)
-        probe = _ridge(features.train, grid, truth.train, classes).solve(strength)
-        statistic, accuracy = _judge(probe, features.test, grid, truth.test)
+        probe = _ridge(features.train, grid, train, len(kinds)).solve(strength)
+        statistic, accuracy = _judge(probe, features.test, grid, test)
         shared, joined = statistic.intersection.sum(0), statistic.union.sum(0)
+        iou: list[float | None] = [None] * (int(kinds.max()) + 1)
+        for kind, s, j in zip(kinds, shared, joined, strict=True):
+            iou[kind] = float(s / j) if j else None
         return [
             Measurement(
                 metric="mIoU",
                 statistic=statistic,
                 validation=validation,
                 chosen={"strength": strength},
-                details={
-                    "pixel_accuracy": accuracy,
-                    "iou": [
-                        float(s / j) if j else None for s, j in zip(shared, joined, strict=True)
-                    ],
-                },
+                details={"pixel_accuracy": accuracy, "iou": iou},
             )
         ]
+
+
+def _without_gaps(train: Labels, test: Labels) -> tuple[Labels, Labels, Labels]:
+    """The class numbers that occur, ascending, and maps of their positions among these.
+
+    16 bits can number classes into the ten thousands, and every one of them costs room and time.
+    """
+    kinds = np.union1d(np.unique(train), np.unique(test))
+    kinds = kinds[kinds >= 0]
+    if len(kinds) == kinds[-1] + 1:
+        return kinds, train, test
+
+    def positions(maps: Labels) -> Labels:
+        return np.where(maps < 0, maps, np.searchsorted(kinds, maps))
+
+    return kinds, positions(train), positions(test)
 
 
 def cell_shares(

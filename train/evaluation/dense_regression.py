@@ -39,6 +39,7 @@ class DenseRegression(GridProbe[ValueMaps]):
                     f"task {truth.name}: all pixels of the {side} maps have one value, so there is "
                     "nothing to predict"
                 )
+        self.split(len(truth.train))
 
     def measure(self, features: Features, truth: ValueMaps) -> list[Measurement]:
         self.check(truth)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,11 +36,20 @@ class KNN(Protocol[Classes]):
     temperature: float | Sequence[float] = 0.07
 
     def __post_init__(self) -> None:
-        if any(k < 1 for k in several(self.k)) or any(t <= 0 for t in several(self.temperature)):
-            raise ConfigError("knn.k and knn.temperature must be positive")
+        for name, values in (("k", several(self.k)), ("temperature", several(self.temperature))):
+            if not values or not all(value > 0 for value in values):
+                raise ConfigError(f"knn.{name}={values}: expected positive numbers")
+
+    @property
+    def _options(self) -> list[tuple[int, float]]:
+        return [(k, t) for k in several(self.k) for t in several(self.temperature)]
+
+    def check(self, truth: Classes) -> None:
+        if len(self._options) > 1:
+            self.split(len(truth.train), truth.train)
 
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
-        options = [(k, t) for k in several(self.k) for t in several(self.temperature)]
+        options = self._options
         chosen, validation = options[0], None
         if len(options) > 1:
             fit, held = self.split(len(truth.train), truth.train)
@@ -72,10 +82,10 @@ class KNN(Protocol[Classes]):
             max(k for k, _ in options),
             self.device,
         )
-        kinds = torch.from_numpy(labels).to(self.device)[places]
-        classes = int(labels.max()) + 1
+        kinds, positions = np.unique(labels, return_inverse=True)
+        near = torch.from_numpy(positions).to(self.device)[places]
         return [
-            _vote(similarity[:, :k], kinds[:, :k], classes, temperature).cpu().numpy()
+            kinds[_vote(similarity[:, :k], near[:, :k], len(kinds), temperature).cpu().numpy()]
             for k, temperature in options
         ]
 
@@ -96,7 +106,7 @@ def knn_predict(
 
     Args:
         train: [n, D] float.
-        labels: [n] int64, from 0.
+        labels: [n] int64.
         queries: [q, D] float.
         k: neighbours; all n where there are fewer.
 
@@ -104,11 +114,15 @@ def knn_predict(
         int64 [q].
     """
     similarity, places = nearest(train, queries, k, train.device)
-    return _vote(similarity, labels[places], int(labels.max()) + 1, temperature)
+    kinds, positions = labels.unique(return_inverse=True)
+    return kinds[_vote(similarity, positions[places], len(kinds), temperature)]
 
 
 def _vote(similarity: Tensor, kinds: Tensor, classes: int, temperature: float) -> Tensor:
-    """Of the neighbours of each query, best first: cosines and classes [q, k] to classes [q]."""
+    """Of the neighbours of each query, best first: cosines and classes [q, k] to classes [q].
+
+    Classes are numbered without gaps: a query has a vote for each.
+    """
     predicted = []
     for near, kind in zip(similarity.split(QUERIES), kinds.split(QUERIES), strict=True):
         # Relative to the best neighbour: the same votes up to a factor, and no overflow.

@@ -50,6 +50,11 @@ class Linear(Protocol[Classes]):
         if self.probe not in PROBES:
             raise ConfigError(f"linear.probe={self.probe}: valid are {', '.join(PROBES)}")
 
+    def check(self, truth: Classes) -> None:
+        if len(np.unique(truth.train)) < 2:
+            raise ConfigError(f"task {truth.name}: the training images are all of one class")
+        self.split(len(truth.train), truth.train)
+
     def fit(self, features: Features, truth: Classes) -> LinearProbe:
         """The probe of the training side."""
         return fit_linear_probe(
@@ -127,7 +132,7 @@ def fit_linear_probe(
         labels: [n].
         probe: ``ridge`` (least squares on +-1 targets, one against the rest) or ``logistic``.
         strengths: to choose from; the first of the best.
-        validation: share of the images that chooses; the split is stratified by class.
+        validation: share of the images that chooses; the split is stratified by class: see `split`.
         seed: of the split.
         device: computes logistic probes that are `LARGE`.
 

@@ -25,8 +25,9 @@ class Regression(Protocol[Targets]):
     Features are standardised by the images that are fitted; a strength s weighs the L2 penalty
     against the mean squared error (scikit-learn's ``alpha = s n``; the scale of a target does not
     matter), and the validation split chooses it by R^2, averaged over the targets that vary there.
-    The probe is then fitted on all training images. R^2 is that of scikit-learn's ``r2_score``: 1 for exact predictions, 0 for the mean of
-    the test targets, negative for worse. Angles are to be given as cosine and sine.
+    The probe is then fitted on all training images. R^2 is that of scikit-learn's ``r2_score``: 1
+    for exact predictions, 0 for the mean of the test targets, negative for worse. Angles are to be
+    given as cosine and sine.
 
     Attributes:
         strengths: L2 strengths to choose from; the first of the best.
@@ -46,6 +47,7 @@ class Regression(Protocol[Targets]):
                     f"task {truth.name}: a target is the same for every {side} image, so there is "
                     "nothing to predict"
                 )
+        self.split(len(truth.train))
 
     def measure(self, features: Features, truth: Targets) -> list[Measurement]:
         self.check(truth)

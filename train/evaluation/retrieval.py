@@ -37,6 +37,9 @@ class Retrieval(Protocol[Classes]):
 
     truth: ClassVar[type[Classes]] = Classes
 
+    def check(self, truth: Classes) -> None:
+        self.split(len(truth.train), truth.train)
+
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
         fit, held = self.split(len(truth.train), truth.train)
         held = held[:_ASKED]  # in random order

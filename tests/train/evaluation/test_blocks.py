@@ -92,12 +92,12 @@ def test_knn_votes_are_the_loops_whatever_the_blocks(small):
 
 def test_knn_looks_at_no_validation_images_where_there_is_nothing_to_choose():
     (x, y), (queries, truth) = clusters(60, 1), clusters(20, 2)
-    y[0] = 4  # a class of one image, which no split can hold out and fit
+    y[:30] = np.arange(4, 34) // 2  # two images a class: more classes than a fifth holds images
     features, classes = Features(x, queries), Classes("class", y, truth)
     (score,) = one("knn", features, classes, k=[5])
     assert score.validation is None
     assert score.chosen == {"k": 5, "temperature": 0.07}
-    with pytest.raises(ConfigError, match="cannot split 60 images"):
+    with pytest.raises(ConfigError, match="cannot split 60 images of 17 classes"):
         one("knn", features, classes, k=[5, 9])
 
 

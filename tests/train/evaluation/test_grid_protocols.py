@@ -77,6 +77,22 @@ def test_dense_scores_are_scikit_learns_jaccard_score():
     )
 
 
+def test_class_numbers_of_pixels_cost_nothing_by_their_size():
+    (x, maps), (queries, truth) = segmented(40, 1), segmented(25, 2)
+    features = Features(x, queries, grid=(4, 4))
+    far = np.array([2, 7, 30_000, -1])  # in place of 0, 1, 2 and the unlabelled
+    (near,) = one("dense", features, Maps("parts", maps, truth))
+    (score,) = one("dense", features, Maps("parts", far[maps], far[truth]))
+    assert (score.value, score.validation, score.chosen) == (
+        near.value, near.validation, near.chosen
+    )  # fmt: skip
+    assert np.array_equal(score.resampled, near.resampled)
+    iou = score.details["iou"]
+    assert [iou[kind] for kind in far[:3]] == near.details["iou"]
+    assert sum(one is not None for one in iou) == 3
+    assert score.statistic.union.shape == (25, 3)
+
+
 def slopes(count: int, seed: int, side: int = 8, grid: int = 4):
     """Maps far from zero whose cells have one value each but noise, and tokens that tell it."""
     random = np.random.default_rng(seed)

@@ -15,9 +15,11 @@ from preceptor.train.evaluation import (
     PROTOCOLS,
     Classes,
     Features,
+    Maps,
     Spaces,
     Targets,
     build_suite,
+    cka,
 )
 from preceptor.train.evaluation.base import split
 from preceptor.train.evaluation.cka import Alignment, linear_cka
@@ -199,6 +201,18 @@ def test_cka_is_its_definition_with_centring_matrices():
     assert score.low < score.high
 
 
+def test_what_is_kept_of_a_cka_is_no_larger_than_the_features(monkeypatch):
+    random = np.random.default_rng(5)
+    x, y = random.normal(size=(2, 200, 3)).astype(np.float32)
+    for most in (200, 199):  # images of which intervals are computed
+        monkeypatch.setattr(cka, "GRAM", most)
+        (score,) = one("cka", Features(x, x), Spaces("spaces", {"a": y}))
+        assert score.value == linear_cka(x, y)
+        held = [np.asarray(part).size for part in vars(score.statistic).values()]
+        assert held == ([600, 600] if most == 200 else [1])
+        assert (score.low is None) == (most < 200) == np.isnan(score.resampled).all()
+
+
 CLASSIFICATION = ["knn", "linear", "fewshot", "retrieval", "robustness"]
 
 
@@ -292,6 +306,31 @@ def test_images_without_a_label_are_left_out_of_their_task():
     assert {score.images for score in found} == {90}
 
 
+def test_the_only_image_of_a_class_is_fitted_and_never_chooses():
+    _, labels = clusters(60, 1)
+    lonely = labels.copy()
+    lonely[[7, 40]] = 50, 60
+    fit, held = split(60, 0.25, 3, lonely)
+    assert sorted([*fit, *held]) == list(range(60))
+    assert {7, 40} <= set(fit)
+    for kind in range(CLASSES):
+        share = (lonely[held] == kind).sum() / (lonely == kind).sum()
+        assert share == pytest.approx(0.25, abs=0.08)
+    features, truth = both(60, 20)
+    scores = build_suite(["knn", "linear", "retrieval"], {"knn": {"k": [1, 5]}}).score(
+        features, [Classes("class", lonely, truth.test)]
+    )
+    assert [score.validation is None for score in scores] == [False] * 3
+
+
+def test_class_numbers_cost_nothing_by_their_size():
+    features, truth = both()
+    far = np.array([3, 10**6, 2**31 - 1, 2**40])
+    suite = build_suite(["knn", "linear", "fewshot", "retrieval"], {"fewshot": {"shots": [3]}})
+    found = suite.score(features, [Classes("class", far[truth.train], far[truth.test])])
+    assert found == suite.score(features, [truth])
+
+
 def test_every_protocol_is_repeatable():
     features, truth = both()
     options = {"fewshot": {"shots": [1, 10]}}
@@ -308,7 +347,7 @@ def test_mistakes_are_told():
         build_suite(["knn"], {"knn": {"q": 1}})
     with pytest.raises(ConfigError, match="from 0 to 1"):
         build_suite(["knn"], validation=1.0)
-    with pytest.raises(ConfigError, match="must be positive"):
+    with pytest.raises(ConfigError, match=r"knn\.k=\[3, 0\]: expected positive"):
         KNN(k=[3, 0])
     with pytest.raises(ConfigError, match="ridge, logistic"):
         build_suite(["linear"], {"linear": {"probe": "svm"}})
@@ -330,6 +369,16 @@ def test_mistakes_are_told():
             Classes("c", np.arange(3), truth.test),
             k=[1, 2],
         )
+    of_one = Classes("class", np.zeros(60, int), truth.test)
+    few = Classes("class", np.arange(60) // 2, truth.test)
+    for name in ("linear", "robustness"):
+        with pytest.raises(ConfigError, match="task class: the training images are all of one cl"):
+            build_suite([name]).check([of_one])
+    for name, options in {"linear": {}, "retrieval": {}, "knn": {"k": [1, 2]}}.items():
+        with pytest.raises(ConfigError, match="cannot split 60 images of 30 classes"):
+            build_suite([name], {name: options}).check([few])
+    with pytest.raises(ConfigError, match="cannot split 1 images"):
+        build_suite(["dense"]).check([Maps("m", np.eye(2, dtype=int)[None], np.ones((1, 2, 2)))])
     with pytest.raises(ConfigError, match="same for every test image"):
         build_suite(["regression"]).check([Targets("t", np.arange(9.0)[:, None], np.ones((4, 1)))])
     with pytest.raises(DataError, match="not finite"):
