@@ -55,4 +55,6 @@ def test_extract_sweep_and_evaluate(
     assert {row["kind"] for row in rows} == {"student", "teacher", "untrained"}
     # The test images are the training images here, so the nearest neighbour is the image itself.
     assert {row["knn"] for row in rows} == {1.0}
-    assert "untrained" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "untrained" in printed.out
+    assert "warning: train.shards and test.shards are the same images" in printed.err

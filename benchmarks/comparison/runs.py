@@ -63,7 +63,9 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         steps = 1 if name == UNTRAINED else plan.steps
         summary = _train(plan, folder, variant.all_options(student), seed, steps)
         model, alignment = _trained(folder, name, seed)
-    trained = time.monotonic() - started
+    trained = time.monotonic()
+    # Of all starts, where it was stopped and went on.
+    taken = float(summary.get("seconds", trained - started))
     result = {
         "student": student,
         "variant": name,
@@ -77,7 +79,10 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         "train_losses": summary.get("losses", {}),
         "cosines": weight_cosines(plan, model, alignment) if name in _WATCHED else {},
         "cost": cost(model, alignment),
-        "seconds": {"train": round(trained, 1), "all": round(time.monotonic() - started, 1)},
+        "seconds": {
+            "train": round(taken, 1),
+            "all": round(taken + time.monotonic() - trained, 1),
+        },
     }
     write_json(folder / RESULT, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

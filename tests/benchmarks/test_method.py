@@ -10,10 +10,12 @@ import re
 import numpy as np
 import pytest
 from preceptor.benchmarks import method
-from preceptor.benchmarks.comparison import judge, report, timing
+from preceptor.benchmarks.comparison import judge, report, runs, timing
 from preceptor.benchmarks.comparison.bed import Bed, Outputs
+from preceptor.benchmarks.comparison.plan import Plan
 from preceptor.benchmarks.comparison.runs import cost
 from preceptor.benchmarks.comparison.variants import STUDENTS, choose, variants
+from preceptor.benchmarks.testbed import shards
 from preceptor.errors import ConfigError
 from preceptor.options import compose_options
 from preceptor.train.alignment import ALIGNMENTS, build_alignment
@@ -293,6 +295,26 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
 
     with pytest.raises(SystemExit, match="not 3: choose another --out"):
         method.main([*arguments[:-4], "--steps", "3", "--report"])
+
+
+def test_the_seconds_of_a_training_are_those_of_all_its_starts(bed, tmp_path, monkeypatch):
+    pool = shards.pattern(bed / "pool")
+    plan = Plan(Bed(bed), tmp_path, 2, bed / "stores" / "pool", pool)
+    variant = variants([])["regression"]
+
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_scores", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            runs.run(plan, "cnn", "regression", variant, 0)
+    path = plan.folder("cnn", "regression", 0) / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "seconds": 5000.0}))  # as if it had been a long one
+    found = runs.run(plan, "cnn", "regression", variant, 0)
+    assert found["seconds"]["train"] == 5000
+    assert 5000 < found["seconds"]["all"] < 6000
 
 
 def test_a_folder_without_a_bed_is_told(tmp_path):

@@ -88,11 +88,17 @@ class Task:
                 f"tasks.{self.name}.label={self.label}: a {self.kind} task takes "
                 f"{expected[self.kind]}"
             )
-        if self.size < 1:
-            raise ConfigError(f"tasks.{self.name}.size={self.size}: expected a positive number")
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ConfigError(
+                f"tasks.{self.name}.size={self.size}: expected a positive whole number"
+            )
         if self.unknown is not None and self.kind != "dense_regression":
             raise ConfigError(
                 f"tasks.{self.name}.unknown={self.unknown}: only a dense_regression task has it"
+            )
+        if not isinstance(self.unknown, int | None):
+            raise ConfigError(
+                f"tasks.{self.name}.unknown={self.unknown!r}: expected a whole number, as maps hold"
             )
 
     @classmethod
@@ -127,8 +133,12 @@ class Task:
     @property
     def fields(self) -> list[str]:
         """Names of the JSON fields."""
-        labels = [self.label] if isinstance(self.label, str) else list(self.label)
-        return [str(label).removeprefix("json:") for label in labels]
+        return [str(label).removeprefix("json:") for label in self._labels]
+
+    @property
+    def _labels(self) -> list[str]:
+        several = isinstance(self.label, Sequence) and not isinstance(self.label, str)
+        return list(self.label) if several else [str(self.label)]
 
     @property
     def _is_map(self) -> bool:
@@ -136,8 +146,9 @@ class Task:
 
     @property
     def _is_json(self) -> bool:
-        labels = [self.label] if isinstance(self.label, str) else list(self.label)
-        return all(str(label).startswith("json:") and str(label) != "json:" for label in labels)
+        return all(
+            str(label).startswith("json:") and str(label) != "json:" for label in self._labels
+        )
 
     def read(
         self,

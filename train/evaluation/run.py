@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,11 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         None if config.features is None else Path(config.features),
         writes=fabric.global_rank == 0,
     )
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be made: {error.strerror or error}") from error
     if "cka" in suite.protocols:
         spaces = {name: space_features(test, name, "mean", kept) for name in test.cache.spaces}
         truths.append(Spaces("spaces", spaces))
@@ -96,13 +102,13 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "peak_memory_mb": peak_memory_mb(),
     }
     if fabric.global_rank == 0:
-        write_json(Path(config.out) / RESULT, result)
-        _write_resamples(Path(config.out) / RESAMPLES, rows)
+        write_json(out / RESULT, result)
+        _write_resamples(out / RESAMPLES, rows)
         print_tables(
             rows, f"{len(test.rows):,} test images, probes learnt from {len(train.rows):,}"
         )
         print_seeds(seeds)
-        print(f"{Path(config.out) / RESULT}: {len(rows)} rows in {result['seconds']:.0f} s")
+        print(f"{out / RESULT}: {len(rows)} rows in {result['seconds']:.0f} s")
     return result
 
 
@@ -124,6 +130,13 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
     )
     if config.with_teachers or "cka" in suite.protocols:
         check_same_teachers(train.cache, test.cache)
+    if train.index.sha256 == test.index.sha256 and {*suite.protocols} != {"cka"}:
+        print(
+            "warning: train.shards and test.shards are the same images, so figures tell how well "
+            "probes know what they have learnt from",
+            file=sys.stderr,
+            flush=True,
+        )
     truths: list[Truth] = [
         task.truth(task.name, train.truths[task.name], test.truths[task.name])  # type: ignore[call-arg]
         for task in tasks
@@ -181,7 +194,7 @@ def _suite(config: DictConfig) -> Suite:
         {name: plain(config[name]) for name in PROTOCOLS if name in config},
         validation=config.validation,
         seed=config.seed,
-        bootstrap=Bootstrap(**plain(config.intervals), seed=config.seed),
+        bootstrap=Bootstrap(**(plain(config.intervals) or {}), seed=config.seed),
     )
 
 
@@ -209,13 +222,16 @@ def _validate(config: DictConfig) -> None:
                 raise ConfigError(f"{side}.{key} is required: say {side}.{key}=...")
     for key in ("students", "readouts", "protocols"):
         value = config[key]
-        if isinstance(value, str) and (value != "all" or key == "students"):
+        if value is None or (isinstance(value, str) and (value != "all" or key == "students")):
             either = "a list" if key == "students" else "all, or a list"
-            raise ConfigError(f"{key}={value}: write {either}, {key}=[{value}]")
-    for width in _widths(config):
-        if width is not None and (not isinstance(width, int) or width < 1):
+            such = "" if value is None else f", {key}=[{value}]"
+            raise ConfigError(f"{key}={'null' if value is None else value}: write {either}{such}")
+    for width in _widths(config) or [0]:
+        if width is not None and (not isinstance(width, int) or width < 1 or width is True):
             raise ConfigError(
-                f"width={width}: expected a positive number, null to reduce nothing, or a list"
+                f"width={config.width}: expected a positive number, null to reduce nothing, or a "
+                "list of these"
             )
-    if config.batch_size < 1:
-        raise ConfigError(f"batch_size={config.batch_size}: expected a positive number")
+    for key, least in (("batch_size", 1), ("seed", 0)):
+        if config[key] < least:
+            raise ConfigError(f"{key}={config[key]}: expected a number from {least} up")

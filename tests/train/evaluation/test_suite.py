@@ -351,6 +351,11 @@ def test_mistakes_are_told_before_anything_is_computed(whole, scenes, tmp_path, 
         ("readouts=[pooled,poled]",): "no student has poled",
         ("robustness.corruptions=[fog]",): "'fog': valid are gaussian_noise",
         ("width=0", "protocols=[knn]"): "width=0",
+        ("width=[]",): r"width=\[\]",
+        ("width=true",): "width=True",
+        ("readouts=null",): "readouts=null: write all, or a list",
+        ("seed=-1",): "seed=-1: expected a number from 0 up",
+        (f"out={scenes[0].shards}/eval",): "eval cannot be made",
         ("batch_size=0",): "batch_size=0",
     }
     for overrides, message in cases.items():
