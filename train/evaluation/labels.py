@@ -245,6 +245,37 @@ class Task:
         return found[:, ::-1].copy() if cache.flips[row] else found
 
 
+def check_same_classes(train: SampleIndex, test: SampleIndex) -> None:
+    """Refuse two folders of class folders that number a class differently.
+
+    Classes are numbered in the order of their folders' names, so a class that one side lacks moves
+    the numbers of those after it.
+
+    Raises:
+        ConfigError: names a number, and its class on both sides.
+    """
+    ours, theirs = _class_folders(train), _class_folders(test)
+    for number in sorted(ours.keys() & theirs.keys()):
+        if ours[number] != theirs[number]:
+            raise ConfigError(
+                f"class {number} is the folder {ours[number]!r} in train.shards and "
+                f"{theirs[number]!r} in test.shards: classes are numbered in the order of their "
+                "folders' names, so give both the same class folders (those of the test images may "
+                "end earlier), or shards with class numbers of your own"
+            )
+
+
+def _class_folders(index: SampleIndex) -> dict[int, str]:
+    """Class numbers to the names of their folders; empty for shards."""
+    if index.order["kind"] != "folder":
+        return {}
+    found: dict[int, str] = {}
+    for key, label in zip(index.keys, index.labels.tolist(), strict=True):
+        if label >= 0:
+            found.setdefault(label, key.split("/")[0])
+    return found
+
+
 def _decode(raw: bytes, where: str, max_pixels: int) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(raw), formats=["PNG"])

@@ -25,7 +25,7 @@ from .base import Suite
 from .feature_cache import FeatureCache
 from .features import LabelledRows, space_features
 from .intervals import Bootstrap
-from .labels import KINDS, Task
+from .labels import KINDS, Task, check_same_classes
 from .reduction import reduce_width
 from .subjects import Run, check_same_teachers, choose_readouts, subjects
 from .table import Row, print_seeds, print_tables, seed_means
@@ -128,6 +128,8 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
         LabelledRows.open(side.cache, plain(side.shards), tasks, max_pixels=config.max_pixels)
         for side in (config.train, config.test)
     )
+    if any(task.label == "cls" for task in tasks):
+        check_same_classes(train.index, test.index)
     if config.with_teachers or "cka" in suite.protocols:
         check_same_teachers(train.cache, test.cache)
     if train.index.sha256 == test.index.sha256 and {*suite.protocols} != {"cka"}:

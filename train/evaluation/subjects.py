@@ -262,7 +262,7 @@ def check_same_teachers(train: Cache, test: Cache) -> None:
             )
     for teacher in train.teachers:
         theirs, ours = (dict(cache.plan.teacher(teacher).identity) for cache in (train, test))
-        for part in sorted((theirs.keys() | ours.keys()) - {"versions", "precision"}):
+        for part in sorted((theirs.keys() | ours.keys()) - {"versions", "precision", "converted"}):
             if theirs.get(part) != ours.get(part):
                 raise ConfigError(
                     f"the teacher {teacher} of {train.location} is not that of {test.location}: "

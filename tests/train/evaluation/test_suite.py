@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from preceptor.cache import Cache, SampleIndex, TeacherRecord, ViewPolicy
+from preceptor.cache.convert import convert_store
 from preceptor.errors import ConfigError, DataError
 from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_model
@@ -378,6 +380,40 @@ def test_stores_of_other_teachers_are_refused(scenes, whole, tmp_path, make_stor
     assert Cache.open(tmp_path / "other").plan.teachers[0].identity["weights_sha256"] == "cafe"
     with pytest.raises(ConfigError, match=r"the teacher vit of .* is not that of .*weights_sha256"):
         again(f"test.cache={tmp_path}/other", "protocols=[knn]")
+
+
+def test_a_converted_store_is_of_the_same_teachers(scenes, whole, tmp_path):
+    _, again, _ = whole
+    convert_store(scenes[0].cache, tmp_path / "fp16", "fp16")
+    found = again(
+        f"train.cache={tmp_path}/fp16", f"out={tmp_path}", "students=[]", "protocols=[knn]"
+    )
+    assert [r["name"] for r in found["rows"]] == ["vit/cls"]
+
+
+def test_a_class_folder_that_one_side_lacks_is_told(scenes, tmp_path, make_store, whole):
+    # The folders of the test images are numbered by themselves: without b, c would be class 1.
+    _, again, _ = whole
+    random = np.random.default_rng(0)
+    for side, kinds in {"learn": "abc", "gap": "ac", "end": "ab"}.items():
+        for kind in kinds:
+            (tmp_path / side / kind).mkdir(parents=True)
+            for number in range(5):
+                pixels = random.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / side / kind / f"{number}.png")
+        index = SampleIndex.from_shards(tmp_path / side)
+        make_store(tmp_path / f"{side}-store", index, ViewPolicy(name="center"))
+
+    def judged(side):
+        return again(
+            f"train.cache={tmp_path}/learn-store", f"train.shards={tmp_path}/learn",
+            f"test.cache={tmp_path}/{side}-store", f"test.shards={tmp_path}/{side}",
+            f"out={tmp_path}", "students=[]", "protocols=[knn]",
+        )  # fmt: skip
+
+    with pytest.raises(ConfigError, match=r"class 1 is the folder 'b' in train.* and 'c' in test"):
+        judged("gap")
+    assert judged("end")["images"] == {"train": 15, "test": 10}
 
 
 def test_a_feature_file_says_whose_it_is(tmp_path):
