@@ -37,19 +37,19 @@ def check_options(name: str, options: Sequence[str]) -> None:
     Raises:
         ConfigError: with the option that is wrong and what would be right.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     texts = [option for option in options if not option.startswith("-")]
     directories = config_directories(options)
     texts = [text for text in texts if text not in directories]
     for text in texts:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(f"{text!r} is not an option; options are written key=value")
-    try:
-        overrides = OverridesParser.create().parse_overrides(texts)
-    except HydraException as error:
-        raise ConfigError(f"an option cannot be read: {first_line(error)}") from None
+    overrides = [_parsed(text) for text in texts]
+    several = [item.input_line for item in overrides if item.is_sweep_override()]
+    if several and not {"-m", "--multirun"} & {*options}:
+        raise ConfigError(
+            f"{several[0]} is several values: say -m for a run with each; a list is written "
+            "key=[a,b], and text with a comma key=\"'a,b'\""
+        )
     with _Composer(name, _search(directories)) as composer:
         composer.check_launcher(overrides)
         own = [item for item in overrides if not item.key_or_group.startswith("hydra")]
@@ -76,6 +76,19 @@ def check_options(name: str, options: Sequence[str]) -> None:
                 continue
             _check_value(item, swept or [base])
         _check_whole(own, composer)
+
+
+def _parsed(text: str) -> Override:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"{text} cannot be read ({first_line(error)}): text with signs such as = ( # ~ , is "
+            "quoted for the shell and once more, as in key=\"'a=b'\""
+        ) from None
 
 
 def compose_options(name: str, options: Sequence[str]) -> DictConfig:
@@ -240,6 +253,7 @@ def _check_parts(key: str, node: DictConfig, value: dict[Any, Any]) -> None:
 def _check_whole(overrides: Sequence[Override], composer: _Composer) -> None:
     """Refuse options that are still missing and sweeps whose jobs would overwrite each other."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     fixed = [str(item.input_line) for item in overrides if not item.is_sweep_override()]
     swept = [item for item in overrides if item.is_sweep_override() and item.is_choice_sweep()]
@@ -247,12 +261,18 @@ def _check_whole(overrides: Sequence[Override], composer: _Composer) -> None:
     for values in itertools.product(*(item.sweep_string_iterator() for item in swept)):
         chosen = [f"{i.key_or_group}={v}" for i, v in zip(swept, values, strict=True)]
         config = composer.compose([*fixed, *chosen])
-        if missing := sorted(OmegaConf.missing_keys(config)):
+        try:
+            missing, out = sorted(OmegaConf.missing_keys(config)), config.get("out")
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"an option refers to what is not there: {first_line(error)}"
+            ) from None
+        if missing:
             raise ConfigError(
                 f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required: say "
                 f"{' '.join(f'{key}=...' for key in missing)}"
             )
-        job, out = " ".join(chosen), config.get("out")
+        job = " ".join(chosen)
         if out is not None and out in outputs:
             raise ConfigError(
                 f"the jobs {outputs[out]!r} and {job!r} of the sweep would both write to {out}; "

@@ -103,6 +103,10 @@ def test_unknown_verb_names_the_closest(capsys: pytest.CaptureFixture[str]) -> N
         (["cache=null"], ["cache=null", "expected text"]),
         (["data.shards=7"], ["data.shards=7", "expected text"]),
         (["seed"], ["key=value"]),
+        (["seed=0,1"], ["seed=0,1 is several values", "say -m"]),
+        (["cache=/lr=0.1/x", "seed=1"], ["cache=/lr=0.1/x cannot be read", "quoted"]),
+        (["cache=~/x"], ["cache=~/x cannot be read"]),
+        (["cache=/x/${y}", "data.shards=b"], ["refers to what is not there", "'y'"]),
         (["--config-dir", "/nowhere"], ["/nowhere", "no such folder"]),
     ],
 )
@@ -192,6 +196,12 @@ def test_what_takes_a_list_is_given_one(
     with pytest.raises(ConfigError, match=re.escape(f"{options[-1].split('=')[0]}=")) as told:
         check_options(verb, given)
     assert expected in str(told.value)
+
+
+def test_text_with_signs_is_read_where_it_is_quoted() -> None:
+    path = "/lr=0.1,b(1)~é#"
+    found = compose_options("train", [f"cache='{path}'", "data.shards=b"])
+    assert found.cache == path
 
 
 def test_a_swept_group_brings_its_own_keys() -> None:
