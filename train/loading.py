@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import queue
+import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -94,6 +97,7 @@ def loaded(
         batch_sampler=orders,  # type: ignore[arg-type]  # any iterable is taken
         num_workers=workers,
         collate_fn=_as_is,
+        worker_init_fn=_heed_the_run_alone,
         # Its own generator, or the loader would draw from the one that a run resumes.
         generator=torch.Generator().manual_seed(0),
         **options,
@@ -126,3 +130,21 @@ class _Told(Dataset[Any]):
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _heed_the_run_alone(_: int) -> None:
+    """Let a worker outlive signals that are the run's to act on: it needs images until its step is
+    done. Ctrl-C reaches every process of a terminal, what torchrun, Slurm and timeout send all of a
+    group or a job. What the run itself sends ends the worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = multiprocessing.parent_process()
+    if run is None or not hasattr(signal, "sigwaitinfo"):  # not on macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait(run: int) -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, args=(run.pid,), name="signals", daemon=True).start()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from preceptor.errors import ConfigError, DataError, StoreError
 from preceptor.train.crops import RandomCrop, crop_tokens, random_crop
 from preceptor.train.data import TrainData
 from preceptor.train.epoch_views import EpochViews
+from preceptor.train.loading import decoded
 from preceptor.train.photometric import ColorJitter
 from preceptor.train.views import StoredViews, StorePixels, choose_views
 
@@ -265,6 +268,28 @@ def bilinear(tokens: np.ndarray, grid: tuple[int, int], region: np.ndarray) -> n
             out[i, j] = (1 - u) * ((1 - v) * maps[a, b] + v * maps[a, d])
             out[i, j] += u * ((1 - v) * maps[c, b] + v * maps[c, d])
     return out.reshape(rows * columns, -1)
+
+
+def test_a_signal_to_all_processes_of_a_run_leaves_it_its_images(bed) -> None:
+    """As Ctrl-C, torchrun and Slurm send them: the run finishes its step and saves."""
+    views = StoredViews(Cache.open(bed.cache), bed.index, (32, 32))
+    orders = [[(row, 0)] for row in range(30)]  # more than workers hold ready
+    images = decoded(views, orders, workers=2)
+    found = [next(images), next(images)]  # one of each worker: both have begun
+    workers = multiprocessing.active_children()
+    pids = [str(worker.pid) for worker in workers]
+    assert len(pids) == 2
+    for name in ("-INT", "-TERM"):
+        subprocess.run(["kill", name, *pids], check=True)
+    found += images
+    assert torch.equal(torch.cat(found), views.__getitems__(list(range(30))))
+
+    again = decoded(views, orders, workers=1)
+    next(again)
+    (worker,) = set(multiprocessing.active_children()) - set(workers)
+    worker.terminate()  # by the run itself
+    worker.join()
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
