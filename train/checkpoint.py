@@ -63,6 +63,11 @@ class Checkpoints:
         """The one to go on from."""
         return next(reversed(self.steps().values()), None)
 
+    def held_as_best(self) -> dict[str, Any]:
+        """The metric, value and step of the best one that could be written; empty without one. The
+        last one may tell of another: of an earlier one, or of one that did not fit on the disk."""
+        return dict(load_checkpoint(self.best)["best"]) if self.best.exists() else {}
+
     def kept(self) -> str:
         """In words, for a message about what went wrong."""
         if (last := self.last) is None:

@@ -146,6 +146,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             fabric.print(f"{out}: trained already ({first} steps); resume=false trains anew")
             return dict(json.loads((out / SUMMARY).read_text(encoding="utf-8")))
         run.restore(state)
+        run.best = checkpoints.held_as_best()
         fabric.print(f"{out}: going on from step {first} of {steps}")
     fabric.barrier()  # every rank has looked before the first one writes
     if rank_zero:
@@ -289,7 +290,8 @@ def train(config: DictConfig) -> dict[str, Any]:
             save_model(
                 out / AVERAGE, average.module.student, average.module.alignment, identity, cache
             )
-        if run.best:
+        summary["best"] = checkpoints.held_as_best() or None
+        if summary["best"]:
             state = load_checkpoint(checkpoints.best)
             distiller.load_state_dict(state["average"] or state["module"])
             save_model(out / BEST, student, alignment, identity, cache)

@@ -63,11 +63,30 @@ def check_settings(config: DictConfig) -> None:
     if (recipe.steps is None) == (recipe.epochs is None):
         raise ConfigError("recipe: give either steps or epochs, and null for the other")
     length = "epochs" if recipe.steps is None else "steps"
-    for key in (length, "batch_size", "accumulate", "lr", "alignment_lr", "log_every"):
-        if not recipe[key] > 0:
-            raise ConfigError(f"recipe.{key}={recipe[key]}: expected a positive number")
-    if not isinstance(recipe[length], int) or isinstance(recipe[length], bool):
-        raise ConfigError(f"recipe.{length}={recipe[length]}: expected a whole number")
+    for key in (length, "batch_size", "accumulate", "log_every"):
+        _check_number(recipe, f"recipe.{key}", whole=True, positive=True)
+    for key in ("lr", "alignment_lr"):
+        _check_number(recipe, f"recipe.{key}", positive=True)
+    for key in ("warmup", "layer_decay", "ema", "min_lr"):
+        _check_number(recipe, f"recipe.{key}")
+    for key in ("clip", "weight_decay"):
+        if recipe[key] is not None:
+            _check_number(recipe, f"recipe.{key}")
+    for group, option in (
+        (config, "seed"),
+        (recipe, "recipe.checkpoint_every"),
+        (keep, "keep.last"),
+        (log, "log.gradients_every"),
+        (log, "log.knn_every"),
+    ):
+        _check_number(group, option, whole=True)
+    for key in ("knn_images", "knn_neighbours") if log.knn_every else ():
+        _check_number(log, f"log.{key}", whole=True, positive=True)
+    if not isinstance(recipe.color_jitter, DictConfig):
+        raise ConfigError(
+            f"recipe.color_jitter={recipe.color_jitter}: expected strengths by name, such as "
+            "{brightness: 0.3}; {} for none"
+        )
     if not 0 <= recipe.warmup <= 1:
         raise ConfigError(f"recipe.warmup={recipe.warmup}: a share of the steps, from 0 to 1")
     if not 0 < recipe.layer_decay <= 1:
@@ -87,6 +106,19 @@ def check_settings(config: DictConfig) -> None:
         )
     if keep.best == "knn" and not log.knn_every:
         raise ConfigError("keep.best=knn: say how often it is measured, log.knn_every=...")
+
+
+def _check_number(
+    group: DictConfig, option: str, *, whole: bool = False, positive: bool = False
+) -> None:
+    """Refuse what is no (whole) number from 0 up, or is 0 and must be positive."""
+    value = group[option.rpartition(".")[2]]
+    if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
+        raise ConfigError(f"{option}={value}: expected a {'whole ' if whole else ''}number")
+    if not 0 <= value < float("inf") or (positive and value == 0):
+        raise ConfigError(
+            f"{option}={value}: expected a {'positive number' if positive else 'number from 0 up'}"
+        )
 
 
 def _recipe_keys() -> set[str]:

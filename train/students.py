@@ -192,14 +192,22 @@ def build_student(config: Mapping[str, Any], seed: int) -> Student:
         config: keys ``model``, ``size`` and optionally ``pretrained``, ``checkpoint`` and
             ``options``.
         seed: of the random initialisation.
+
+    Raises:
+        ConfigError: as `Student`, or ``size`` is none.
     """
     torch.manual_seed(seed)
     size = config["size"]
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
+        raise ConfigError(
+            f"student.size={size}: expected pixels, a whole number or [height, width]"
+        )
     return Student(
         str(config["model"]),
         pretrained=bool(config.get("pretrained", False)),
         checkpoint=config.get("checkpoint"),
-        size=int(size) if isinstance(size, int | float) else (int(size[0]), int(size[1])),
+        size=(sides[0], sides[1]),
         **dict(config.get("options") or {}),
     )
 

@@ -26,6 +26,7 @@ from preceptor.train.checkpoint import (
     save_checkpoint,
 )
 from preceptor.train.loop import train
+from preceptor.train.monitor import KnnMonitor
 from safetensors.torch import load_file, save_file
 
 
@@ -153,6 +154,53 @@ def test_the_last_checkpoints_and_the_best_are_kept(train_config, tmp_path):
     # Every window's loss is in the log; the best is the least of them.
     assert summary["best"]["value"] <= summary["loss"]
     assert (tmp_path / "run" / "best" / "model.json").exists()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Gives the k-NN of a run, in order, in place of those that its weights would have."""
+
+    def give(*values):
+        rest = iter(values)
+        monkeypatch.setattr(KnnMonitor, "accuracy", lambda *_: next(rest))
+
+    return give
+
+
+BEST_KNN = ("keep.best=knn", "log.knn_every=2", "log.to=[]")
+
+
+@pytest.mark.parametrize(
+    ("full", "expected"),
+    [(1, None), (3, {"metric": "knn", "value": 0.1, "step": 2})],
+)
+def test_a_best_one_that_did_not_fit_is_not_told_of(
+    train_config, tmp_path, at_step, measured, full, expected
+):
+    limit = largest_file(20_000)
+    measured(*((0.9, 0.5, 0.4, 0.3) if full == 1 else (0.1, 0.9, 0.5, 0.4)))
+    at_step({full: limit.__enter__, full + 1: lambda: limit.__exit__(None, None, None)})
+    summary = train(train_config(*BEST_KNN))
+    assert summary["best"] == expected
+    assert (tmp_path / "run" / "best" / "model.json").exists() == (expected is not None)
+
+
+def test_a_best_one_younger_than_the_checkpoint_stays_the_best(
+    train_config, tmp_path, interrupted, measured
+):
+    options = (*BEST_KNN, "recipe.checkpoint_every=3")
+    measured(0.5, 0.9)
+    with interrupted(5):
+        train(train_config(*options))
+    best = Checkpoints(tmp_path / "run", 1).best
+    held = load_checkpoint(best)
+    assert (held["step"], load_checkpoint(Checkpoints(tmp_path / "run", 1).last)["step"]) == (4, 3)
+    measured(0.6, 0.4, 0.3)  # on a GPU the same steps may end elsewhere
+    summary = train(train_config(*options))
+    assert summary["best"] == {"metric": "knn", "value": 0.9, "step": 4}
+    student = load_file(tmp_path / "run" / "best" / "student.safetensors")
+    for name, value in student.items():
+        assert torch.equal(value, held["module"][f"student.model.{name}"])
 
 
 def test_another_number_of_ranks_goes_on_at_the_same_part_of_the_way(
