@@ -25,14 +25,22 @@ ROUNDS = 25
 LEAST_SECONDS = 0.05
 """Of one sample: as many passes in a row as take that long."""
 
+INSIDE = "ours_inside_backbone"
+READ = f"{OURS}, tokens"
+"""Ours where its tokens are read, and not the pooled feature as of all others."""
 
-def timed(known: Mapping[str, Variant]) -> dict[str, Variant]:
-    """Variants whose forward passes differ: ours, regression (as every rival: the plain backbone)
-    and the controls that have a backbone of their own."""
+
+def timed(known: Mapping[str, Variant], student: str) -> dict[str, Variant]:
+    """A student's variants whose forward passes differ: ours, regression (as every rival: the plain
+    backbone), the controls that have a backbone of their own, and tokens inside the backbone."""
     return {
         name: variant
         for name, variant in known.items()
-        if name in (OURS, "regression") or variant.of_student
+        if student in variant.students
+        and (
+            name in (OURS, "regression", INSIDE)
+            or (variant.kind == "control" and variant.of_student)
+        )
     }
 
 
@@ -44,11 +52,12 @@ def keep(plan: Plan, students: Sequence[str], known: Mapping[str, Variant]) -> d
     """
     path = plan.out / "times.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    chosen = timed(known)
     for student in students:
         models = {
-            name: build(plan, variant.all_options(student)) for name, variant in chosen.items()
+            name: (*build(plan, variant.all_options(student)), "pooled")
+            for name, variant in timed(known, student).items()
         }
+        models[READ] = (*models[OURS][:2], "tokens")
         found[student] = {"machine": machine(("torch", "timm")), **measure(models)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
@@ -76,8 +85,10 @@ def build(plan: Plan, options: Sequence[str]) -> tuple[Student, Alignment]:
     return student, build_alignment(plain(config.align), student, spaces)
 
 
-def measure(models: Mapping[str, tuple[Student, Alignment]], rounds: int = 0) -> dict[str, Any]:
-    """Time the pooled readout of every model, in turns.
+def measure(
+    models: Mapping[str, tuple[Student, Alignment, str]], rounds: int = 0
+) -> dict[str, Any]:
+    """Time models, in turns.
 
     Wall-clock time of the forward pass in inference mode, float32, for batches of 64 and 1, on one
     thread and on as many as torch takes by itself. Every round samples every model once, beginning
@@ -85,12 +96,12 @@ def measure(models: Mapping[str, tuple[Student, Alignment]], rounds: int = 0) ->
     machine falls on both sides.
 
     Args:
-        models: by variant; ours among them.
+        models: student, alignment and readout by name; ours among them.
         rounds: `ROUNDS` where 0.
 
     Returns:
         ``rounds``, ``threads`` (the default number), and ``settings``: for each of ``batch 64, 1
-        thread``, ``batch 64, default threads``, ... by variant the ``ms`` of a pass (median),
+        thread``, ``batch 64, default threads``, ... by name the ``ms`` of a pass (median),
         its ``quartiles_ms`` and the ``ratio`` to ours (median) with its ``quartiles``.
     """
     threads = torch.get_num_threads()
@@ -107,14 +118,14 @@ def measure(models: Mapping[str, tuple[Student, Alignment]], rounds: int = 0) ->
     return {"rounds": rounds or ROUNDS, "threads": threads, "settings": settings}
 
 
-def _pass(student: Student, alignment: Alignment, batch: int) -> Callable[[], Tensor]:
+def _pass(student: Student, alignment: Alignment, readout: str, batch: int) -> Callable[[], Tensor]:
     student.eval()
     alignment.eval()
     pixels = torch.randn(batch, 3, *student.size, generator=torch.Generator().manual_seed(0))
 
     def work() -> Tensor:
         with torch.inference_mode():
-            return alignment.readout(alignment.run_student(student, pixels), "pooled")
+            return alignment.readout(alignment.run_student(student, pixels), readout)
 
     return work
 

@@ -23,9 +23,8 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
 
 OURS = "model_token"
 
-TOKENS = ("align=model_token", "align.write_back=3", "align.layers=2", "align.width=64")
-"""Model tokens inside the backbone and after it. They were inside alone until validation said that
-they need the last map too: docs/method.md."""
+TOKENS = ("align=model_token", "align.layers=2", "align.width=64")
+"""Model tokens that end with two layers on the last map."""
 
 STREAM = ("align.teacher_stream=0.3",)
 """In training the tokens also read what the teachers saw."""
@@ -33,8 +32,18 @@ STREAM = ("align.teacher_stream=0.3",)
 SECOND_LOOK = ("align.mask_weight=0.3",)
 """In training the student also looks a second time with patches hidden: a second pass."""
 
-EXTRA: Mapping[str, tuple[str, ...]] = {"cnn": STREAM, "vit": (*STREAM, *SECOND_LOOK)}
-"""What `OURS` has by validation, and its ablations have not but those named after it."""
+INSIDE, AFTER = ("align.write_back=3",), ("align.write_back=0",)
+"""Whether the tokens also live inside the backbone, visiting three stages."""
+
+PLAIN: Mapping[str, tuple[str, ...]] = {"cnn": INSIDE, "vit": AFTER}
+"""Where `OURS` has its tokens, and most of its ablations have them."""
+
+EXTRA: Mapping[str, tuple[str, ...]] = {
+    "cnn": (*PLAIN["cnn"], *STREAM),
+    "vit": (*PLAIN["vit"], *STREAM, *SECOND_LOOK),
+}
+"""What `OURS` has by validation (docs/method.md): stream and second look, which its ablations have
+not but those named after it."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +73,7 @@ class Variant:
 def variants(teachers: Sequence[str]) -> dict[str, Variant]:
     """Every variant, in the order in which they are worth running."""
     found = {
-        OURS: Variant(
-            "ours",
-            TOKENS,
-            "model tokens inside the backbone and after it",
-            EXTRA,
-        ),
+        OURS: Variant("ours", TOKENS, "model tokens: the CNN's inside its backbone too", EXTRA),
         "regression": Variant("rival", ("align=regression",), "one projector a space"),
     }
     for name in ALIGNMENTS:
@@ -82,7 +86,7 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
         "regression_wide_backbone": Variant(
             "control",
             ("align=regression",),
-            "regression, a backbone with at least ours' parameters and operations",
+            "regression, a backbone wider by at least what tokens inside one add",
             {
                 "cnn": ("student.options.channels=[32,64,128,256]",),
                 "vit": ("student.options.embed_dim=152", "student.options.num_heads=4"),
@@ -91,7 +95,7 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
         "regression_same_cost": Variant(
             "control",
             ("align=regression",),
-            "regression, a deeper backbone with ours' parameters and time",
+            "regression, a deeper backbone with the parameters and time of one with tokens inside",
             {
                 "cnn": (
                     "student.options.channels=[24,48,96,184]",
@@ -103,35 +107,53 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
         "regression_same_time": Variant(
             "control",
             ("align=regression",),
-            "regression, a backbone widened until it takes at least ours' time",
+            "regression, a backbone widened to at least the time of one with tokens inside",
             {
                 "cnn": ("student.options.channels=[52,104,208,416]",),
                 "vit": ("student.options.embed_dim=168",),
             },
         ),
+        "plain_tokens": Variant(
+            "ablation", TOKENS, "without stream and second look, as the other ablations", PLAIN
+        ),
         "after_backbone": Variant(
             "ablation",
-            ("align=model_token", "align.write_back=0", "align.layers=2", "align.width=64"),
+            (*TOKENS, *AFTER),
             "no write-back: tokens read the last map and help to predict",
+            students=("cnn",),
+        ),
+        "inside_backbone": Variant(
+            "ablation",
+            (*TOKENS, *INSIDE),
+            "tokens that visit three stages and write back",
+            students=("vit",),
         ),
         "inside_only": Variant(
-            "ablation", (*TOKENS, "align.layers=0"), "tokens end with the last stage they visit"
+            "ablation",
+            (*TOKENS, *INSIDE, "align.layers=0"),
+            "tokens end with the last stage they visit",
+            students=("cnn",),
         ),
         "no_intra": Variant(
-            "ablation", (*TOKENS, "align.intra=false"), "no read: learnt constants written back"
+            "ablation",
+            (*TOKENS, *INSIDE, "align.intra=false"),
+            "no read: learnt constants written back",
+            students=("cnn",),
         ),
-        "no_inter": Variant("ablation", (*TOKENS, "align.inter=none"), "no exchange of spaces"),
-        "ungated": Variant("ablation", (*TOKENS, "align.gamma=null"), "exchange without gates"),
-        "one_token": Variant("ablation", (*TOKENS, "align.tokens=1"), "M = 1"),
-        "eight_tokens": Variant("ablation", (*TOKENS, "align.tokens=8"), "M = 8"),
-        "plain_tokens": Variant(
-            "ablation", TOKENS, "without stream and second look, as the other ablations"
+        "no_inter": Variant(
+            "ablation", (*TOKENS, "align.inter=none"), "no exchange of spaces", PLAIN
         ),
-        "ours_no_second_look": Variant(
-            "ablation", (*TOKENS, *STREAM), "ours but for the second look", students=("vit",)
+        "ungated": Variant(
+            "ablation", (*TOKENS, "align.gamma=null"), "exchange without gates", PLAIN
         ),
-        "ours_no_stream": Variant(
-            "ablation", (*TOKENS, *SECOND_LOOK), "ours but for the stream", students=("vit",)
+        "one_token": Variant("ablation", (*TOKENS, "align.tokens=1"), "M = 1", PLAIN),
+        "eight_tokens": Variant("ablation", (*TOKENS, "align.tokens=8"), "M = 8", PLAIN),
+        "four_layers": Variant("ablation", (*TOKENS, "align.layers=4"), "L = 4", PLAIN),
+        "one_stage": Variant(
+            "ablation",
+            (*TOKENS, "align.write_back=1"),
+            "one stage is visited",
+            students=("cnn",),
         ),
         "ours_no_inter": Variant(
             "ablation",
@@ -141,12 +163,28 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
         ),
         "ours_after_backbone": Variant(
             "ablation",
-            (*TOKENS, "align.write_back=0"),
+            (*TOKENS, *AFTER, *STREAM),
             "ours but for the write-back",
-            EXTRA,
+            students=("cnn",),
         ),
-        "four_layers": Variant("ablation", (*TOKENS, "align.layers=4"), "L = 4"),
-        "one_stage": Variant("ablation", (*TOKENS, "align.write_back=1"), "one stage is visited"),
+        "ours_inside_backbone": Variant(
+            "ablation",
+            (*TOKENS, *INSIDE, *STREAM, *SECOND_LOOK),
+            "ours, inside the backbone too",
+            students=("vit",),
+        ),
+        "ours_no_second_look": Variant(
+            "ablation",
+            (*TOKENS, *AFTER, *STREAM),
+            "ours but for the second look",
+            students=("vit",),
+        ),
+        "ours_no_stream": Variant(
+            "ablation",
+            (*TOKENS, *AFTER, *SECOND_LOOK),
+            "ours but for the stream",
+            students=("vit",),
+        ),
     }
     for teacher in teachers:
         found[f"only_{teacher}"] = Variant(
@@ -156,6 +194,7 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             "ablation",
             (*TOKENS, f"align.spaces=[{teacher}]"),
             f"{teacher} alone, its space's tokens alone",
+            PLAIN,
         )
     found["supervised"] = Variant(
         "reference", ("align=regression",), "labels of all tasks' training parts, no teacher"

@@ -185,18 +185,27 @@ def test_the_backbone_controls_have_the_parameters_that_they_state(student):
     for teacher, (dim, side, width) in OF_THE_BED.items():
         spaces[f"{teacher}/map"] = Space(teacher, side * side, dim, (side, side))
         spaces[f"{teacher}/mean"] = Space(teacher, 1, width, None)
-    found = {}
-    for name, variant in timing.timed(variants([])).items():
+    found, built = {}, {}
+    for name, variant in timing.timed(variants([]), student).items():
         options = ["cache=unused", "data.shards=unused", *variant.all_options(student)]
         config = compose_options("train", options)
         model = build_student(dict(config.student), 0)
-        found[name] = cost(model, build_alignment(dict(config.align), model, spaces))
-    ours = found["model_token"]
-    assert found["regression_same_cost"]["student"] == pytest.approx(ours["student"], rel=0.02)
+        built[name] = model, build_alignment(dict(config.align), model, spaces)
+        found[name] = cost(*built[name])
+    inside = found["ours_inside_backbone" if student == "vit" else "model_token"]
+    assert found["regression_same_cost"]["student"] == pytest.approx(inside["student"], rel=0.02)
     for name in ("regression_wide_backbone", "regression_same_time"):
-        assert found[name]["student"] > ours["student"]
-        assert found[name]["operations"] > ours["operations"]
-    assert found["regression"]["student"] < ours["student"]
+        assert found[name]["student"] > inside["student"]
+        assert found[name]["operations"] > inside["operations"]
+    assert found["regression"]["student"] < inside["student"]
+    if student == "vit":
+        # The tokens are after the backbone: it is the rivals', and they cost where they are read.
+        assert found["model_token"] == {
+            **found["regression"], "alignment": found["model_token"]["alignment"]
+        }  # fmt: skip
+        model, alignment = built["model_token"]
+        read = found["model_token"]["student"] + alignment.readout_parameters("tokens")
+        assert found["regression_same_time"]["student"] > read
 
 
 def test_times_are_summarised_as_by_hand():
@@ -247,7 +256,7 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
     assert set(again["company"]["pose"]) == {"joint", "alone"}
     assert len(again["inference_ms"]) == 4
     for times in again["inference_ms"].values():
-        assert set(times) == set(timing.timed(variants([])))
+        assert set(times) == {*timing.timed(variants([]), "cnn"), timing.READ}
         assert times["model_token"]["ratio"] == 1
         assert all(own["ms"] > 0 and own["quartiles_ms"][0] > 0 for own in times.values())
 
