@@ -24,6 +24,7 @@ import torch
 from preceptor.benchmarks.comparison import report, stores, timing
 from preceptor.benchmarks.comparison.bed import Bed
 from preceptor.benchmarks.comparison.judge import WIDTH, judge
+from preceptor.benchmarks.comparison.options import changed
 from preceptor.benchmarks.comparison.plan import PRECISION, PRECISIONS, Plan
 from preceptor.benchmarks.comparison.runs import RESULT, TAUGHT, finished, judge_anew, run
 from preceptor.benchmarks.comparison.variants import STUDENTS, Variant, choose, variants
@@ -39,10 +40,19 @@ COLUMNS = ("variant", "kind", "validation", "test", "without tokens", "pooled", 
 def compare(
     plan: Plan, students: Sequence[str], chosen: Mapping[str, Variant], seeds: Sequence[int]
 ) -> None:
-    """Do every run that is not there; seed by seed, so that whatever is done can be paired."""
+    """Do every run that is not there; seed by seed, so that whatever is done can be paired.
+
+    Raises:
+        ConfigError: a run that is there was trained with other options than its variant has today.
+    """
     for seed in seeds:
         for name, variant in chosen.items():
             for student in [name for name in students if name in variant.students]:
+                folder = plan.folder(student, name, seed)
+                if (folder / RESULT).exists() and (told := changed(folder, student, variant)):
+                    raise ConfigError(
+                        f"{folder} was trained with {_told(told)}: move it away to do it anew"
+                    )
                 found = run(plan, student, name, variant, seed)
                 figure = report.mean([found], "test")
                 print(
@@ -57,6 +67,21 @@ def collect(plan: Plan) -> dict[str, dict[str, list[dict[str, Any]]]]:
     for path in sorted(plan.out.glob(f"*/*/s*/{RESULT}")):
         result = finished(plan, path.parent)
         found.setdefault(result["student"], {}).setdefault(result["variant"], []).append(result)
+    return found
+
+
+def _told(differences: Mapping[str, Sequence[Any]]) -> str:
+    return ", ".join(f"{key}={a}, not {b}" for key, (a, b) in differences.items())
+
+
+def other_options(plan: Plan) -> dict[str, dict[str, list[Any]]]:
+    """By run, what it was trained with and its variant of today would not be."""
+    known = variants(plan.bed.teachers)
+    found = {}
+    for path in sorted(plan.out.glob(f"*/*/s*/{RESULT}")):
+        student, name = path.parents[2].name, path.parents[1].name
+        if name in known and (told := changed(path.parent, student, known[name])):
+            found[str(path.parent.relative_to(plan.out))] = told
     return found
 
 
@@ -87,6 +112,9 @@ def judge_all(plan: Plan) -> None:
 def results(plan: Plan) -> dict[str, Any]:
     """Everything that is there, as JSON."""
     runs, teachers, times = collect(plan), teachers_of(plan), timing.collect(plan)
+    others = other_options(plan)
+    for name, told in others.items():
+        print(f"{plan.out / name} was trained with {_told(told)}", file=sys.stderr)
     summary: dict[str, Any] = {
         student: report.summarise(own, teachers, times.get(student))
         for student, own in runs.items()
@@ -109,6 +137,7 @@ def results(plan: Plan) -> dict[str, Any]:
                 for name, v in variants(plan.bed.teachers).items()
             },
         },
+        "other_options": others,
         "machine": machine(("numpy", "torch", "timm", "scikit-learn")),
         "specialists": plan.bed.facts["specialists"],
         "by_task": {

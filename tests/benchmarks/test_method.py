@@ -9,9 +9,11 @@ import re
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from preceptor.benchmarks import method
 from preceptor.benchmarks.comparison import judge, report, runs, timing
 from preceptor.benchmarks.comparison.bed import Bed, Outputs
+from preceptor.benchmarks.comparison.options import changed
 from preceptor.benchmarks.comparison.plan import Plan
 from preceptor.benchmarks.comparison.runs import cost
 from preceptor.benchmarks.comparison.variants import STUDENTS, choose, variants
@@ -208,6 +210,34 @@ def test_the_backbone_controls_have_the_parameters_that_they_state(student):
         assert found["regression_same_time"]["student"] > read
 
 
+@pytest.mark.parametrize(
+    ("key", "then", "expected"),
+    [
+        ("align.write_back", 3, [3, 0]),
+        ("align.since_gone", 0.1, [0.1, None]),
+        ("align.since_gone", 0.0, None),  # it was off
+        ("align.pool", "absent", None),  # it did what is the default since
+        ("recipe.lr", 0.001, [0.001, 0.002]),
+        ("recipe.lr", "absent", [None, 0.002]),  # the variant asks for it
+        ("recipe.steps", 7, None),  # the plan's
+        ("student.options.depth", 6, [6, 4]),
+        ("engine.precision", "32-true", None),  # the plan's
+    ],
+)
+def test_a_run_of_other_options_is_told(key, then, expected, tmp_path):
+    variant = variants([])["model_token"]
+    assert changed(tmp_path, "vit", variant) == {}  # it has left nothing to compare
+    options = ["cache=c", "data.shards=s", "recipe=short", *variant.all_options("vit")]
+    config = compose_options("train", options)
+    OmegaConf.set_struct(config, False)
+    if then == "absent":
+        del OmegaConf.select(config, key.rpartition(".")[0])[key.rpartition(".")[2]]
+    else:
+        OmegaConf.update(config, key, then)
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    assert changed(tmp_path, "vit", variant) == ({} if expected is None else {key: expected})
+
+
 def test_times_are_summarised_as_by_hand():
     found = timing._summary({"model_token": [1.0, 2.0, 4.0], "other": [3.0, 2.0, 2.0]})["other"]
     assert found == {
@@ -252,13 +282,27 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count("$ preceptor train") == 1
     assert (tmp_path / "cnn" / "regression" / "s0" / "result.json").stat().st_mtime_ns == before
-    again = json.loads((tmp_path / "method.json").read_text())["summary"]["cnn"]
+    everything = json.loads((tmp_path / "method.json").read_text())
+    again = everything["summary"]["cnn"]
     assert set(again["company"]["pose"]) == {"joint", "alone"}
     assert len(again["inference_ms"]) == 4
     for times in again["inference_ms"].values():
         assert set(times) == {*timing.timed(variants([]), "cnn"), timing.READ}
         assert times["model_token"]["ratio"] == 1
         assert all(own["ms"] > 0 and own["quartiles_ms"][0] > 0 for own in times.values())
+
+    # A run of other options is refused, and told where it is reported.
+    path = tmp_path / "cnn" / "regression" / "s0" / "config.yaml"
+    whole = path.read_text()
+    assert everything["other_options"] == {}
+    path.write_text(whole.replace("clip: 3.0", "clip: 1.0"))
+    with pytest.raises(SystemExit, match=r"regression/s0 was trained with recipe.clip=1.0, not 3"):
+        method.main([*arguments, "--variants", "regression"])
+    method.main([*arguments, "--report"])
+    told = json.loads((tmp_path / "method.json").read_text())["other_options"]
+    assert told == {"cnn/regression/s0": {"recipe.clip": [1.0, 3.0]}}
+    path.write_text(whole)
+    capsys.readouterr()
 
     # What the cache costs: the first views of the very store that has one for every step.
     method.main([*arguments, "--variants", "none", "--stores", "fp16,views1,online"])
