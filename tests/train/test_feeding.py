@@ -274,9 +274,10 @@ def test_a_signal_to_all_processes_of_a_run_leaves_it_its_images(bed) -> None:
     """As Ctrl-C, torchrun and Slurm send them: the run finishes its step and saves."""
     views = StoredViews(Cache.open(bed.cache), bed.index, (32, 32))
     orders = [[(row, 0)] for row in range(30)]  # more than workers hold ready
+    others = set(multiprocessing.active_children())
     images = decoded(views, orders, workers=2)
     found = [next(images), next(images)]  # one of each worker: both have begun
-    workers = multiprocessing.active_children()
+    workers = set(multiprocessing.active_children()) - others
     pids = [str(worker.pid) for worker in workers]
     assert len(pids) == 2
     for name in ("-INT", "-TERM"):
@@ -286,7 +287,7 @@ def test_a_signal_to_all_processes_of_a_run_leaves_it_its_images(bed) -> None:
 
     again = decoded(views, orders, workers=1)
     next(again)
-    (worker,) = set(multiprocessing.active_children()) - set(workers)
+    (worker,) = set(multiprocessing.active_children()) - others - workers
     worker.terminate()  # by the run itself
     worker.join()
     assert worker.exitcode == 0

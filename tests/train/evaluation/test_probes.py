@@ -66,5 +66,5 @@ def test_mistakes_are_told():
     x, y = clusters(5, 1)
     with pytest.raises(ConfigError, match="ridge, logistic"):
         fit_linear_probe(x, y, probe="svm")
-    with pytest.raises(ConfigError, match="cannot split 5 images"):
-        fit_linear_probe(x, y)
+    with pytest.raises(ConfigError, match="cannot split 5 images of 5 classes"):
+        fit_linear_probe(x, np.arange(5))
