@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from preceptor.errors import ConfigError, DataError, StoreError
 from preceptor.train.crops import RandomCrop, crop_tokens, random_crop
 from preceptor.train.data import TrainData
 from preceptor.train.epoch_views import EpochViews
-from preceptor.train.loading import decoded
 from preceptor.train.photometric import ColorJitter
 from preceptor.train.views import StoredViews, StorePixels, choose_views
 
@@ -271,26 +270,38 @@ def bilinear(tokens: np.ndarray, grid: tuple[int, int], region: np.ndarray) -> n
 
 
 def test_a_signal_to_all_processes_of_a_run_leaves_it_its_images(bed) -> None:
-    """As Ctrl-C, torchrun and Slurm send them: the run finishes its step and saves."""
-    views = StoredViews(Cache.open(bed.cache), bed.index, (32, 32))
-    orders = [[(row, 0)] for row in range(30)]  # more than workers hold ready
-    others = set(multiprocessing.active_children())
-    images = decoded(views, orders, workers=2)
-    found = [next(images), next(images)]  # one of each worker: both have begun
-    workers = set(multiprocessing.active_children()) - others
-    pids = [str(worker.pid) for worker in workers]
-    assert len(pids) == 2
-    for name in ("-INT", "-TERM"):
-        subprocess.run(["kill", name, *pids], check=True)
-    found += images
-    assert torch.equal(torch.cat(found), views.__getitems__(list(range(30))))
+    """As Ctrl-C, torchrun and Slurm send them: the run finishes its step and saves.
 
-    again = decoded(views, orders, workers=1)
-    next(again)
-    (worker,) = set(multiprocessing.active_children()) - others - workers
-    worker.terminate()  # by the run itself
-    worker.join()
-    assert worker.exitcode == 0
+    In a process of its own, as a run is: among all tests it failed in workers that were forked from
+    a process with everything loaded, where a thread that does not block the signal may take it.
+    """
+    script = (
+        "import multiprocessing, subprocess, sys, torch\n"
+        "from preceptor.cache import Cache, SampleIndex\n"
+        "from preceptor.train.loading import decoded\n"
+        "from preceptor.train.views import StoredViews\n"
+        "index = SampleIndex.from_shards(sys.argv[2])\n"
+        "views = StoredViews(Cache.open(sys.argv[1]), index, (32, 32))\n"
+        "orders = [[(row, 0)] for row in range(30)]  # more than workers hold ready\n"
+        "images = decoded(views, orders, workers=2)\n"
+        "found = [next(images), next(images)]  # one of each worker: both have begun\n"
+        "pids = [str(worker.pid) for worker in multiprocessing.active_children()]\n"
+        "assert len(pids) == 2\n"
+        "for name in ('-INT', '-TERM'):\n"
+        "    subprocess.run(['kill', name, *pids], check=True)\n"
+        "found += images\n"
+        "assert torch.equal(torch.cat(found), views.__getitems__(list(range(30))))\n"
+        "again = decoded(views, orders, workers=1)\n"
+        "next(again)\n"
+        "(worker,) = multiprocessing.active_children()\n"
+        "worker.terminate()  # by the run itself\n"
+        "worker.join()\n"
+        "assert worker.exitcode == 0\n"
+        "print('whole', flush=True)\n"
+    )
+    command = [sys.executable, "-c", script, str(bed.cache), bed.shards]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["whole"], done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
