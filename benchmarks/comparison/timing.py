@@ -25,7 +25,6 @@ ROUNDS = 25
 LEAST_SECONDS = 0.05
 """Of one sample: as many passes in a row as take that long."""
 
-INSIDE = "ours_inside_backbone"
 READ = f"{OURS}, tokens"
 """Ours where its tokens are read, and not the pooled feature as of all others."""
 
@@ -38,7 +37,7 @@ def timed(known: Mapping[str, Variant], student: str) -> dict[str, Variant]:
         for name, variant in known.items()
         if student in variant.students
         and (
-            name in (OURS, "regression", INSIDE)
+            name in (OURS, "regression", "ours_inside_backbone")
             or (variant.kind == "control" and variant.of_student)
         )
     }

@@ -35,15 +35,15 @@ SECOND_LOOK = ("align.mask_weight=0.3",)
 INSIDE, AFTER = ("align.write_back=3",), ("align.write_back=0",)
 """Whether the tokens also live inside the backbone, visiting three stages."""
 
-PLAIN: Mapping[str, tuple[str, ...]] = {"cnn": INSIDE, "vit": AFTER}
+PLACE: Mapping[str, tuple[str, ...]] = {"cnn": INSIDE, "vit": AFTER}
 """Where `OURS` has its tokens, and most of its ablations have them."""
 
-EXTRA: Mapping[str, tuple[str, ...]] = {
-    "cnn": (*PLAIN["cnn"], *STREAM),
-    "vit": (*PLAIN["vit"], *STREAM, *SECOND_LOOK),
+CHOSEN: Mapping[str, tuple[str, ...]] = {
+    "cnn": (*PLACE["cnn"], *STREAM),
+    "vit": (*PLACE["vit"], *STREAM, *SECOND_LOOK),
 }
-"""What `OURS` has by validation (docs/method.md): stream and second look, which its ablations have
-not but those named after it."""
+"""What validation chose for `OURS` (docs/method.md). Ablations have the place alone, but for those
+named after it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Variant:
 def variants(teachers: Sequence[str]) -> dict[str, Variant]:
     """Every variant, in the order in which they are worth running."""
     found = {
-        OURS: Variant("ours", TOKENS, "model tokens: the CNN's inside its backbone too", EXTRA),
+        OURS: Variant("ours", TOKENS, "model tokens: the CNN's inside its backbone too", CHOSEN),
         "regression": Variant("rival", ("align=regression",), "one projector a space"),
     }
     for name in ALIGNMENTS:
@@ -114,7 +114,7 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             },
         ),
         "plain_tokens": Variant(
-            "ablation", TOKENS, "without stream and second look, as the other ablations", PLAIN
+            "ablation", TOKENS, "without stream and second look, as the other ablations", PLACE
         ),
         "after_backbone": Variant(
             "ablation",
@@ -141,14 +141,14 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             students=("cnn",),
         ),
         "no_inter": Variant(
-            "ablation", (*TOKENS, "align.inter=none"), "no exchange of spaces", PLAIN
+            "ablation", (*TOKENS, "align.inter=none"), "no exchange of spaces", PLACE
         ),
         "ungated": Variant(
-            "ablation", (*TOKENS, "align.gamma=null"), "exchange without gates", PLAIN
+            "ablation", (*TOKENS, "align.gamma=null"), "exchange without gates", PLACE
         ),
-        "one_token": Variant("ablation", (*TOKENS, "align.tokens=1"), "M = 1", PLAIN),
-        "eight_tokens": Variant("ablation", (*TOKENS, "align.tokens=8"), "M = 8", PLAIN),
-        "four_layers": Variant("ablation", (*TOKENS, "align.layers=4"), "L = 4", PLAIN),
+        "one_token": Variant("ablation", (*TOKENS, "align.tokens=1"), "M = 1", PLACE),
+        "eight_tokens": Variant("ablation", (*TOKENS, "align.tokens=8"), "M = 8", PLACE),
+        "four_layers": Variant("ablation", (*TOKENS, "align.layers=4"), "L = 4", PLACE),
         "one_stage": Variant(
             "ablation",
             (*TOKENS, "align.write_back=1"),
@@ -159,7 +159,7 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             "ablation",
             (*TOKENS, "align.inter=none"),
             "ours but for the exchange of spaces",
-            EXTRA,
+            CHOSEN,
         ),
         "ours_after_backbone": Variant(
             "ablation",
@@ -194,7 +194,7 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
             "ablation",
             (*TOKENS, f"align.spaces=[{teacher}]"),
             f"{teacher} alone, its space's tokens alone",
-            PLAIN,
+            PLACE,
         )
     found["supervised"] = Variant(
         "reference", ("align=regression",), "labels of all tasks' training parts, no teacher"
