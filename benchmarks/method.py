@@ -7,7 +7,8 @@ Every run is `preceptor train` on the bed's pool: the same steps, images, order 
 a seed. Its readouts are reduced to one width without labels, and probes, regularisation and readout
 are chosen on validation; docs/method.md has the protocol. A finished run is kept in --out and not
 done again, a begun one goes on, so the matrix can be collected over several sittings: with --report
-the table is made of what there is. --judge judges runs anew whose bed's tasks have changed since.
+the table is made of what there is. --runs names a file of finished runs that is read beside --out
+and completed from it, so that the matrix can be collected on several machines too. --judge judges runs anew whose bed's tasks have changed since.
 --time measures how long the students take at inference.
 """
 
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from preceptor.benchmarks.comparison import report, stores, timing
+from preceptor.benchmarks.comparison import records, report, stores, timing
 from preceptor.benchmarks.comparison.bed import Bed
 from preceptor.benchmarks.comparison.judge import WIDTH, judge
 from preceptor.benchmarks.comparison.options import changed
 from preceptor.benchmarks.comparison.plan import PRECISION, PRECISIONS, Plan
-from preceptor.benchmarks.comparison.runs import RESULT, TAUGHT, finished, judge_anew, run
+from preceptor.benchmarks.comparison.records import Record
+from preceptor.benchmarks.comparison.runs import RESULT, TAUGHT, judge_anew, run
 from preceptor.benchmarks.comparison.variants import STUDENTS, Variant, choose, variants
 from preceptor.benchmarks.harness import machine, save, show
 from preceptor.benchmarks.testbed import shards
@@ -38,22 +40,32 @@ COLUMNS = ("variant", "kind", "validation", "test", "without tokens", "pooled", 
 
 
 def compare(
-    plan: Plan, students: Sequence[str], chosen: Mapping[str, Variant], seeds: Sequence[int]
+    plan: Plan,
+    students: Sequence[str],
+    chosen: Mapping[str, Variant],
+    seeds: Sequence[int],
+    kept: Path | None = None,
 ) -> None:
     """Do every run that is not there; seed by seed, so that whatever is done can be paired.
+
+    Args:
+        kept: a file of finished runs, which are not done again.
 
     Raises:
         ConfigError: a run that is there was trained with other options than its variant has today.
     """
+    there = {records.identity(one): one for one in records.gather(plan, kept)}
     for seed in seeds:
         for name, variant in chosen.items():
             for student in [name for name in students if name in variant.students]:
                 folder = plan.folder(student, name, seed)
-                if (folder / RESULT).exists() and (told := changed(folder, student, variant)):
+                known = there.get((student, name, seed))
+                if known and (told := changed(known["options"], student, variant)):
+                    where = folder if (folder / RESULT).exists() else f"{kept}: {_name(known)}"
                     raise ConfigError(
-                        f"{folder} was trained with {_told(told)}: move it away to do it anew"
+                        f"{where} was trained with {_told(told)}: move it away to do it anew"
                     )
-                found = run(plan, student, name, variant, seed)
+                found = known or run(plan, student, name, variant, seed)
                 figure = report.mean([found], "test")
                 print(
                     f"{student} {name} s{seed}: {figure:.2f} in {found['seconds']['all']:.0f} s",
@@ -61,28 +73,24 @@ def compare(
                 )
 
 
-def collect(plan: Plan) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """All finished runs of these steps, by student and variant."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for path in sorted(plan.out.glob(f"*/*/s*/{RESULT}")):
-        result = finished(plan, path.parent)
-        found.setdefault(result["student"], {}).setdefault(result["variant"], []).append(result)
-    return found
-
-
 def _told(differences: Mapping[str, Sequence[Any]]) -> str:
     return ", ".join(f"{key}={a}, not {b}" for key, (a, b) in differences.items())
 
 
-def other_options(plan: Plan) -> dict[str, dict[str, list[Any]]]:
+def _name(record: Record) -> str:
+    student, name, seed = records.identity(record)
+    return f"{student}/{name}/s{seed}"
+
+
+def other_options(plan: Plan, found: Sequence[Record]) -> dict[str, dict[str, list[Any]]]:
     """By run, what it was trained with and its variant of today would not be."""
     known = variants(plan.bed.teachers)
-    found = {}
-    for path in sorted(plan.out.glob(f"*/*/s*/{RESULT}")):
-        student, name = path.parents[2].name, path.parents[1].name
-        if name in known and (told := changed(path.parent, student, known[name])):
-            found[str(path.parent.relative_to(plan.out))] = told
-    return found
+    differing = {}
+    for record in found:
+        student, name, _ = records.identity(record)
+        if name in known and (told := changed(record["options"], student, known[name])):
+            differing[_name(record)] = told
+    return differing
 
 
 def teachers_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
@@ -109,12 +117,16 @@ def judge_all(plan: Plan) -> None:
             print(f"{path.parents[2].name} {name} {path.parent.name}: {figure:.2f}", flush=True)
 
 
-def results(plan: Plan) -> dict[str, Any]:
+def results(plan: Plan, found: Sequence[Record]) -> dict[str, Any]:
     """Everything that is there, as JSON."""
-    runs, teachers, times = collect(plan), teachers_of(plan), timing.collect(plan)
-    others = other_options(plan)
+    teachers, times = teachers_of(plan), timing.collect(plan)
+    runs: dict[str, dict[str, list[Record]]] = {}
+    for record in found:
+        student, name, _ = records.identity(record)
+        runs.setdefault(student, {}).setdefault(name, []).append(record)
+    others = other_options(plan, found)
     for name, told in others.items():
-        print(f"{plan.out / name} was trained with {_told(told)}", file=sys.stderr)
+        print(f"{name} was trained with {_told(told)}", file=sys.stderr)
     summary: dict[str, Any] = {
         student: report.summarise(own, teachers, times.get(student))
         for student, own in runs.items()
@@ -168,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "was judged on another bed's tasks")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="run nothing: the table of what is")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    parser.add_argument("--runs", type=Path, default=None, help="a file of finished runs, "
+                        "completed by those of --out: benchmarks/results/method_runs_STEPS.jsonl")  # fmt: skip
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args(argv)
     if options.threads:
@@ -187,11 +201,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.judge:
             judge_all(plan)
         elif not options.report:
-            compare(plan, students, chosen, seeds)
+            compare(plan, students, chosen, seeds, options.runs)
             if options.stores:
                 names, own = options.stores.split(","), variants(bed.teachers)["regression"]
                 stores.compare(plan, names, students, seeds, "regression", own)
-        found = results(plan)
+        gathered = records.gather(plan, options.runs)
+        if options.runs is not None:
+            records.keep(options.runs, gathered)
+        found = results(plan, gathered)
     except PreceptorError as error:
         sys.exit(str(error))
     for student, summary in found["summary"].items():

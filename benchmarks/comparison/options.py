@@ -17,19 +17,26 @@ STEPS = "recipe.steps"
 """Of the plan, which is compared by itself; the untrained student makes one."""
 
 
-def changed(folder: Path, student: str, variant: Variant) -> dict[str, list[Any]]:
+def trained_with(folder: Path) -> dict[str, Any]:
+    """The options of a run's student, alignment and recipe, by dotted name; none where it has left
+    no ``config.yaml``, such as the one that was taught by labels."""
+    path = folder / "config.yaml"
+    return dict(_flat(plain(OmegaConf.load(path)))) if path.exists() else {}
+
+
+def changed(then: Mapping[str, Any], student: str, variant: Variant) -> dict[str, list[Any]]:
     """What a run was trained with and today's variant would not be: [then, today] by option.
 
     An option that there was not when the run was made counts only where the variant names it: its
     default is taken to be what was done before there was a choice. One that there is no more counts
-    unless it was off. Of a reference the student alone is compared. A run without ``config.yaml``,
-    such as the one taught by labels, tells nothing.
+    unless it was off. Of a reference the student alone is compared.
+
+    Args:
+        then: `trained_with`; nothing differs from none.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
+    if not then:
         return {}
     options = variant.all_options(student)
-    then = dict(_flat(plain(OmegaConf.load(path))))
     today = _composed(tuple(options))
     named = {text.partition("=")[0].lstrip("+") for text in options}
     found = {}

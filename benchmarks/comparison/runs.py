@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ...train.checkpoint import load_model, write_json
 from ...train.data import TrainData
 from ...train.students import Student, build_student
 from ...train.views import StoredViews
+from ..harness import machine
 from ..testbed import shards
 from .bed import Bed, Outputs
 from .conflict import weight_cosines
@@ -74,6 +75,7 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         "steps": plan.steps,
         "precision": plan.precision,
         "bed": plan.bed.identity,
+        "processor": machine(())["processor"],
         "scores": _scores(plan.bed, model, alignment, variant.kind),
         "losses": {} if variant.kind == "reference" else held_out(plan, model, alignment),
         "train_losses": summary.get("losses", {}),
@@ -108,20 +110,31 @@ def finished(plan: Plan, folder: Path) -> dict[str, Any]:
     """What a run has left, if it is one of this plan.
 
     Raises:
-        ConfigError: it is of other steps or another precision, or was judged on other tasks.
+        ConfigError: as `belongs`.
     """
     result = _read(folder)
+    belongs(plan, result, str(folder))
+    return result
+
+
+def belongs(plan: Plan, result: Mapping[str, Any], where: str) -> None:
+    """Refuse a finished run that is none of this plan.
+
+    Raises:
+        ConfigError: it is of other steps or another precision, or was judged on other tasks.
+    """
     for what, ours in (("steps", plan.steps), ("precision", plan.precision)):
         if result[what] != ours:
             raise ConfigError(
-                f"{folder}: a run with {what}={result[what]}, not {ours}: choose another --out"
+                f"{where}: a run with {what}={result[what]}, not {ours}: choose another --out "
+                "or --runs"
             )
     if result.get("bed") != plan.bed.identity:
         raise ConfigError(
-            f"{folder} was judged on other images than {plan.bed.folder} has: --judge judges it "
-            "anew, and a run that was taught by their labels has to be done again"
+            f"{where} was judged on other images than {plan.bed.folder} has: --judge judges it "
+            "anew where its weights are, and a run that was taught by their labels has to be done "
+            "again"
         )
-    return result
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from preceptor.benchmarks import method
 from preceptor.benchmarks.comparison import judge, report, runs, timing
 from preceptor.benchmarks.comparison.bed import Bed, Outputs
-from preceptor.benchmarks.comparison.options import changed
+from preceptor.benchmarks.comparison.options import changed, trained_with
 from preceptor.benchmarks.comparison.plan import Plan
 from preceptor.benchmarks.comparison.runs import cost
 from preceptor.benchmarks.comparison.variants import STUDENTS, choose, variants
@@ -226,7 +227,7 @@ def test_the_backbone_controls_have_the_parameters_that_they_state(student):
 )
 def test_a_run_of_other_options_is_told(key, then, expected, tmp_path):
     variant = variants([])["model_token"]
-    assert changed(tmp_path, "vit", variant) == {}  # it has left nothing to compare
+    assert changed(trained_with(tmp_path), "vit", variant) == {}  # it has left nothing to compare
     options = ["cache=c", "data.shards=s", "recipe=short", *variant.all_options("vit")]
     config = compose_options("train", options)
     OmegaConf.set_struct(config, False)
@@ -235,7 +236,8 @@ def test_a_run_of_other_options_is_told(key, then, expected, tmp_path):
     else:
         OmegaConf.update(config, key, then)
     OmegaConf.save(config, tmp_path / "config.yaml")
-    assert changed(tmp_path, "vit", variant) == ({} if expected is None else {key: expected})
+    found = changed(trained_with(tmp_path), "vit", variant)
+    assert found == ({} if expected is None else {key: expected})
 
 
 def test_times_are_summarised_as_by_hand():
@@ -302,6 +304,36 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
     told = json.loads((tmp_path / "method.json").read_text())["other_options"]
     assert told == {"cnn/regression/s0": {"recipe.clip": [1.0, 3.0]}}
     path.write_text(whole)
+
+    # The finished runs in one file give the same report without their folders, and are not done
+    # again; a folder's own run counts before the file's.
+    kept = tmp_path / "runs.jsonl"
+    method.main([*arguments, "--report", "--runs", str(kept)])
+    of_folders = json.loads((tmp_path / "method.json").read_text())
+    assert len(kept.read_text().splitlines()) == 5
+    capsys.readouterr()
+    elsewhere = [*arguments, "--out", str(tmp_path / "elsewhere"), "--runs", str(kept)]
+    method.main([*elsewhere, "--variants", "regression,only_letters"])
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$")]
+    assert ["only_letters" in line for line in commands] == [True]
+    assert len(kept.read_text().splitlines()) == 6
+    found = json.loads((tmp_path / "method.json").read_text())
+    assert found["other_options"] == {}
+    for name, expected in of_folders["summary"]["cnn"]["against"].items():
+        told = found["summary"]["cnn"]["against"][name]
+        assert told["mean"] == pytest.approx(expected["mean"], abs=1e-4)
+        assert told["over_tasks"] == pytest.approx(expected["over_tasks"], abs=1e-4)
+    whole = kept.read_text()
+    kept.write_text(whole.replace('"recipe.clip":3.0', '"recipe.clip":1.0'))
+    with pytest.raises(SystemExit, match=r"cnn/regression/s0 was trained with recipe.clip=1.0"):
+        method.main([*elsewhere, "--variants", "regression"])
+    kept.write_text(whole.replace('"steps":2', '"steps":3', 1))
+    with pytest.raises(SystemExit, match=r"runs.jsonl, line 1: a run with steps=3"):
+        method.main([*elsewhere, "--report"])
+    kept.write_text(whole[:-20])
+    with pytest.raises(SystemExit, match=r"runs.jsonl, line 6 is no finished run"):
+        method.main([*elsewhere, "--report"])
+    shutil.rmtree(tmp_path / "elsewhere")
     capsys.readouterr()
 
     # What the cache costs: the first views of the very store that has one for every step.

@@ -1,0 +1,61 @@
+"""Finished runs in one file, which outlives the folders that they were made in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...cache.durable import write_whole
+from ...errors import ConfigError
+from .options import trained_with
+from .plan import Plan
+from .runs import RESULT, belongs, finished
+
+Record = Mapping[str, Any]
+"""What a run has left, and ``options``, by dotted name what it was trained with."""
+
+DIGITS = 5
+"""Decimals of what is kept: figures in per cent have four more than are ever told."""
+
+
+def identity(record: Record) -> tuple[str, str, int]:
+    """Student, variant and seed."""
+    return record["student"], record["variant"], record["seed"]
+
+
+def gather(plan: Plan, kept: Path | None = None) -> list[Record]:
+    """All finished runs of a plan: those of its folder, and of a file those that it lacks.
+
+    Raises:
+        ConfigError: one is none of this plan (`belongs`), or a line of the file is no run.
+    """
+    found = {}
+    if kept is not None and kept.exists():
+        for number, line in enumerate(kept.read_text(encoding="utf-8").splitlines(), 1):
+            where = f"{kept}, line {number}"
+            try:
+                record = json.loads(line)
+                found[identity(record)] = record
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"{where} is no finished run of a comparison") from None
+            belongs(plan, record, where)
+    for path in sorted(plan.out.glob(f"*/*/s*/{RESULT}")):
+        result = finished(plan, path.parent)
+        found[identity(result)] = {**result, "options": trained_with(path.parent)}
+    return sorted(found.values(), key=identity)
+
+
+def keep(path: Path, records: Iterable[Record]) -> None:
+    """Write a file that `gather` reads: a line a run, JSON."""
+    lines = [json.dumps(_rounded(record), separators=(",", ":")) for record in records]
+    write_whole(path, "".join(line + "\n" for line in lines).encode())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, DIGITS)
+    if isinstance(value, Mapping):
+        return {key: _rounded(own) for key, own in value.items()}
+    return [_rounded(own) for own in value] if isinstance(value, list) else value
