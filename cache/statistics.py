@@ -37,11 +37,17 @@ class Moments:
 
     @property
     def possible(self) -> bool:
-        """Whether all numbers are finite and no variance is below zero by more than rounding."""
+        """Whether all numbers are finite and no variance is below zero by more than rounding.
+
+        What a dimension's sums were shifted by is not known here, so rounding is taken to be as
+        large as the largest mean square makes it. Stores that were begun when `Accumulator` left
+        such variances below zero can so be finished.
+        """
         if not (np.isfinite(self.mean).all() and np.isfinite(self.scatter).all()):
             return False
-        square = np.diag(self.scatter) + self.count * self.mean**2
-        return self.count >= 0 and bool((np.diag(self.scatter) >= -1e-9 * square).all())
+        variances = np.diag(self.scatter)
+        largest = float((variances + self.count * self.mean**2).max(initial=0))
+        return self.count >= 0 and bool((variances >= -1e-9 * largest).all())
 
     def mean_square(self, centre: np.ndarray) -> np.ndarray:
         """Mean of (x - centre)^2, float64 ``[D]``; centre: float64 ``[D]``."""
@@ -117,6 +123,8 @@ class Accumulator:
         """The moments of all tokens so far, on the CPU; waits for the device."""
         offset = self._sum / max(self.count, 1)
         scatter = self._products - torch.outer(offset, self._sum)
+        # Of a dimension that does not move rounding can leave less than nothing.
+        scatter.diagonal().clamp_(min=0)
         return Moments(self.count, (self._shift + offset).cpu().numpy(), scatter.cpu().numpy())
 
 

@@ -74,6 +74,31 @@ def test_merged_parts_are_the_whole(lengths, dim: int, offset: float, seed: int)
         assert np.allclose(merged.mean_square(about), square, rtol=1e-9, atol=1e-8)
 
 
+def test_what_does_not_move_has_no_variance_below_zero() -> None:
+    """A channel that is off in all images of a shard, though it was not in the calibration."""
+    rng = np.random.default_rng(0)
+    raw, constants = [], rng.integers(0, 2, 400) * rng.standard_normal(400)
+    for count in (650, 333, 7):
+        tokens = torch.from_numpy(constants).float().expand(count, -1).clone()
+        tokens[:, 0] = torch.from_numpy(rng.standard_normal(count))
+        sums = Accumulator(torch.from_numpy(rng.standard_normal(400)).float())
+        sums.add(tokens)
+        moments = sums.moments()
+        raw.append((sums._products - torch.outer(sums._sum, sums._sum) / count).diagonal().min())
+        assert moments.possible
+        assert (np.diag(moments.scatter) >= 0).all()
+        assert np.allclose(np.diag(moments.scatter)[1:], 0, atol=1e-9)
+    assert min(raw) < 0  # or this tests nothing
+
+
+def test_variances_below_zero_by_rounding_can_be_finished_and_others_cannot() -> None:
+    mean, scatter = np.array([0.0, 2.0]), np.diag([-2.4e-11, 30.0])
+    assert Moments(650, mean, scatter).possible
+    assert not Moments(650, mean, np.diag([-1e-3, 30.0])).possible
+    assert not Moments(650, mean, np.diag([np.nan, 30.0])).possible
+    assert not Moments(650, np.array([0.0, np.inf]), np.diag([0.0, 30.0])).possible
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     count=st.integers(1, 200),
