@@ -23,8 +23,8 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
 
 OURS = "model_token"
 
-TOKENS = ("align=model_token", "align.layers=2", "align.width=64")
-"""Model tokens that end with two layers on the last map."""
+TOKENS = ("align=model_token", "align.layers=2", "align.width=64", "align.teacher_stream=0")
+"""Model tokens that end with two layers on the last map, without the stream of teachers' tokens."""
 
 STREAM = ("align.teacher_stream=0.3",)
 """In training the tokens also read what the teachers saw."""

@@ -265,7 +265,7 @@ ALIGNED = [
     ("vit", "relational", {"match": "student"}),
     ("cnn", "attention_pool", {"dense_weight": 0.0}),
     ("vit", "model_token", {"inter": "cross", "gamma": None}),
-    ("cnn", "model_token", {"write_back": 2, "layers": 0}),
+    ("cnn", "model_token", {"write_back": 2, "layers": 0, "teacher_stream": 0.0}),
     ("vit", "model_token", {"write_back": 2}),
 ]
 
@@ -324,8 +324,9 @@ def test_tokens_inside_the_backbone_are_carried_or_refused(bed, pixels, tmp_path
         compose(
             "train", f"cache={bed.cache}", f"data.shards={bed.shards}", f"out={tmp_path / 'run'}",
             "student.size=32", *SMALL_CNN, "align=model_token", "align.write_back=2",
-            "align.layers=0", "align.width=16", "align.heads=2", "recipe=short", "recipe.steps=6",
-            "recipe.lr=0.02", "recipe.batch_size=16", "engine=cpu", "workers=0",
+            "align.layers=0", "align.width=16", "align.heads=2", "align.teacher_stream=0",
+            "recipe=short", "recipe.steps=6", "recipe.lr=0.02", "recipe.batch_size=16",
+            "engine=cpu", "workers=0",
         )
     )  # fmt: skip
     with pytest.raises(ExportError, match=r"live inside the backbone.*formats=\[onnx,program\]"):

@@ -218,8 +218,11 @@ def test_every_weight_is_trained_and_gradients_of_the_end_exclude_one_another(na
 def test_a_compiled_student_reads_and_writes_the_same(name):
     student, pixels = make(name)
     alignment = build_alignment(
-        {"name": "model_token", "write_back": 2, "layers": 0, "width": 32}, student, SPACES
-    )
+        {
+            "name": "model_token", "write_back": 2, "layers": 0, "width": 32, "teacher_stream": 0.0
+        },
+        student, SPACES,
+    )  # fmt: skip
     with torch.no_grad():
         for site in alignment.write_back.sites.values():
             site.output.weight.normal_(std=0.1)

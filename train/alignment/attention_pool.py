@@ -25,7 +25,8 @@ class AttentionPool(ModelToken):
     "Set Transformer", arXiv:1810.00825, section 3.2). What the alternation of `ModelToken` adds to
     a student must be seen beside this head of equal size: unless `mlp_ratio` is given, the MLPs are
     as wide as makes the number of parameters that of a model token with `layers` layers and the
-    same tokens, width, heads and projectors.
+    same tokens, width, heads and projectors, without its teacher-side stream, which leaves nothing
+    in the student.
 
     Args:
         tokens: M, queries a space.
@@ -50,7 +51,13 @@ class AttentionPool(ModelToken):
         hidden: int = 512,
         **options: Any,
     ) -> None:
-        same: dict[str, Any] = {"tokens": tokens, "width": width, "heads": heads, "hidden": hidden}
+        same: dict[str, Any] = {
+            "tokens": tokens,
+            "width": width,
+            "heads": heads,
+            "hidden": hidden,
+            "teacher_stream": 0.0,
+        }
         plain: dict[str, Any] = {"inter": "none", "gamma": None, "layers": 1, **same}
         if mlp_ratio is None:
             shared = {key: options[key] for key in ("dense_weight",) if key in options}

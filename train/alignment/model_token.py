@@ -122,7 +122,7 @@ class ModelToken(Alignment):
         residual: bool = True,
         write_back: int | Sequence[int] = 0,
         pool: int = 8,
-        teacher_stream: float = 0.0,
+        teacher_stream: float = 0.3,
         alone: float = 0.0,
         mask_ratio: float = 0.4,
         mask_weight: float = 0.0,
@@ -152,8 +152,9 @@ class ModelToken(Alignment):
             )
         if teacher_stream and not layers:
             raise ConfigError(
-                "align.teacher_stream reads the cached tokens with the layers after the backbone: "
-                "it needs align.layers of at least 1"
+                f"align.teacher_stream={teacher_stream} reads the cached tokens with the layers "
+                "after the backbone: it needs align.layers of at least 1; or say "
+                "align.teacher_stream=0"
             )
         self.residual, self.teacher_stream, self.alone = residual, teacher_stream, alone
         self.streams = _streams(spaces)
@@ -372,4 +373,7 @@ def _check_constants(write_back: bool, residual: bool, teacher_stream: float, al
         asked = f"align.alone={alone}" if residual else "align.residual=false"
         raise ConfigError(f"{reason}: they cannot predict alone, as {asked} asks")
     if teacher_stream:
-        raise ConfigError(f"{reason}: align.teacher_stream={teacher_stream} would read nothing")
+        raise ConfigError(
+            f"{reason}: align.teacher_stream={teacher_stream} would read nothing: say "
+            "align.teacher_stream=0"
+        )

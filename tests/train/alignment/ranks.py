@@ -27,7 +27,9 @@ SPACES = {
     "vit/patch": Space("vit", 9, 8, (3, 3)),
     "vit/cls": Space("vit", 1, 8, None),
 }
-INSIDE: Mapping[str, Any] = {"name": "model_token", "width": 16, "heads": 2, "write_back": 2}
+INSIDE: Mapping[str, Any] = {
+    "name": "model_token", "width": 16, "heads": 2, "write_back": 2, "teacher_stream": 0.0
+}  # fmt: skip
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "inside": INSIDE,
     "constant": {**INSIDE, "intra": False, "layers": 0},

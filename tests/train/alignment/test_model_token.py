@@ -10,10 +10,12 @@ from torch.nn import functional
 
 @pytest.fixture
 def double(build, given_student):
-    """A model token in float64 with nothing left at its initial value, and a student for it."""
+    """A model token in float64 with nothing left at its initial value, and a student for it; the
+    teachers' stream is tested by itself."""
 
     def make(**options):
-        alignment = build("model_token", width=16, heads=2, **options).double()
+        options = {"width": 16, "heads": 2, "teacher_stream": 0.0, **options}
+        alignment = build("model_token", **options).double()
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for parameter in alignment.parameters():
@@ -222,7 +224,7 @@ def test_tokens_that_predict_alone_have_terms_and_a_gradient_from_the_start(
     assert set(alignment.eval()(output, wanted).losses) == set(targets)
 
     for weight in (0.0, 1.0):
-        alignment = build("model_token", alone=weight)
+        alignment = build("model_token", alone=weight, teacher_stream=0.0)
         output = run(alignment)
         alignment(output, targets).loss.backward()
         grad = alignment.model_tokens.grad
@@ -246,7 +248,7 @@ def test_the_teachers_stream_is_a_target_and_not_pulled_to_the_student(build, ru
 
 
 def test_without_gates_to_open_it_starts_as_regression(build, run, targets):
-    plain, tokens = build("regression"), build("model_token")
+    plain, tokens = build("regression"), build("model_token", teacher_stream=0.0)
     assert not tokens.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
     output = run(plain)
     a, b = plain(output, targets), tokens(output, targets)
@@ -284,7 +286,7 @@ def test_without_the_intra_space_read_a_stage_is_as_the_formula_says(double, int
 
 
 def test_without_the_intra_space_read_none_of_its_weights_are_there(build):
-    options = {"write_back": 2, "layers": 1, "width": 16, "heads": 2}
+    options = {"write_back": 2, "layers": 1, "width": 16, "heads": 2, "teacher_stream": 0.0}
     whole = build("model_token", **options).state_dict()
     kept = build("model_token", intra=False, **options).state_dict()
     own = ("layer.norm.", "layer.attention.", "layer.mlp.", "layers.0.norm.",
@@ -301,7 +303,7 @@ def test_without_the_intra_space_read_none_of_its_weights_are_there(build):
 
 
 def test_tokens_that_are_the_same_for_all_images_are_no_readout(build):
-    options = {"write_back": 1, "layers": 1}
+    options = {"write_back": 1, "layers": 1, "teacher_stream": 0.0}
     assert "tokens" in build("model_token", **options).readouts
     assert "tokens" in build("model_token", intra=False, inter="cross", **options).readouts
     constant = build("model_token", intra=False, **options)

@@ -15,7 +15,10 @@ def test_the_control_has_the_model_tokens_size(build, run):
         return sum(p.numel() for p in alignment.parameters())
 
     for options in ({}, {"tokens": 2, "width": 32}, {"dense_weight": 0}):
-        pool, token = build("attention_pool", **options), build("model_token", **options)
+        pool, token = (
+            build("attention_pool", **options),
+            build("model_token", teacher_stream=0.0, **options),
+        )
         assert abs(size(pool) - size(token)) <= 2 * (2 * options.get("width", 128) + 1) / 2 + 1
     before = pool.attend(run(pool))[:, 0]
     with torch.no_grad():
