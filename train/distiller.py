@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import ConfigError
 from .alignment import Alignment, AlignmentOutput, Target
 from .students import Student, StudentOutput
 
@@ -40,3 +42,33 @@ class Distiller(nn.Module):
             for part in ("student", "alignment")
             for name in getattr(self, part).no_weight_decay()
         }
+
+
+def check_gradients(module: nn.Module) -> None:
+    """Refuse parameters that a step has left without a gradient, where ranks wait for all of them.
+
+    Call it after a step's last backward pass: PyTorch would stop at the next forward pass, and name
+    no parameter. Which ones get none depends on what the alignment reads of the student: without
+    its pooled feature, whatever lies between that and the last map.
+
+    Args:
+        module: what Fabric made of a `Distiller`; wrapped by anything but DDP it is not looked at.
+
+    Raises:
+        ConfigError: names the parameters, and the strategy that does without their gradients.
+    """
+    wrapped = next((m for m in module.modules() if isinstance(m, DistributedDataParallel)), None)
+    if wrapped is None or wrapped.find_unused_parameters:
+        return
+    without = [
+        name
+        for name, parameter in wrapped.module.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+    if without:
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        raise ConfigError(
+            f"the loss reads nothing of {', '.join(without[:5])}{more}, and the ranks of "
+            "engine.strategy=ddp wait for the gradient of every parameter: say "
+            "engine.strategy=ddp_find_unused_parameters_true"
+        )

@@ -38,7 +38,7 @@ from .checkpoint import (
 from .crops import random_crop
 from .data import TrainData
 from .diagnosis import Diagnosis
-from .distiller import Distiller
+from .distiller import Distiller, check_gradients
 from .logs import Logs
 from .meter import FiniteWatch, Meter
 from .monitor import KnnMonitor
@@ -198,6 +198,7 @@ def train(config: DictConfig) -> dict[str, Any]:
                     fabric.backward(output.loss / accumulate)
                 watch.see(step, output)
                 meter.count(output, batch)
+            check_gradients(module)
             if recipe.clip:
                 fabric.clip_gradients(
                     module, optimizer, max_norm=recipe.clip, error_if_nonfinite=False
