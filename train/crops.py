@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torchvision.ops import roi_align
 from ..cache import Cache
 from ..cache.views import Box, ViewPolicy
 from ..errors import ConfigError
+from .alignment.spaces import SpaceTarget, select_spaces
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RandomCrop:
         scale: least and greatest area as a share of the image.
         ratio: least and greatest width over height.
         descriptors: keep the global spaces too, though they are those of the whole image; without
-            them a teacher's descriptor is the mean of its tokens in the crop.
+            them a teacher's descriptor is the mean of its tokens in the crop (`taught`).
         seed: of the boxes.
 
     Raises:
@@ -73,6 +74,35 @@ def random_crop(options: Mapping[str, Any] | None, seed: int) -> RandomCrop | No
     if unknown := sorted(set(options) - set(valid)):
         raise ConfigError(f"recipe.crop.{unknown[0]}: valid are {', '.join(valid)}")
     return RandomCrop(**options, seed=seed)
+
+
+def taught(
+    crop: RandomCrop | None,
+    spaces: Mapping[str, SpaceTarget],
+    wanted: str | Sequence[str] | None,
+) -> dict[str, SpaceTarget]:
+    """The spaces of a store that a student on such crops may be taught: all, or those on grids.
+
+    Args:
+        wanted: ``align.spaces``: names of spaces and teachers; None for all of the store.
+
+    Raises:
+        ConfigError: a teacher or a space that is wanted would be left out whole, or is not there.
+    """
+    if crop is None or crop.descriptors:
+        return dict(spaces)
+    on_grids = {name: space for name, space in spaces.items() if space.grid is not None}
+    if wanted is None:
+        wanted = list(dict.fromkeys(space.teacher for space in spaces.values()))
+    asked = [wanted] if isinstance(wanted, str) else list(wanted)
+    kept = [name for name in asked if select_spaces(spaces, [name]).keys() & on_grids]
+    if lost := [name for name in asked if name not in kept]:
+        others = f", or name the others alone, align.spaces=[{','.join(kept)}]" if kept else ""
+        raise ConfigError(
+            "recipe.crop.descriptors=false leaves out global spaces, and there is nothing else of "
+            f"{', '.join(lost)} to learn: say recipe.crop.descriptors=true{others}"
+        )
+    return on_grids
 
 
 def crop_tokens(tokens: Tensor, grid: tuple[int, int], regions: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from .checkpoint import (
     save_model,
     write_json,
 )
-from .crops import random_crop
+from .crops import random_crop, taught
 from .data import TrainData
 from .diagnosis import Diagnosis
 from .distiller import Distiller, check_gradients
@@ -78,12 +78,10 @@ def train(config: DictConfig) -> dict[str, Any]:
     cache = Cache.open(config.cache)
     student = build_student(plain(config.student), config.seed)
     crop = random_crop(plain(recipe)["crop"] if "crop" in recipe else None, config.seed)
-    available = {
-        name: space.spec
-        for name, space in cache.spaces.items()
-        if space.grid is not None or crop is None or crop.descriptors
-    }
-    alignment = build_alignment(plain(config.align), student, available, cache.__getitem__)
+    align = plain(config.align)
+    specs = {name: space.spec for name, space in cache.spaces.items()}
+    available = taught(crop, specs, align.get("spaces"))
+    alignment = build_alignment(align, student, available, cache.__getitem__)
     shards = plain(config.data)["shards"]
     views, pixels_from = choose_views(
         cache,

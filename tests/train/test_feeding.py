@@ -19,7 +19,8 @@ from preceptor.benchmarks.faults import flip
 from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
 from preceptor.errors import ConfigError, DataError, StoreError
-from preceptor.train.crops import RandomCrop, crop_tokens, random_crop
+from preceptor.train.alignment.spaces import Space
+from preceptor.train.crops import RandomCrop, crop_tokens, random_crop, taught
 from preceptor.train.data import TrainData
 from preceptor.train.epoch_views import EpochViews
 from preceptor.train.photometric import ColorJitter
@@ -358,6 +359,35 @@ def test_crops_need_whole_images_and_known_options(bed) -> None:
     with pytest.raises(ConfigError, match=r"recipe.crop.scale is a part of the image's area"):
         random_crop({"scale": [0.1, 2]}, 0)
     assert random_crop(None, 0) is None
+
+
+DENSE, GLOBAL = Space("vit", 4, 8, (2, 2)), Space("vit", 1, 8, None)
+STORED = {"vit/patch": DENSE, "vit/cls": GLOBAL, "face/id": Space("face", 1, 4, None)}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [("vit", {"vit/patch"}), (["vit"], {"vit/patch"}), (["vit/patch"], {"vit/patch"})],
+)
+def test_crops_without_descriptors_teach_what_is_on_grids(wanted, kept) -> None:
+    assert taught(RandomCrop(descriptors=False), STORED, wanted).keys() == kept
+    for crop in (None, RandomCrop()):
+        assert taught(crop, STORED, wanted) == STORED
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        (None, r"nothing else of face to learn: .*=true, or .* align.spaces=\[vit\]$"),
+        (["face", "vit/cls"], r"nothing else of face, vit/cls to learn: say .*=true$"),
+        (["vit/patch", "vit/cls"], r"nothing else of vit/cls to learn: .*=\[vit/patch\]$"),
+        ("face/id", r"nothing else of face/id to learn: say .*=true$"),
+        (["clip"], r"'clip', .*; there are vit/patch, vit/cls, face/id$"),
+    ],
+)
+def test_what_was_asked_for_does_not_vanish_from_crops(wanted, told) -> None:
+    with pytest.raises(ConfigError, match=told):
+        taught(RandomCrop(descriptors=False), STORED, wanted)
 
 
 # -- colours ---------------------------------------------------------------------------------------

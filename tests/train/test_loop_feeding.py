@@ -150,6 +150,8 @@ def test_crops_of_whole_images_learn_and_resume(
     only = "recipe.crop={scale: [0.3, 1.0], descriptors: false}"
     summary = train(train_config(*common, only, out="only"))
     assert set(summary["losses"]) == {"vit/patch", "vit/patch:mean"}
+    with pytest.raises(ConfigError, match=r"nothing else of vit/cls to learn"):
+        train(train_config(*common, only, "align.spaces=[vit/patch,vit/cls]", out="lost"))
 
 
 def test_crops_of_other_views_are_refused(train_config) -> None:
