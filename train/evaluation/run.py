@@ -27,7 +27,8 @@ from .features import LabelledRows, space_features
 from .intervals import Bootstrap
 from .labels import KINDS, Task, check_same_classes
 from .reduction import reduce_width
-from .subjects import Run, check_same_teachers, choose_readouts, subjects
+from .runs import Run, distinct_names, repeats
+from .subjects import check_same_teachers, choose_readouts, subjects
 from .table import Row, print_seeds, print_tables, seed_means
 from .truths import Spaces, Truth
 
@@ -41,7 +42,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
     Returns:
         What the file holds: ``rows`` (see `Row`), ``seeds`` (means over runs that differ in their
-        seed alone), the protocol, counts and seconds. `read_resamples` gives what is beside it.
+        seed alone), ``repeated`` (runs that are no seed of their own -> the run that they repeat),
+        the protocol, counts and seconds. `read_resamples` gives what is beside it.
 
     Raises:
         ConfigError, DataError, StoreError: an input cannot be used.
@@ -54,6 +56,15 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     # One run named twice is one.
     folders = {Path(folder).resolve(): Path(folder) for folder in config.students}
     runs = [Run.load(folder) for folder in folders.values()]
+    names = distinct_names(runs)
+    repeated = {names[folder]: names[first] for folder, first in repeats(runs).items()}
+    for name, first in repeated.items():
+        print(
+            f"warning: {name} has the configuration and the seed of {first}: it has rows of its "
+            "own and does not count as another seed in the means",
+            file=sys.stderr,
+            flush=True,
+        )
     readouts = choose_readouts(config, runs)
     fabric = launch(config.engine)
     suite = suite.on(fabric.device)
@@ -90,6 +101,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     result = {
         "rows": [row.as_json() for row in rows],
         "seeds": seeds,
+        "repeated": repeated,
         "images": {"train": len(train.rows), "test": len(test.rows)},
         "features": {"computed": kept.computed, "from_cache": kept.found},
         "protocol": {

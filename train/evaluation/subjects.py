@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ...cache import Cache
-from ...cache.documents import digest
-from ...cache.durable import file_sha256
 from ...engine import decoders
 from ...errors import ConfigError
-from ..alignment import Alignment
-from ..checkpoint import ALIGNMENT, AVERAGE, BEST, load_model
-from ..students import MODEL, WEIGHTS, Student, build_student
+from ..students import Student, build_student
 from .base import Array, Features, Suite
 from .corruptions import Corruption
 from .feature_cache import FeatureCache
@@ -33,9 +29,7 @@ from .features import (
     space_features,
 )
 from .robustness import Robustness
-
-CONFIG = "config.yaml"
-"""A run's configuration, in its own folder."""
+from .runs import Run, distinct_names, repeats
 
 
 @dataclass(frozen=True)
@@ -47,57 +41,6 @@ class Subject:
     readout: str
     features: Features
     family: str = ""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run of preceptor train."""
-
-    folder: Path
-    student: Student
-    alignment: Alignment
-    model: Mapping[str, Any]
-
-    @classmethod
-    def load(cls, folder: Path) -> Run:
-        """Load what preceptor train wrote.
-
-        Raises:
-            DataError: the folder holds no finished run, or its files do not fit each other.
-        """
-        return cls(folder, *load_model(folder))
-
-    @property
-    def _kept(self) -> str:
-        """Which weights these are, where the run kept them in a folder within its own."""
-        name = self.folder.absolute().name
-        return name if name in (AVERAGE, BEST) and not (self.folder / CONFIG).exists() else ""
-
-    @property
-    def name(self) -> str:
-        """Of its folder, and of the one above too for weights within a run's."""
-        folder = self.folder.absolute()
-        return f"{folder.parent.name}/{self._kept}" if self._kept else folder.name
-
-    @property
-    def weights(self) -> dict[str, str]:
-        """What determines its features."""
-        return {name: file_sha256(self.folder / name) for name in (WEIGHTS, ALIGNMENT, MODEL)}
-
-    @property
-    def family(self) -> str:
-        """Equal for runs that differ in their seed alone; empty where that cannot be told."""
-        path = (self.folder.absolute().parent if self._kept else self.folder) / CONFIG
-        if not path.exists():
-            return ""
-        config = OmegaConf.to_container(OmegaConf.load(path))
-        if not isinstance(config, dict):
-            return ""
-        free = ("seed", "out", "workers", "resume", "log", "keep")
-        told = {key: value for key, value in config.items() if key not in free}
-        if self._kept:
-            told["weights"] = self._kept  # of the same run as its last ones, but no second seed
-        return digest(json.loads(json.dumps(told)))
 
 
 def choose_readouts(config: DictConfig, runs: Sequence[Run]) -> dict[Path, list[str]]:
@@ -147,9 +90,10 @@ def subjects(
         yield from _teachers(config, suite, readouts, train, test, kept)
     robustness = suite.protocols.get("robustness")
     corruptions = robustness.wanted if isinstance(robustness, Robustness) else []
-    floors: set[str] = set()
+    names_of, repeated = distinct_names(runs), repeats(runs)
+    floors = _floors(runs, names_of) if config.with_floor else {}
     for run in runs:
-        name, label, model = run.name, run.model["student"]["name"], run.model
+        name, model = names_of[run.folder], run.model
         options = {
             "batch_size": config.batch_size,
             "workers": decoders(config.workers),
@@ -163,15 +107,12 @@ def subjects(
         for readout, features in _run_sides(
             kept, fabric, run.student, reader, corruptions, run.weights, train, test, name, options
         ):
-            yield Subject("student", name, readout, features, run.family)
+            family = "" if run.folder in repeated else run.family
+            yield Subject("student", name, readout, features, family)
 
-        floor = f"{label}-s{model['seed']}"
-        # Random weights, also under a student that started from a file or from the hub.
-        fresh = {**model["student"], "pretrained": False, "checkpoint": None}
-        described = digest({"student": fresh, "seed": model["seed"]})
-        if config.with_floor and described not in floors:
-            floors.add(described)
-            untrained = build_student(fresh, model["seed"])
+        described = run.untrained
+        if (floor := floors.pop(described, None)) is not None:
+            untrained = build_student(run.fresh, model["seed"])
             reader = plain_reader(untrained, ["pooled", *names] if suite.reads_vectors else names)
             weights = {"untrained": described}
             for readout, features in _run_sides(
@@ -179,6 +120,21 @@ def subjects(
                 f"{floor} untrained", options,
             ):  # fmt: skip
                 yield Subject("untrained", floor, readout, features)
+
+
+def _floors(runs: Sequence[Run], names: Mapping[Path, str]) -> dict[str, str]:
+    """The name of each untrained student, by what describes it: the model's, and its seed. Where
+    several have one, being of other options, the run tells them apart."""
+    first = {run.untrained: run for run in reversed(runs)}
+    labels = {
+        described: f"{run.model['student']['name']}-s{run.model['seed']}"
+        for described, run in first.items()
+    }
+    of_several = {label for label, count in Counter(labels.values()).items() if count > 1}
+    return {
+        described: f"{label} of {names[first[described].folder]}" if label in of_several else label
+        for described, label in labels.items()
+    }
 
 
 def _run_sides(

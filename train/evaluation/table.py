@@ -26,13 +26,14 @@ class Row:
 
     Attributes:
         kind: "student", "teacher" or "untrained".
-        name: run folder of a student, space of a teacher.
+        name: of a student's run, as `runs.distinct_names` has it; space of a teacher.
         readout: which of its features.
         dim: width of the feature, after a reduction where one was asked for.
         width: the one that was asked for; None where the feature is as it was read.
         on_grid: whether it is of tokens on a grid.
         scores: one for every figure of every protocol that reads such features.
-        family: equal for students that differ in their seed alone; empty where not known.
+        family: equal for students that differ in their seed alone; empty where not known, and for
+            those that have one's seed and configuration.
     """
 
     kind: str

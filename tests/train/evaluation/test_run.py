@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from preceptor.cache import Cache
 from preceptor.errors import ConfigError, DataError
 from preceptor.train.evaluation.features import LabelledRows, teacher_features
 from preceptor.train.evaluation.run import evaluate
+from preceptor.train.evaluation.runs import Run, distinct_names
 from preceptor.train.loop import train
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 
 def test_rows_are_the_first_view_of_valid_labelled_images(bed):
@@ -104,6 +108,46 @@ def test_averaged_and_best_weights_have_their_runs_name_and_means_over_seeds(
     monkeypatch.chdir(tmp_path / "run-s1")  # a name is not lost with the way to the folder
     (row,) = evaluate(eval_config("students=[ema]", *quick, "with_floor=false"))["rows"]
     assert row["name"] == "run-s1/ema"
+
+
+def test_folders_of_one_name_are_told_apart_and_a_copy_is_no_seed(
+    train_config, eval_config, tmp_path, capsys
+):
+    options = ("align=regression", "recipe.steps=2", "log.to=[]", "recipe.ema=0.5")
+    for seed in (0, 1):
+        train(train_config(*options, f"seed={seed}", out=f"a/run-s{seed}"))
+    shutil.copytree(tmp_path / "a" / "run-s0", tmp_path / "b" / "run-s0")
+    folders = [str(tmp_path / run) for run in ("a/run-s0", "b/run-s0", "a/run-s1", "b/run-s0/ema")]
+    capsys.readouterr()
+    quick = ("readouts=[pooled]", "protocols=[knn]", "knn.k=5", "with_teachers=false")
+    found = evaluate(eval_config(f"students=[{','.join(folders)}]", *quick))
+    names = [row["name"] for row in found["rows"] if row["kind"] == "student"]
+    assert names == ["a/run-s0", "b/run-s0", "run-s1", "b/run-s0/ema"]
+    assert [entry["names"] for entry in found["seeds"]] == [["a/run-s0", "run-s1"]]
+    assert found["repeated"] == {"b/run-s0": "a/run-s0"}
+    told = [line for line in capsys.readouterr().err.splitlines() if "seed" in line]
+    assert told == [
+        "warning: b/run-s0 has the configuration and the seed of a/run-s0: it has rows of its own "
+        "and does not count as another seed in the means"
+    ]
+
+
+def test_names_are_as_long_as_they_must_be():
+    model = {"student": {"name": "cnn"}, "seed": 0}
+    paths = [Path(f"/runs/{path}") for path in ("a/x/s0", "b/x/s0", "y/s0", "s1", "../s0")]
+    runs = [Run(path, nn.Identity(), nn.Identity(), model) for path in paths]
+    assert list(distinct_names(runs).values()) == ["a/x/s0", "b/x/s0", "y/s0", "s1", "../s0"]
+
+
+def test_floors_of_one_name_are_told_apart_by_their_runs(train_config, eval_config):
+    runs = [
+        train(train_config("align=regression", "recipe.steps=1", "log.to=[]", *options, out=out))
+        for out, options in (("wide", ()), ("narrow", ["student.options.channels=[8,8,8,8]"]))
+    ]
+    quick = ("readouts=[pooled]", "protocols=[knn]", "knn.k=5", "with_teachers=false")
+    found = evaluate(eval_config(f"students=[{','.join(run['out'] for run in runs)}]", *quick))
+    floors = [row["name"] for row in found["rows"] if row["kind"] == "untrained"]
+    assert floors == ["resnet_micro-s0 of wide", "resnet_micro-s0 of narrow"]
 
 
 def test_mistakes_are_told(train_config, eval_config, tmp_path):
