@@ -20,6 +20,7 @@ from ...cli import main as preceptor
 from ...errors import ConfigError, PreceptorError
 from ...train.alignment import Alignment
 from ...train.batch import normalise, to_device
+from ...train.batch_norm import IMAGES, settle_batch_norms, settling_images
 from ...train.checkpoint import load_model, write_json
 from ...train.data import TrainData
 from ...train.students import Student, build_student
@@ -38,6 +39,8 @@ RESULT = "result.json"
 TAUGHT, UNTRAINED = "supervised", "random"
 _WATCHED = ("regression", UNTRAINED)
 """Whose teachers' gradients are compared: after training, and before it."""
+_SETTLED = {"settled": IMAGES}
+"""What the result of an untrained student says: its batch norms have statistics, of pool images."""
 
 
 def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
     folder = plan.folder(student, name, seed)
     if (folder / RESULT).exists():
         kept = _read(folder)
-        if kept.get("bed") == plan.bed.identity:
+        if _judged(plan, kept):
             return kept
         if name != TAUGHT:
             return judge_anew(plan, folder)
@@ -63,7 +66,7 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
     else:
         steps = 1 if name == UNTRAINED else plan.steps
         summary = _train(plan, folder, variant.all_options(student), seed, steps)
-        model, alignment = _trained(folder, name, seed)
+        model, alignment = load_trained(plan.bed, folder, name, seed)
     trained = time.monotonic()
     # Of all starts, where it was stopped and went on.
     taken = float(summary.get("seconds", trained - started))
@@ -81,6 +84,7 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         "train_losses": summary.get("losses", {}),
         "cosines": weight_cosines(plan, model, alignment) if name in _WATCHED else {},
         "cost": cost(model, alignment),
+        **(_SETTLED if name == UNTRAINED else {}),
         "seconds": {
             "train": round(taken, 1),
             "all": round(taken + time.monotonic() - trained, 1),
@@ -92,16 +96,20 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
 
 
 def judge_anew(plan: Plan, folder: Path) -> dict[str, Any]:
-    """A finished run's scores from its weights, where they are of another bed's tasks.
+    """A finished run's scores from its weights, where they are of another bed's tasks, or of a
+    floor whose batch norms had no statistics.
 
     Raises:
         DataError: the weights are gone.
     """
     result = _read(folder)
-    if result.get("bed") != plan.bed.identity:
-        model, alignment = _trained(folder, result["variant"], result["seed"])
+    if not _judged(plan, result):
+        name = result["variant"]
+        model, alignment = load_trained(plan.bed, folder, name, result["seed"])
         result["scores"] = _scores(plan.bed, model, alignment, result["kind"])
         result["bed"] = plan.bed.identity
+        if name == UNTRAINED:
+            result |= {**_SETTLED, "cosines": weight_cosines(plan, model, alignment)}
         write_json(folder / RESULT, result)
     return result
 
@@ -141,10 +149,20 @@ def _read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / RESULT).read_text(encoding="utf-8")))
 
 
-def _trained(folder: Path, name: str, seed: int) -> tuple[Student, Alignment]:
+def _judged(plan: Plan, result: Mapping[str, Any]) -> bool:
+    """Whether a run's scores are of these tasks and, of a floor, of one that was settled."""
+    settled = result["variant"] != UNTRAINED or _SETTLED.items() <= result.items()
+    return settled and result.get("bed") == plan.bed.identity
+
+
+def load_trained(bed: Bed, folder: Path, name: str, seed: int) -> tuple[Student, Alignment]:
+    """The student of a finished run and its alignment; of the floor, with its initial weights."""
     model, alignment, facts = load_model(folder)
     if name == UNTRAINED:
         model = build_student(facts["student"], seed)
+        pool = torch.from_numpy(bed.pixels["pool"])
+        parts = settling_images(len(pool))
+        settle_batch_norms(model, (normalise(pool[part], torch.device("cpu")) for part in parts))
     return model, alignment
 
 

@@ -288,12 +288,15 @@ def cached_run(
     images: LabelledRows,
     wanted: Sequence[Wanted],
     weights: Mapping[str, Any],
+    *,
+    prepare: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> dict[Wanted, Array]:
     """`run_student` for what the feature cache lacks.
 
     Args:
         weights: JSON that determines the student and its readouts.
+        prepare: makes the student what `weights` says, where it is to be run.
     """
 
     def identity(key: Wanted) -> dict[str, Any]:
@@ -314,6 +317,7 @@ def cached_run(
     found = {key: kept.get(identity(key), len(images.rows)) for key in wanted}
     missing = [key for key, features in found.items() if features is None]
     if missing:
+        prepare()
         for key, features in run_student(
             fabric, student, reader, images, missing, **options
         ).items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .features import (
     plain_reader,
     space_features,
 )
+from .floor import floor_names, settle, settled_on
 from .robustness import Robustness
 from .runs import Run, distinct_names, repeats
 
@@ -91,7 +92,7 @@ def subjects(
     robustness = suite.protocols.get("robustness")
     corruptions = robustness.wanted if isinstance(robustness, Robustness) else []
     names_of, repeated = distinct_names(runs), repeats(runs)
-    floors = _floors(runs, names_of) if config.with_floor else {}
+    floors = floor_names(runs, names_of) if config.with_floor else {}
     for run in runs:
         name, model = names_of[run.folder], run.model
         options = {
@@ -114,27 +115,15 @@ def subjects(
         if (floor := floors.pop(described, None)) is not None:
             untrained = build_student(run.fresh, model["seed"])
             reader = plain_reader(untrained, ["pooled", *names] if suite.reads_vectors else names)
-            weights = {"untrained": described}
+            weights = {"untrained": described, **settled_on(untrained, train)}
+            reading = {key: value for key, value in options.items() if key != "batch_size"}
+            # Before the first side that is not kept, and once.
+            prepare = cache(partial(settle, untrained, train, fabric.device, **reading))
             for readout, features in _run_sides(
                 kept, fabric, untrained, reader, corruptions, weights, train, test,
-                f"{floor} untrained", options,
+                f"{floor} untrained", {**options, "prepare": prepare},
             ):  # fmt: skip
                 yield Subject("untrained", floor, readout, features)
-
-
-def _floors(runs: Sequence[Run], names: Mapping[Path, str]) -> dict[str, str]:
-    """The name of each untrained student, by what describes it: the model's, and its seed. Where
-    several have one, being of other options, the run tells them apart."""
-    first = {run.untrained: run for run in reversed(runs)}
-    labels = {
-        described: f"{run.model['student']['name']}-s{run.model['seed']}"
-        for described, run in first.items()
-    }
-    of_several = {label for label, count in Counter(labels.values()).items() if count > 1}
-    return {
-        described: f"{label} of {names[first[described].folder]}" if label in of_several else label
-        for described, label in labels.items()
-    }
 
 
 def _run_sides(

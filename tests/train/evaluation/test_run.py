@@ -89,6 +89,27 @@ def test_the_floor_of_a_student_that_started_from_weights_has_none_of_them(
     assert [row for row in both if row["kind"] == "untrained"] == floors[0]
 
 
+def test_the_floor_of_other_training_images_is_another(
+    train_config, eval_config, full_bed, tmp_path
+):
+    """Its batch norms are settled on them, so kept features of the test images are not its own."""
+    run = train(train_config("align=regression", "recipe.steps=1", "log.to=[]"))["out"]
+    kept = tmp_path / "kept"
+
+    def floor(*options: str):
+        own = (f"students=[{run}]", "readouts=[pooled]", "with_teachers=false")
+        found = evaluate(eval_config(*own, *options))
+        return [row for row in found["rows"] if row["kind"] == "untrained"], found["features"]
+
+    others = (f"train.cache={full_bed.cache}", f"train.shards={full_bed.shards}")
+    assert floor(f"features={kept}")[1] == {"computed": 4, "from_cache": 0}
+    # The student's features of the test images are the only ones to be found.
+    again, features = floor(f"features={kept}", *others)
+    assert features == {"computed": 3, "from_cache": 1}
+    assert again == floor("features=null", *others)[0]
+    assert floor(f"features={kept}", *others) == (again, {"computed": 0, "from_cache": 4})
+
+
 def test_averaged_and_best_weights_have_their_runs_name_and_means_over_seeds(
     train_config, eval_config, tmp_path, monkeypatch
 ):

@@ -200,7 +200,7 @@ def test_the_floor_is_the_architecture_without_the_alignment(whole, scenes, runs
     result, _, _ = whole
     images = [LabelledRows.open(side.cache, side.shards) for side in scenes]
     _, _, model = load_model(Path(runs[1]))
-    untrained = build_student(model["student"], 1).eval()
+    untrained = build_student(model["student"], 1)
     sides = []
     for side in images:
         pixels = torch.stack(
@@ -216,7 +216,14 @@ def test_the_floor_is_the_architecture_without_the_alignment(whole, scenes, runs
             ]
         )
         with torch.no_grad():
-            sides.append(untrained(normalise(pixels, torch.device("cpu"))).pooled.numpy())
+            seen = normalise(pixels, torch.device("cpu"))
+            if not sides:  # the 60 training images are one batch, which the batch norms take over
+                for norm in untrained.modules():
+                    if isinstance(norm, torch.nn.BatchNorm2d):
+                        norm.momentum = 1.0
+                untrained(seen)
+                untrained.eval()
+            sides.append(untrained(seen).pooled.numpy())
     scaler = StandardScaler().fit(sides[0])
     judge = RidgeClassifier(alpha=0.1 * 60).fit(scaler.transform(sides[0]), images[0].labels)
     expected = judge.score(scaler.transform(sides[1]), images[1].labels)
