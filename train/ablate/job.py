@@ -6,6 +6,7 @@ python -m preceptor.train.ablate.job FOLDER
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -29,6 +30,8 @@ TRAIN, EVAL = "train.yaml", "eval.yaml"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """That are passed on to a run."""
 RESULT, FAILURE, LOG = "result.json", "failure.json", "log.txt"
+_GLANCE = 1.0
+"""Seconds after which a process of a pool looks again whether that is still there."""
 
 
 def enter(config: DictConfig) -> None:
@@ -64,10 +67,13 @@ def run_apart(folder: Path) -> str | None:
         Why it failed, in one sentence; None if it has a result.
 
     Raises:
-        KeyboardInterrupt, SystemExit: this process was asked to stop; the run has ended.
+        KeyboardInterrupt, SystemExit: this process was asked to stop, or is of a pool (joblib's)
+            whose own process has ended; the run has ended, or was not begun.
     """
     if (folder / RESULT).exists():
         return None
+    if _left_alone():
+        raise SystemExit(128 + signal.SIGTERM)
     (folder / FAILURE).unlink(missing_ok=True)
     with (folder / LOG).open("a", encoding="utf-8") as log:
         # -P: the folder that the user stands in is no place to import from.
@@ -93,7 +99,8 @@ def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
 
     The first signal is passed on, so that the command can save what it did; the second kills it.
     The command has a process group of its own: what a terminal sends reaches it from here alone,
-    once. Outside the main thread signals cannot be handled.
+    once. Outside the main thread signals cannot be handled. A process of a pool is asked to stop by
+    the end of the process that it works for, too: none tells it, and nobody would wait for the run.
 
     Returns:
         (its exit status, negative for a signal; the signal that this process got, if any)
@@ -118,10 +125,30 @@ def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
         child = subprocess.Popen(command, process_group=0, **options)
         if got and not told:  # before there was a child to tell
             child.send_signal(got[0])
-        return child.wait(), got[0] if got else None
+        glance = None if multiprocessing.parent_process() is None else _GLANCE
+        while True:
+            try:
+                return child.wait(glance), got[0] if got else None
+            except subprocess.TimeoutExpired:
+                if not got and _left_alone():
+                    pass_on(signal.SIGTERM, None)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _left_alone() -> bool:
+    """Whether this process was started by one of `multiprocessing`'s or joblib's that has ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid is None:
+        return False
+    try:
+        os.kill(parent.pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's: it is there
+        pass
+    return False
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -212,6 +214,45 @@ def test_in_a_step_of_slurm_the_signal_is_not_sent_twice(in_place_of_a_run, monk
     with pytest.raises(SystemExit):
         job.run_apart(folder)
     assert sent == []
+
+
+def test_runs_of_a_pool_stop_when_its_process_is_ended(tmp_path):
+    """As joblib's do: the run in flight is asked to save, and none is begun after it."""
+    told, run, pool = (tmp_path / name for name in ("told", "run", "pool.py"))
+    os.mkfifo(told)
+    run.write_text(
+        f"#!{sys.executable}\nimport os, signal\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        f"fifo = open({str(told)!r}, 'w')\n"
+        "print('begun', file=fifo, flush=True)\n"
+        "asked = signal.sigtimedwait({signal.SIGTERM}, 60)\n"  # one that never comes fails here
+        "print(asked and asked.si_signo, file=fifo, flush=True)\n"
+    )
+    run.chmod(run.stat().st_mode | stat.S_IXUSR)
+    pool.write_text(
+        "import multiprocessing, sys\nfrom pathlib import Path\n"
+        "def work(folder):\n"
+        "    from preceptor.train.ablate import job\n"
+        f"    ours = open({str(told)!r}, 'w')  # the reader sees its end with this process's\n"
+        f"    sys.executable = {str(run)!r}\n"
+        "    for name in ('one', 'two'):\n"
+        "        (folder / name).mkdir()\n"
+        "        try:\n"
+        "            job.run_apart(folder / name)\n"
+        "        except SystemExit as stopped:\n"  # which joblib hands over and goes on
+        "            print(stopped.code, file=ours, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    spawned = multiprocessing.get_context('spawn')\n"
+        "    spawned.Process(target=work, args=(Path(sys.argv[1]),)).start()\n"
+    )
+    process = subprocess.Popen([sys.executable, str(pool), str(tmp_path)])
+    with told.open() as fifo:
+        assert fifo.readline() == "begun\n"
+        process.terminate()
+        process.wait()
+        assert fifo.read().split() == ["15", "143", "143"]
+    assert "was stopped and is saved" in (job.read_failure(tmp_path / "one") or "")
+    assert list((tmp_path / "two").iterdir()) == []
 
 
 def test_encodings_are_stores_converted_once(ablate, bed, tmp_path, monkeypatch):
