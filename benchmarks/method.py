@@ -8,8 +8,8 @@ a seed. Its readouts are reduced to one width without labels, and probes, regula
 are chosen on validation; docs/method.md has the protocol. A finished run is kept in --out and not
 done again, a begun one goes on, so the matrix can be collected over several sittings: with --report
 the table is made of what there is. --runs names a file of finished runs that is read beside --out
-and completed from it, so that the matrix can be collected on several machines too. --judge judges runs anew whose bed's tasks have changed since.
---time measures how long the students take at inference.
+and completed from it, so that it can be collected on several machines too. --judge judges runs anew
+whose bed's tasks have changed since. --time measures how long the students take at inference.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "was judged on another bed's tasks")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="run nothing: the table of what is")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
-    parser.add_argument("--runs", type=Path, default=None, help="a file of finished runs, "
-                        "completed by those of --out: benchmarks/results/method_runs_STEPS.jsonl")  # fmt: skip
+    parser.add_argument("--runs", type=Path, default=None, help="a file of finished runs, read "
+                        "beside --out and completed from it")  # fmt: skip
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args(argv)
     if options.threads:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
@@ -27,6 +27,32 @@ CPU = torch.device("cpu")
 _BLOCK = 2**24  # numbers that are held at once beside the features themselves
 
 
+K = TypeVar("K", bound=Hashable)
+
+
+class OnDemand(Mapping[K, Array]):
+    """Arrays that are made each time they are asked for, because all of them would not fit.
+
+    Args:
+        keys: of the arrays.
+        make: the array of a key.
+    """
+
+    def __init__(self, keys: Iterable[K], make: Callable[[K], Array]) -> None:
+        self._keys, self._make = dict.fromkeys(keys), make
+
+    def __getitem__(self, key: K) -> Array:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._make(key)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 @dataclass(frozen=True, eq=False)
 class Features:
     """Frozen features of one model, of the images that probes learn from and of the test images.
@@ -34,8 +60,9 @@ class Features:
     Attributes:
         train, test: float32 [n, K] and [m, K]; on a grid [n, N, K] and [m, N, K], row-major.
         grid: (rows, columns) of the N tokens; None for one feature an image.
-        corrupted: features of the corrupted test images, [m, K] by (corruption, severity); empty
-            where nobody can compute them, as for teachers whose features come from a store.
+        corrupted: features of the corrupted test images, [m, K] by (corruption, severity), to be
+            read by `under`; empty where nobody can compute them, as for teachers whose features
+            come from a store.
 
     Raises:
         DataError: the shapes do not fit each other, or a value is not finite.
@@ -47,21 +74,34 @@ class Features:
     corrupted: Mapping[tuple[str, int], Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check("training", self.train)
+        self._check("test", self.test)
+
+    def _check(self, side: str, part: Array) -> None:
         axes = 2 if self.grid is None else 3
-        parts = {"training": self.train, "test": self.test}
-        parts |= {
-            f"test ({name}, severity {n})": part for (name, n), part in self.corrupted.items()
-        }
-        for side, part in parts.items():
-            if part.ndim != axes or part.shape[1:] != self.train.shape[1:] or not len(part):
-                raise DataError(
-                    f"{side} features have the shape {part.shape}, which does not fit "
-                    f"{self.train.shape} and the grid {self.grid}"
-                )
-            if self.grid is not None and part.shape[1] != self.grid[0] * self.grid[1]:
-                raise DataError(f"{side} features: {part.shape[1]} tokens are no grid {self.grid}")
-            if not all(np.isfinite(part[b]).all() for b in row_blocks(len(part), part[0].size)):
-                raise DataError(f"{side} features are not finite: the model has diverged")
+        if part.ndim != axes or part.shape[1:] != self.train.shape[1:] or not len(part):
+            raise DataError(
+                f"{side} features have the shape {part.shape}, which does not fit "
+                f"{self.train.shape} and the grid {self.grid}"
+            )
+        if self.grid is not None and part.shape[1] != self.grid[0] * self.grid[1]:
+            raise DataError(f"{side} features: {part.shape[1]} tokens are no grid {self.grid}")
+        if not all(np.isfinite(part[b]).all() for b in row_blocks(len(part), part[0].size)):
+            raise DataError(f"{side} features are not finite: the model has diverged")
+
+    def under(self, corruption: str, severity: int) -> Array:
+        """Features of the corrupted test images [m, K]; made or read anew at each call.
+
+        Raises:
+            DataError: they do not fit the others, or a value is not finite.
+            KeyError: there are none of this corruption.
+        """
+        part = self.corrupted[corruption, severity]
+        side = f"test ({corruption}, severity {severity})"
+        self._check(side, part)
+        if len(part) != len(self.test):
+            raise DataError(f"{side} features are of {len(part)} images, not {len(self.test)}")
+        return part
 
     @property
     def width(self) -> int:
@@ -74,7 +114,7 @@ class Features:
             self,
             train=self.train[train],
             test=self.test[test],
-            corrupted={key: part[test] for key, part in self.corrupted.items()},
+            corrupted=OnDemand(self.corrupted, lambda key: self.corrupted[key][test]),
         )
 
 

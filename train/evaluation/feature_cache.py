@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from safetensors.numpy import save
 
 from ...cache.documents import digest
 from ...cache.durable import write_whole
+from ...errors import DataError
 from .base import Array
 
 FORMAT = "preceptor-features-1"
@@ -29,11 +32,10 @@ class FeatureCache:
 
     Args:
         folder: None keeps nothing.
-        writes: whether `put` writes; one process of several does.
     """
 
-    def __init__(self, folder: Path | None, *, writes: bool = True) -> None:
-        self.folder, self._writes = folder, writes
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
         self.found = self.computed = 0
 
     def get(self, identity: Mapping[str, Any], images: int) -> Array | None:
@@ -55,6 +57,29 @@ class FeatureCache:
         self.found += 1
         return found
 
+    def read(self, identity: Mapping[str, Any], images: int) -> Array:
+        """The array of an identity that was `put` or found before.
+
+        Raises:
+            DataError: it cannot be read any more.
+        """
+        path = self._path(identity)
+        try:
+            return _read(path, identity, images)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} cannot be read any more ({error}): evaluate again") from error
+
+    @contextmanager
+    def aside(self) -> Iterator[Path | None]:
+        """A folder on the same disk for what is not finished, removed afterwards; None without a
+        folder of its own."""
+        if self.folder is None:
+            yield None
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="unfinished-", dir=self.folder) as found:
+            yield Path(found)
+
     def put(self, identity: Mapping[str, Any], features: Array) -> None:
         """Keep an array.
 
@@ -62,7 +87,7 @@ class FeatureCache:
             StoreError: the file cannot be written.
         """
         self.computed += 1
-        if self.folder is None or not self._writes:
+        if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..batch import normalise
 from ..loading import decoded, prefetched
 from ..students import Student, StudentOutput
 from ..views import StoredViews, join
-from .base import Array
+from .base import Array, OnDemand
 from .corruptions import Corruption
 from .feature_cache import FeatureCache
 from .labels import Task
@@ -232,10 +233,16 @@ def run_student(
     interpolation: str,
     max_pixels: int | None,
     title: str,
+    files: Path | None = None,
 ) -> dict[Wanted, Array]:
     """Features of a frozen student in one pass over the images, float32 [n, K] or [n, N, C].
 
     Images are decoded once; every corruption is applied to the stored view at the student's size.
+
+    Args:
+        files: a folder for the features of corrupted images, which are then mapped from there: of
+            15 corruptions at 5 severities they are 75 times those of the images. None holds them
+            in memory.
 
     Raises:
         DataError: the images are not those of the store.
@@ -260,19 +267,27 @@ def run_student(
                         if key[1] == corruption:
                             part = reader.readouts[key[0]](output).float().cpu().numpy()
                             if key not in found:
-                                found[key] = _room(part, len(images.rows))
+                                apart = files if corruption is not None else None
+                                name = f"{len(found)}.npy"
+                                file = None if apart is None else apart / name
+                                found[key] = _room(part, len(images.rows), file)
                             found[key][done : done + len(part)] = part
             done += len(pixels)
             line.advance(len(pixels))
     return {key: found[key] for key in wanted}
 
 
-def _room(part: Array, images: int) -> Array:
-    """An empty array for the features of all images, which the first part has the shape of.
+def _room(part: Array, images: int, file: Path | None = None) -> Array:
+    """An empty array for the features of all images, which the first part has the shape of; in
+    memory, or mapped from a new file.
 
     Filled part by part, since joining parts would hold everything twice.
     """
-    return np.empty((images, *part.shape[1:]), dtype=np.float32)
+    shape = (images, *part.shape[1:])
+    if file is None:
+        return np.empty(shape, dtype=np.float32)
+    mapped: Array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    return mapped
 
 
 def _corrupted(corruption: Corruption, pixels: Tensor, rows: NDArray[np.int64]) -> Tensor:
@@ -291,8 +306,11 @@ def cached_run(
     *,
     prepare: Callable[[], None] = lambda: None,
     **options: Any,
-) -> dict[Wanted, Array]:
+) -> Mapping[Wanted, Array]:
     """`run_student` for what the feature cache lacks.
+
+    Features of corrupted images are left in the cache, which must have a folder for them, and read
+    from there one at a time, whenever they are asked for.
 
     Args:
         weights: JSON that determines the student and its readouts.
@@ -314,16 +332,28 @@ def cached_run(
             "torch": str(torch.__version__),
         }
 
-    found = {key: kept.get(identity(key), len(images.rows)) for key in wanted}
-    missing = [key for key, features in found.items() if features is None]
+    held: dict[Wanted, Array] = {}
+    missing = []
+    for key in wanted:
+        features = kept.get(identity(key), len(images.rows))
+        if features is None:
+            missing.append(key)
+        elif key[1] is None:
+            held[key] = features
     if missing:
         prepare()
-        for key, features in run_student(
-            fabric, student, reader, images, missing, **options
-        ).items():
-            kept.put(identity(key), features)
-            found[key] = features
-    return {key: features for key, features in found.items() if features is not None}
+        with kept.aside() as files:
+            made = run_student(fabric, student, reader, images, missing, files=files, **options)
+            for key in missing:
+                features = made.pop(key)
+                kept.put(identity(key), features)
+                if key[1] is None:
+                    held[key] = features
+
+    def read(key: Wanted) -> Array:
+        return held[key] if key in held else kept.read(identity(key), len(images.rows))
+
+    return OnDemand(wanted, read)
 
 
 def teacher_features(images: LabelledRows) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from sklearn.decomposition import PCA
 
 from ...errors import ConfigError
-from .base import Array, Features
+from .base import Array, Features, OnDemand
 
 
 def reduce_width(features: Features, width: int) -> Features:
@@ -36,5 +36,5 @@ def reduce_width(features: Features, width: int) -> Features:
         features,
         train=reduced(features.train),
         test=reduced(features.test),
-        corrupted={key: reduced(part) for key, part in features.corrupted.items()},
+        corrupted=OnDemand(features.corrupted, lambda key: reduced(features.corrupted[key])),
     )

@@ -53,13 +53,12 @@ class Robustness(Linear):
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
         probe = self.fit(features, truth)
         clean = correct(probe.predict(features.test), truth.test)
-        right = {
-            key: correct(probe.predict(part), truth.test)
-            for key, part in features.corrupted.items()
-        }
         found = []
         for name in self.corruptions:
-            each = [right[name, severity] for severity in self.severities]
+            each = [
+                correct(probe.predict(features.under(name, severity)), truth.test)
+                for severity in self.severities
+            ]
             details = {
                 str(severity): float(part.mean())
                 for severity, part in zip(self.severities, each, strict=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -68,35 +70,33 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     readouts = choose_readouts(config, runs)
     fabric = launch(config.engine)
     suite = suite.on(fabric.device)
-    kept = FeatureCache(
-        None if config.features is None else Path(config.features),
-        writes=fabric.global_rank == 0,
-    )
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out: {out} cannot be made: {error.strerror or error}") from error
-    if "cka" in suite.protocols:
-        spaces = {name: space_features(test, name, "mean", kept) for name in test.cache.spaces}
-        truths.append(Spaces("spaces", spaces))
-
     rows = []
-    for subject in subjects(config, suite, fabric, runs, readouts, train, test, kept):
-        for width in _widths(config):
-            features = subject.features if width is None else reduce_width(subject.features, width)
-            rows.append(
-                Row(
-                    kind=subject.kind,
-                    name=subject.name,
-                    readout=subject.readout,
-                    dim=features.width,
-                    width=width,
-                    on_grid=features.grid is not None,
-                    scores=suite.score(features, truths),
-                    family=subject.family,
+    with _feature_cache(config, suite) as kept:
+        if "cka" in suite.protocols:
+            spaces = {name: space_features(test, name, "mean", kept) for name in test.cache.spaces}
+            truths.append(Spaces("spaces", spaces))
+        for subject in subjects(config, suite, fabric, runs, readouts, train, test, kept):
+            for width in _widths(config):
+                features = subject.features
+                if width is not None:
+                    features = reduce_width(features, width)
+                rows.append(
+                    Row(
+                        kind=subject.kind,
+                        name=subject.name,
+                        readout=subject.readout,
+                        dim=features.width,
+                        width=width,
+                        on_grid=features.grid is not None,
+                        scores=suite.score(features, truths),
+                        family=subject.family,
+                    )
                 )
-            )
     seeds = seed_means(rows)
     result = {
         "rows": [row.as_json() for row in rows],
@@ -194,6 +194,18 @@ def _write_resamples(path: Path, rows: Sequence[Row]) -> None:
         write_whole(path, save(found))
     else:
         path.unlink(missing_ok=True)  # of an earlier evaluation
+
+
+@contextmanager
+def _feature_cache(config: DictConfig, suite: Suite) -> Iterator[FeatureCache]:
+    """Where features are kept; where none shall be, those of corrupted images are for as long as
+    they are read, since they are too many to be held in memory."""
+    with ExitStack() as stack:
+        folder = config.features
+        if folder is None and suite.needs_corrupted:
+            aside = TemporaryDirectory(prefix="features-", dir=config.out)
+            folder = stack.enter_context(aside)
+        yield FeatureCache(None if folder is None else Path(folder))
 
 
 def _widths(config: DictConfig) -> list[int | None]:

@@ -15,7 +15,7 @@ from ...cache import Cache
 from ...engine import decoders
 from ...errors import ConfigError
 from ..students import Student, build_student
-from .base import Array, Features, Suite
+from .base import Array, Features, OnDemand, Suite
 from .corruptions import Corruption
 from .feature_cache import FeatureCache
 from .features import (
@@ -148,6 +148,11 @@ def _run_sides(
         )
         for side, images, wanted in (("train", train, clean), ("test", test, [*clean, *corrupted]))
     )  # fmt: skip
+    by_key = {(c.name, c.severity): c for c in corruptions}
+
+    def under(readout: str) -> OnDemand[tuple[str, int]]:
+        return OnDemand(() if readout == MAP else by_key, lambda key: judge[readout, by_key[key]])
+
     for readout in reader.readouts:
         yield (
             readout,
@@ -155,7 +160,7 @@ def _run_sides(
                 learn[readout, None],
                 judge[readout, None],
                 student.grid if readout == MAP else None,
-                {(c.name, c.severity): judge[name, c] for name, c in corrupted if name == readout},
+                under(readout),
             ),
         )
 
