@@ -190,30 +190,47 @@ def calibration(sums: CalibrationSums) -> tuple[np.ndarray, np.ndarray]:
     square = moments.mean_square(centre)
     # No fourth moment is less than the square of the second, but for rounding.
     fourth = np.maximum(sums.fourth_moment(centre), square**2)
-    deviation = _or_typical((fourth / 3) ** 0.25)
-    return centre.astype(np.float32), deviation.astype(np.float32)
+    deviation = _or_typical((fourth / 3) ** 0.25, moments.mean)
+    # denormal tokens have deviations that float32 rounds to nothing
+    positive = np.maximum(deviation.astype(np.float32), np.float32(2.0**-149))
+    return centre.astype(np.float32), positive
 
 
-def _or_typical(deviation: np.ndarray) -> np.ndarray:
-    """Deviations ``[D]``, and their root mean square for those that are less than 1e-4 of it.
+def _or_typical(deviation: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Deviations ``[D]``, and a typical one for those that are less than 1e-4 of it.
 
     What does not move in the sample may move in a later row. By a deviation of nearly nothing such
     a value would be the largest of its token by far, and with one scale a token all others be lost.
-    Where nothing moves at all they are 1.
+    Less than a float32 of the mean's size can tell is nothing. Where nothing moves at all they are
+    the root mean square of the means, or 1.
     """
-    typical = np.sqrt(np.mean(deviation**2))
+    deviation = np.where(deviation < 2.0**-23 * np.abs(mean), 0.0, deviation)
+    typical = _typical(deviation)
     if typical == 0:
-        return np.ones_like(deviation)
+        magnitude = np.sqrt(np.mean(mean**2))
+        return np.full_like(deviation, magnitude if magnitude > 0 else 1.0)
     return np.where(deviation < 1e-4 * typical, typical, deviation)
 
 
 def floored(deviation: np.ndarray) -> np.ndarray:
-    """Deviations ``[D]`` of which none is less than 1e-4 of their root mean square.
+    """Deviations ``[D]`` of which none is less than 1e-4 of a typical one.
 
     A dimension that hardly moves would be blown up to noise. Where nothing moves at all they are 1.
     """
-    floor = 1e-4 * np.sqrt(np.mean(deviation**2))
+    floor = 1e-4 * _typical(deviation)
     return np.maximum(deviation, floor) if floor > 0 else np.ones_like(deviation)
+
+
+def _typical(deviation: np.ndarray) -> float:
+    """The root mean square of deviations ``[D]``, but no more than 100 medians of those over zero.
+
+    A few dimensions of a ViT can be some ten thousand times as large as all others, which by their
+    root mean square alone would seem not to move.
+    """
+    moving = deviation[deviation > 0]
+    if not len(moving):
+        return 0.0
+    return float(min(np.sqrt(np.mean(deviation**2)), 100 * np.median(moving)))
 
 
 SAMPLE_ROWS = 32
