@@ -44,8 +44,14 @@ class Palette:
 
         if grid[0] * grid[1] != tokens.shape[1] or tokens.shape[2] < 3:
             raise StoreError(f"tokens {tokens.shape} cannot be drawn on a grid {grid}")
-        self._basis = PCA(3, random_state=0).fit(_flat(tokens))
-        self._ends = np.percentile(self._basis.transform(_flat(tokens)), [1, 99], axis=0)
+        flat = _flat(tokens)
+        with np.errstate(divide="ignore", invalid="ignore"):  # shares of no variance at all
+            basis = PCA(min(3, len(flat)), random_state=0).fit(flat)
+        # One or two tokens have fewer components: the other colours do not vary.
+        self._axes = np.zeros((3, tokens.shape[2]))
+        self._axes[: len(basis.components_)] = basis.components_
+        self._mean = basis.mean_
+        self._ends = np.percentile(self._components(tokens), [1, 99], axis=0)
         colours = self(tokens, grid)
         rim = np.concatenate(
             [colours[:, 0], colours[:, -1], colours[:, :, 0], colours[:, :, -1]], axis=1
@@ -56,8 +62,12 @@ class Palette:
         """Tokens [images, N, D] of the same space as colours [images, *grid, 3] in [0, 1]."""
         start, end = self._ends
         span = np.where(np.abs(end - start) < 1e-12, 1.0, end - start)
-        colours = (self._basis.transform(_flat(tokens)) - start) / span
+        colours = (self._components(tokens) - start) / span
         return np.clip(colours, 0, 1).reshape(len(tokens), *grid, 3)
+
+    def _components(self, tokens: NDArray[np.floating]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = (_flat(tokens) - self._mean) @ self._axes.T
+        return found
 
 
 def principal_colours(tokens: NDArray[np.floating], grid: tuple[int, int]) -> NDArray[np.floating]:

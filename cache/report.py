@@ -206,11 +206,17 @@ def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float]
         cosines.append((1 + error / power.clamp_min(1e-300)).rsqrt().flatten())
     error, power, z_error, z_power = sums
     return {
-        "relative_error": float((error / power).sqrt()),
-        "relative_error_standardised": float((z_error / z_power.clamp_min(1e-300)).sqrt()),
+        # Where all tokens are alike z is zero, and where all are zero so is x: nothing can be lost.
+        "relative_error": relative(error, power) if power > 0 else 0.0,
+        "relative_error_standardised": relative(z_error, z_power) if z_power > 0 else 0.0,
         "p1_cosine": first_percentile(torch.cat(cosines)),
         "rows": len(rows),
     }
+
+
+def relative(error: torch.Tensor, power: torch.Tensor) -> float:
+    """Root of squared error over squared size; of an error where there should be nothing, 1."""
+    return float((error / power if power > 0 else (error > 0).double()).sqrt())
 
 
 def first_percentile(values: torch.Tensor) -> float:
@@ -302,5 +308,8 @@ def draw(location: str | Path, picture: str | Path) -> None:
         title = f"{name}\n{space.grid[0]}x{space.grid[1]}, {space.encoding}"
         panels.append(Panel(title, principal_colours(z, space.grid)[: len(shown)]))
     if not panels:
-        raise StoreError(f"{location} has no space with a grid that could be drawn")
+        raise StoreError(
+            f"{location} has no space with a grid of tokens of 3 dimensions or more that could be "
+            "drawn: leave out picture=..."
+        )
     draw_panels(picture, panels, {i: cache.keys[int(row)] for i, row in enumerate(shown)})

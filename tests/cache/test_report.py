@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import batch, contents, extract, fill_shard
 from preceptor.cache import Cache, SpaceSpec, StorePlan, StoreWriter, TeacherRecord
-from preceptor.cache.report import describe, fidelity, first_percentile
+from preceptor.cache.report import describe, draw, fidelity, first_percentile
 from preceptor.cache.statistics import CalibrationSums, calibration
 
 ROWS = 16
@@ -73,6 +74,53 @@ def test_expected_error_is_the_measured_one(encoding: str, rectified: bool, tmp_
     assert error == pytest.approx(told["relative_error"], rel=slack)
     assert error_z == pytest.approx(told["relative_error_standardised"], rel=slack)
     assert 1 - float(cosine) == pytest.approx(1 - told["p1_cosine"], rel=0.35, abs=1e-6)
+
+
+def store_of(path: Path, x: torch.Tensor, encoding: str, grid: tuple[int, int] | None) -> Cache:
+    """A finished store of tokens [rows, N, D], calibrated on all of them."""
+    rows, tokens, dim = x.shape
+    space = SpaceSpec("t", "s", tokens, dim, grid, encoding)
+    plan = StorePlan({"count": rows}, {}, rows, rows, 1, (TeacherRecord("t", (space,), {}),))
+    writer = StoreWriter.open_or_create(path, plan)
+    sums = CalibrationSums(x.reshape(-1, dim).mean(0))
+    sums.add(x)
+    writer.calibrate(space.id, *calibration(sums), rows_used=rows)
+    facts = batch(0, rows)
+    facts.valid[:] = True
+    with writer.shard(0, ("rows", "t")) as out:
+        out.append(facts, {space.id: x})
+    writer.finish()
+    return Cache.open(path)
+
+
+@pytest.mark.parametrize("encoding", ["fp16", "int8", "compact", "int4"])
+@pytest.mark.parametrize("constant", [0.0, 0.1])
+def test_tokens_that_are_all_alike_lose_nothing(
+    encoding: str, constant: float, tmp_path: Path
+) -> None:
+    """A dead space must be told of in numbers: JSON has no NaN."""
+    x = constant * torch.arange(1, 6).expand(6, 4, 5).float()
+    space = store_of(tmp_path / "store", x, encoding, (2, 2))["t/s"]
+    assert torch.equal(space.decode(space.read(np.arange(6))), x)
+    told = fidelity(space, np.arange(6))
+    assert told is not None
+    assert told["relative_error"] < 1e-6
+    assert told["relative_error_standardised"] == 0
+    assert told["p1_cosine"] == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("shape", "grid"), [((1, 1, 4), (1, 1)), ((2, 1, 3), (1, 1)), ((3, 4, 5), (2, 2))]
+)
+def test_few_tokens_and_tokens_that_are_all_alike_can_be_drawn(
+    shape: tuple[int, int, int], grid: tuple[int, int], tmp_path: Path
+) -> None:
+    varied = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for number, x in enumerate((varied, torch.ones(shape))):
+        store_of(tmp_path / f"{number}", x, "int8", grid)
+        draw(tmp_path / f"{number}", tmp_path / f"{number}.png")
+        assert Image.open(tmp_path / f"{number}.png").size[0] > 0
 
 
 @pytest.mark.parametrize("count", [1, 13, 40])

@@ -1,0 +1,52 @@
+"""Teachers with awkward tokens, such as ``call:preceptor.tests.extract.awkward_teachers:dark``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from preceptor.tests.extract.tiny_teachers import Tiny
+from torch import Tensor
+
+DIM = 12
+
+
+class Awkward(Tiny):
+    """A tiny network's patches after a change; ``cls`` is their mean."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(DIM, 0)
+        self._change = change
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        patches = self._change(super().__call__(pixels)["patch"])
+        return {"patch": patches, "cls": patches.mean(1, keepdim=True)}
+
+
+def dark() -> Awkward:
+    """Zeros, as a map that nothing lights."""
+    return Awkward(torch.zeros_like)
+
+
+def still() -> Awkward:
+    """The same tokens whatever the image."""
+    return Awkward(lambda x: (0.1 * torch.arange(1, DIM + 1)).expand_as(x).clone())
+
+
+def trembling() -> Awkward:
+    """The same tokens but for rounding, which depends on what else is in the batch."""
+    return Awkward(lambda x: (1 + torch.arange(DIM)) * (1 + 1e-7 * (x - x.mean()).sign()))
+
+
+def sparse() -> Awkward:
+    """A rectified map of which most tokens are zeros."""
+    return Awkward(lambda x: (x - 1.1).clamp_min(0))
+
+
+def faint() -> Awkward:
+    return Awkward(lambda x: 1e-12 * x)
+
+
+def massive() -> Awkward:
+    """Two dimensions are some million times as large as the others."""
+    return Awkward(lambda x: x * torch.where(torch.arange(DIM) % 7 == 3, 1e4, 1e-2))
