@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ...cache.statistics import floored
 from ...errors import ConfigError, DataError
 
+_ROUNDING = 2.0**-22
+"""Of the size of values: what moves them less is not told from the rounding of float32."""
+
 
 class Codes(NamedTuple):
     """Tokens that are still codes: int8 [B, N, D] times scales [B, N] times gain [D]."""
@@ -51,6 +54,8 @@ class StoredSpace(Protocol):
     """What fits the units of a space; ``cache.Space`` is one."""
 
     @property
+    def id(self) -> str: ...
+    @property
     def mean(self) -> Tensor: ...
     @property
     def std(self) -> Tensor: ...
@@ -65,7 +70,8 @@ class Standardised(nn.Module):
 
         y = gain * z = (x - m) / rms      gain_d = s_d / rms_d      rms_d^2 = C_dd + (mu_d - m_d)^2
 
-    where no rms_d is less than 1e-4 of the root mean square of all.
+    where no rms_d is less than 1e-4 of a typical one (``cache.statistics.floored``). Of a space
+    that does not move at all they are 1.
     """
 
     gain: Tensor
@@ -77,7 +83,9 @@ class Standardised(nn.Module):
     def fit(self, stored: StoredSpace) -> None:
         """Take the gain from the store's exact statistics."""
         centre, deviation = stored.mean.double().numpy(), stored.std.double().numpy()
-        rms = floored(np.sqrt(stored.statistics().mean_square(centre)))
+        moments = stored.statistics()
+        rms = np.sqrt(moments.mean_square(centre))
+        rms = np.ones_like(rms) if _still(rms, moments) else floored(rms)
         self.gain.copy_(torch.from_numpy(deviation / rms))
 
     def forward(self, target: Target) -> Target:
@@ -93,6 +101,12 @@ class Standardised(nn.Module):
         # A run of an earlier version learnt the tokens as they were stored, and has no gain.
         state_dict.setdefault(f"{prefix}gain", torch.ones_like(self.gain))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _still(deviations: NDArray[np.float64], moments: SpaceMoments) -> bool:
+    """Whether deviations [D] are nothing, but for rounding, beside the size of the tokens."""
+    size = _ROUNDING * np.sqrt(np.mean(moments.mean**2))
+    return not np.sqrt(np.mean(deviations**2)) > size
 
 
 class Units(nn.Module):
@@ -157,8 +171,11 @@ class PhiS(nn.Module):
         values, vectors = np.linalg.eigh(moments.covariance)
         values = np.maximum(values, 0.0)
         alpha = np.sqrt(values.mean())
-        if not alpha > 0:
-            raise DataError("align.targets=phis: a space's tokens do not vary in this store")
+        if _still(np.sqrt(values), moments):
+            raise DataError(
+                f"align.targets=phis: the tokens of {stored.id} do not vary in this store; "
+                "leave it out by align.spaces, or choose other targets"
+            )
         rotation = equal_variance_rotation(values) @ vectors.T / alpha
         # From the units of the store, x = std * z + mean, in one affine map.
         mean, std = stored.mean.double().numpy(), stored.std.double().numpy()

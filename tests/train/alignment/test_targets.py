@@ -152,11 +152,33 @@ def test_weights_without_a_gain_are_of_tokens_as_stored(tokens):
     assert not state
 
 
-def test_tokens_that_do_not_vary_are_told():
-    tokens = torch.ones(300, 4).double()
+@pytest.mark.parametrize("trembling", [0.0, 3e-8])
+def test_tokens_that_do_not_vary_are_told(trembling):
+    tokens = torch.full((300, 4), 0.1).double()
+    tokens[::3] *= 1 + trembling
     space, _ = store(tokens)
-    with pytest.raises(DataError, match="do not vary"):
+    space.id = "vit/cls"
+    with pytest.raises(DataError, match="the tokens of vit/cls do not vary"):
         PhiS(4).fit(space)
+    # in the teacher's units rounding is small, and stays it
+    units = build_units("standardise", 4, lambda: space)
+    torch.testing.assert_close(units.gain, space.std)
+
+
+def test_little_movement_far_from_zero_is_not_taken_for_rounding(tokens):
+    tokens = (tokens - 5) / tokens.std(0) + 1e6
+    space, z = store(tokens.float().double())
+    y = build_units("standardise", tokens.shape[1], lambda: space)(z).double()
+    np.testing.assert_allclose(y.square().mean(0), 1, rtol=1e-2)
+    PhiS(tokens.shape[1]).fit(space)
+
+
+def test_small_dimensions_beside_massive_ones_have_unit_mean_square(tokens):
+    tokens = (tokens - 5) / tokens.std(0)
+    tokens[:, 0] *= 1e6
+    space, z = store(tokens)
+    y = build_units("standardise", tokens.shape[1], lambda: space)(z).double()
+    np.testing.assert_allclose(y.square().mean(0), 1, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["phis", "none", "standardise"])
