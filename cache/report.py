@@ -15,6 +15,7 @@ from rich.table import Table
 from ..errors import ConfigError, StoreError
 from .commit import committed
 from .copies import best_completion, best_manifest
+from .encodings import encoding
 from .layout import Layout
 from .manifest import Manifest
 from .pictures import Panel, draw_panels, principal_colours
@@ -182,7 +183,8 @@ def _rows(cache: Cache, count: int) -> np.ndarray:
 
 
 def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float] | None:
-    """The error to expect of some rows' decoded tokens, from the step of each of their codes.
+    """The error to expect of some rows' decoded tokens, from the step of each of their codes, and
+    of those that they had before the store was converted.
 
     Returns:
         ``relative_error``: |error| / |tokens| over all, in the teacher's units;
@@ -196,8 +198,11 @@ def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float]
     for first in range(0, len(rows), AT_ONCE):
         tokens = space.read(rows[first : first + AT_ONCE])
         z = tokens.standardised()
-        # An error spread evenly over [-b, b] has the mean square b^2 / 3.
-        square = space.spec.how.bound(z).expand(z.shape).double() ** 2 / 3
+        # An error spread evenly over [-b, b] has the mean square b^2 / 3; those of the encodings
+        # that a converted store had before are independent of each other.
+        hows = (*map(encoding, space.earlier), space.spec.how)
+        bounds = [how.bound(z).expand(z.shape).double() for how in hows]
+        square = torch.stack(bounds).square().sum(0) / 3
         # a zero of a rectified dimension, which is centred on zero, was stored as it was
         square = torch.where((z == 0) & (space.mean == 0), 0.0, square)
         x = space.decode(tokens).double()

@@ -173,6 +173,12 @@ class Space:
         return self.spec.encoding
 
     @property
+    def earlier(self) -> tuple[str, ...]:
+        """Encodings that its tokens had before, where the store was converted; first first."""
+        identity = self._store.plan.teacher(self.spec.teacher).identity
+        return tuple(identity.get("converted", {}).get(self.spec.name, ()))
+
+    @property
     def dtype(self) -> torch.dtype:
         """dtype of the codes."""
         return getattr(torch, self._arrays["codes"].dtype)
