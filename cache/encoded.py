@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from .encodings import ENCODINGS
 from .encodings.base import to_numpy
 from .plan import SpaceSpec
 
@@ -50,14 +51,19 @@ class Encoded:
         how = self.space.how
         if bad := how.beyond(self._peaks):
             row, token = bad
-            problem = (
-                f"is too far from the calibrated mean for the encoding {how.name}"
-                if bool(torch.isfinite(self._peaks[row, token]))
-                else "is not finite once standardised"
-            )
+            where = f"token {token} of {self.space.id}"
+            key = f"row key {self._keys[row]!r}"
+            if not bool(torch.isfinite(self._peaks[row, token])):
+                raise DataError(
+                    f"{where} is not finite once standardised for {key}: check the image and the "
+                    "teacher's precision"
+                )
+            wider = how.limit < max(one.limit for one in ENCODINGS.values())
             raise DataError(
-                f"token {token} of {self.space.id} {problem} for row key {self._keys[row]!r}: "
-                "check the image and the teacher's precision"
+                f"{where} is too far from the calibrated mean for the encoding {how.name}, which "
+                f"holds {how.limit:,.0f} deviations, for {key}: check the image; if it is sound, "
+                "make the store anew with a calibration of more images, or of such images"
+                + (", or with encoding: int8, which holds more" if wider else "")
             )
         return {name: to_numpy(part) for name, part in self._parts.items()}
 

@@ -46,6 +46,7 @@ from ..progress import ProgressLine
 from .calibration import measure, sample_rows
 from .images import ViewBatch, ViewDataset, geometry, stored_pixels, view_batches
 from .teachers import Teacher, load_teacher
+from .teachers.base import refuse_other_shapes
 
 TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 PATIENCE = timedelta(days=7)
@@ -151,7 +152,11 @@ class TeacherRunner:
 
     @torch.inference_mode()
     def tokens(self, batch: ViewBatch, only: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Every space `teacher/name` of a batch's valid rows as float32 [v, N, D] on the device."""
+        """Every space `teacher/name` of a batch's valid rows as float32 [v, N, D] on the device.
+
+        Raises:
+            TeacherError: a teacher gives other spaces or shapes than it states.
+        """
         found: dict[str, Tensor] = {}
         for teacher in self.teachers:
             if only is not None and teacher.name not in only:
@@ -165,6 +170,7 @@ class TeacherRunner:
             inputs = normalise(pixels, prepared.mean, prepared.std, self.fabric.device)
             with self.fabric.autocast():
                 spaces = teacher(inputs)
+            refuse_other_shapes(teacher, spaces, len(pixels))
             for name, tokens in spaces.items():
                 found[f"{teacher.name}/{name}"] = tokens.float()
         return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...errors import TeacherError
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,23 @@ class Teacher(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Teacher:
         """Moves the weights and returns the teacher itself."""
+
+
+def refuse_other_shapes(teacher: Teacher, given: Mapping[str, Tensor], rows: int) -> None:
+    """What a teacher gave for ``rows`` images is what it states: one of the user's own may err.
+
+    Raises:
+        TeacherError: other spaces, or of other shapes.
+    """
+    stated = {space.name: (rows, space.tokens, space.dim) for space in teacher.spaces}
+    shapes = {name: tuple(tokens.shape) for name, tokens in given.items()}
+    for name in (*stated, *shapes):
+        if stated.get(name) != shapes.get(name):
+            raise TeacherError(
+                f"teacher {teacher.name}: its space {name} is "
+                f"{shapes.get(name, 'not there')} for {rows} images, and by its attribute `spaces` "
+                f"{stated.get(name, 'not there')}: mend the one or the other"
+            )
 
 
 def closest(name: str, known: Iterable[str]) -> str:

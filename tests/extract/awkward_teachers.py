@@ -33,6 +33,11 @@ def still() -> Awkward:
     return Awkward(lambda x: (0.1 * torch.arange(1, DIM + 1)).expand_as(x).clone())
 
 
+def stray() -> Awkward:
+    """Said to be the same as `still`, and very far from it."""
+    return Awkward(lambda x: 1e9 + 0 * x)
+
+
 def trembling() -> Awkward:
     """The same tokens but for rounding, which depends on what else is in the batch."""
     return Awkward(lambda x: (1 + torch.arange(DIM)) * (1 + 1e-7 * (x - x.mean()).sign()))
@@ -50,3 +55,31 @@ def faint() -> Awkward:
 def massive() -> Awkward:
     """Two dimensions are some million times as large as the others."""
     return Awkward(lambda x: x * torch.where(torch.arange(DIM) % 7 == 3, 1e4, 1e-2))
+
+
+class Mistaken(Tiny):
+    """Gives other spaces than it states."""
+
+    def __init__(self, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+        super().__init__(DIM, 0)
+        self._change = change
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        return self._change(super().__call__(pixels))
+
+
+def flat() -> Mistaken:
+    return Mistaken(lambda x: {**x, "cls": x["cls"].squeeze(1)})
+
+
+def broad() -> Mistaken:
+    """Twice the dimensions, so that half the tokens' values would pass for as many tokens more."""
+    return Mistaken(lambda x: {**x, "patch": x["patch"].repeat(1, 1, 2)})
+
+
+def lacking() -> Mistaken:
+    return Mistaken(lambda x: {"cls": x["cls"]})
+
+
+def generous() -> Mistaken:
+    return Mistaken(lambda x: {**x, "map": x["patch"]})

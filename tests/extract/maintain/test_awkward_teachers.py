@@ -95,3 +95,68 @@ def test_a_shard_is_extracted_again_to_the_same_bytes(
     assert "to the same bytes" in capsys.readouterr().out
     after = contents(made)
     assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("teacher", "space", "given", "stated"),
+    [
+        ("flat", "cls", "(2, 12)", "(2, 1, 12)"),
+        ("broad", "patch", "(2, 16, 24)", "(2, 16, 12)"),
+        ("lacking", "patch", "not there", "(2, 16, 12)"),
+        ("generous", "map", "(2, 16, 12)", "not there"),
+    ],
+)
+def test_a_teacher_that_gives_other_tokens_than_it_states_is_told(
+    teacher: str,
+    space: str,
+    given: str,
+    stated: str,
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "mistaken.yaml").write_text(f"mine: {{source: '{CALL}:{teacher}'}}\n")
+    options = ["--config-dir", str(tmp_path), "teachers=mistaken"]
+    assert run("extract", tmp_path / "store", shards, *options) == 1
+    told = capsys.readouterr().err
+    assert f"teacher mine: its space {space} is {given} for 2 images" in told
+    assert f"by its attribute `spaces` {stated}" in told
+
+
+@pytest.mark.parametrize(("encoding", "wider"), [("fp16", True), ("int8", False)])
+def test_images_too_far_from_a_borrowed_calibration_are_told_with_the_way_out(
+    encoding: str,
+    wider: bool,
+    made: Path,
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Calibrated on the images of a store that hardly differ."""
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "stray.yaml").write_text(
+        f"still: {{source: '{CALL}:stray', encoding: {encoding}}}\n"
+    )
+    options = ["--config-dir", str(tmp_path), "teachers=stray", f"calibration.store={made}"]
+    assert run("extract", tmp_path / "store", shards, *options) == 1
+    told = capsys.readouterr().err
+    assert f"too far from the calibrated mean for the encoding {encoding}" in told
+    assert "calibration of more images" in told
+    assert ("encoding: int8" in told) == wider
+
+
+def test_teachers_agree_with_a_store_that_was_converted_twice(
+    made: Path, shards: str, choice: list[str], tmp_path: Path
+) -> None:
+    """What an encoding took the next one does not bring back, and the error to expect says so."""
+    coarse, fine = tmp_path / "coarse", tmp_path / "fine"
+    assert main(["convert", f"cache={made}", f"out={coarse}", "encoding=int4"]) == 0
+    assert main(["convert", f"cache={coarse}", f"out={fine}", "encoding=fp16"]) == 0
+    assert run("verify", fine, shards, *choice, "sample=10") == 0
+    spaces = strict_json(tmp_path / "fine.verify.json")["live"]["spaces"]
+    found = spaces["faint/patch"]
+    assert found["relative_error_standardised"] > 0.02
+    assert found["relative_error_standardised"] == pytest.approx(
+        found["expected_standardised"], rel=0.3
+    )
