@@ -139,7 +139,7 @@ def test_crops_of_whole_images_learn_and_resume(
     )  # fmt: skip
     crop = "recipe.crop={scale: [0.3, 1.0]}"
     whole = train(train_config(*common, crop, out="whole"))
-    assert set(whole["losses"]) == {"vit/patch", "vit/cls"}
+    assert {name for name in whole["losses"] if ":" not in name} == {"vit/patch", "vit/cls"}
     config = train_config(*common, crop, out="parts")
     with interrupted(8):
         train(config)
@@ -149,7 +149,9 @@ def test_crops_of_whole_images_learn_and_resume(
     # Without the descriptors of whole images the mean of the region's tokens stands for each.
     only = "recipe.crop={scale: [0.3, 1.0], descriptors: false}"
     summary = train(train_config(*common, only, out="only"))
-    assert set(summary["losses"]) == {"vit/patch", "vit/patch:mean"}
+    of_tokens = (":stream", ":tokens")
+    compared = {name for name in summary["losses"] if not name.endswith(of_tokens)}
+    assert compared == {"vit/patch", "vit/patch:mean"}
     with pytest.raises(ConfigError, match=r"nothing else of vit/cls to learn"):
         train(train_config(*common, only, "align.spaces=[vit/patch,vit/cls]", out="lost"))
 
