@@ -25,7 +25,7 @@ import torch
 from preceptor.benchmarks.comparison import records, report, stores, timing
 from preceptor.benchmarks.comparison.bed import Bed
 from preceptor.benchmarks.comparison.judge import WIDTH, judge
-from preceptor.benchmarks.comparison.options import changed
+from preceptor.benchmarks.comparison.options import changed, trained_with
 from preceptor.benchmarks.comparison.plan import PRECISION, PRECISIONS, Plan
 from preceptor.benchmarks.comparison.records import Record
 from preceptor.benchmarks.comparison.runs import RESULT, TAUGHT, judge_anew, run
@@ -54,14 +54,17 @@ def compare(
     Raises:
         ConfigError: a run that is there was trained with other options than its variant has today.
     """
-    there = {records.identity(one): one for one in records.gather(plan, kept)}
+    elsewhere = records.read(plan, kept)
     for seed in seeds:
         for name, variant in chosen.items():
             for student in [name for name in students if name in variant.students]:
                 folder = plan.folder(student, name, seed)
-                known = there.get((student, name, seed))
-                if known and (told := changed(known["options"], student, variant)):
-                    where = folder if (folder / RESULT).exists() else f"{kept}: {_name(known)}"
+                known, then, where = None, trained_with(folder), str(folder)
+                if not (folder / RESULT).exists():
+                    known = elsewhere.get((student, name, seed))
+                    then = known["options"] if known else {}
+                    where = f"{kept}: {student}/{name}/s{seed}"
+                if told := changed(then, student, variant):
                     raise ConfigError(
                         f"{where} was trained with {_told(told)}: move it away to do it anew"
                     )

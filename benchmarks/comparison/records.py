@@ -25,22 +25,33 @@ def identity(record: Record) -> tuple[str, str, int]:
     return record["student"], record["variant"], record["seed"]
 
 
-def gather(plan: Plan, kept: Path | None = None) -> list[Record]:
-    """All finished runs of a plan: those of its folder, and of a file those that it lacks.
+def read(plan: Plan, kept: Path | None) -> dict[tuple[str, str, int], Record]:
+    """The runs of a file, by identity; none without a file.
 
     Raises:
         ConfigError: one is none of this plan (`belongs`), or a line of the file is no run.
     """
-    found = {}
-    if kept is not None and kept.exists():
-        for number, line in enumerate(kept.read_text(encoding="utf-8").splitlines(), 1):
-            where = f"{kept}, line {number}"
-            try:
-                record = json.loads(line)
-                found[identity(record)] = record
-            except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"{where} is no finished run of a comparison") from None
-            belongs(plan, record, where)
+    found: dict[tuple[str, str, int], Record] = {}
+    if kept is None or not kept.exists():
+        return found
+    for number, line in enumerate(kept.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{kept}, line {number}"
+        try:
+            record = json.loads(line)
+            found[identity(record)] = record
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{where} is no finished run of a comparison") from None
+        belongs(plan, record, where)
+    return found
+
+
+def gather(plan: Plan, kept: Path | None = None) -> list[Record]:
+    """All finished runs of a plan: those of its folder, and of a file those that it lacks.
+
+    Raises:
+        ConfigError: as `read`; or a run of the folder is none of this plan.
+    """
+    found = read(plan, kept)
     for path in sorted(plan.out.glob(f"*/*/s*/{RESULT}")):
         result = finished(plan, path.parent)
         found[identity(result)] = {**result, "options": trained_with(path.parent)}

@@ -384,6 +384,9 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="judged on other images"):
         method.main([*arguments, "--report"])
     capsys.readouterr()
+    plan = Plan(Bed(bed), tmp_path, 2, bed / "stores" / "pool", shards.pattern(bed / "pool"))
+    method.compare(plan, ["cnn"], choose("regression,random", variants([])), [0])
+    assert "$ preceptor" not in capsys.readouterr().out
     method.main([*arguments, "--judge"])
     assert "$ preceptor" not in capsys.readouterr().out
     before = list(tmp_path.glob("**/result.before"))
