@@ -63,7 +63,7 @@ def compare(
                 if not (folder / RESULT).exists():
                     known = elsewhere.get((student, name, seed))
                     then = known["options"] if known else {}
-                    where = f"{kept}: {student}/{name}/s{seed}"
+                    where = f"{kept}: {_name(student, name, seed)}"
                 if told := changed(then, student, variant):
                     raise ConfigError(
                         f"{where} was trained with {_told(told)}: move it away to do it anew"
@@ -80,9 +80,8 @@ def _told(differences: Mapping[str, Sequence[Any]]) -> str:
     return ", ".join(f"{key}={a}, not {b}" for key, (a, b) in differences.items())
 
 
-def _name(record: Record) -> str:
-    student, name, seed = records.identity(record)
-    return f"{student}/{name}/s{seed}"
+def _name(student: str, variant: str, seed: int) -> str:
+    return f"{student}/{variant}/s{seed}"
 
 
 def other_options(plan: Plan, found: Sequence[Record]) -> dict[str, dict[str, list[Any]]]:
@@ -92,7 +91,7 @@ def other_options(plan: Plan, found: Sequence[Record]) -> dict[str, dict[str, li
     for record in found:
         student, name, _ = records.identity(record)
         if name in known and (told := changed(record["options"], student, known[name])):
-            differing[_name(record)] = told
+            differing[_name(*records.identity(record))] = told
     return differing
 
 

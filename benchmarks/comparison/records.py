@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 """What a run has left, and ``options``, by dotted name what it was trained with."""
 
 DIGITS = 5
-"""Decimals of what is kept: figures in per cent have four more than are ever told."""
+"""Decimals of what is kept; figures are told with two."""
 
 
 def identity(record: Record) -> tuple[str, str, int]:

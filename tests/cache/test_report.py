@@ -27,55 +27,6 @@ def features(dim: int) -> torch.Tensor:
     return x + torch.randn(dim, generator=random)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "rectified"),
-    [
-        ("fp16", False),
-        ("int8", False),
-        ("compact", False),
-        ("int4", False),
-        ("int8", True),
-        ("compact", True),
-    ],
-)
-def test_expected_error_is_the_measured_one(encoding: str, rectified: bool, tmp_path: Path) -> None:
-    x = features(128)
-    if rectified:
-        x = (x - x.quantile(0.85, dim=-1, keepdim=True)).clamp_min(0)
-    space = SpaceSpec("t", "s", 16, 128, (4, 4), encoding)
-    plan = StorePlan(
-        samples={"count": ROWS},
-        views={},
-        rows=ROWS,
-        shard_rows=ROWS,
-        group_rows=8,
-        teachers=(TeacherRecord("t", (space,), {}),),
-    )
-    writer = StoreWriter.open_or_create(tmp_path / "store", plan)
-    sums = CalibrationSums(torch.zeros(128))
-    sums.add(x)
-    writer.calibrate(space.id, *calibration(sums), rows_used=ROWS)
-    facts = batch(0, ROWS)
-    facts.valid[:] = True
-    with writer.shard(0, ("rows", "t")) as out:
-        out.append(facts, {space.id: x})
-    writer.finish()
-    stored = Cache.open(tmp_path / "store")[space.id]
-    told = fidelity(stored, np.arange(ROWS))
-    assert told is not None
-    found = stored.decode(stored.read(np.arange(ROWS))).double()
-    truth = x.double()
-    error = float((found - truth).norm() / truth.norm())
-    z, z_found = (truth - stored.mean) / stored.std, (found - stored.mean) / stored.std
-    error_z = float((z_found - z).norm() / z.norm())
-    cosine = torch.cosine_similarity(found, truth, -1).flatten().quantile(0.01)
-    # half floats round in steps that double with every power of two: at most twice too wide
-    slack = 1.0 if encoding == "fp16" else 0.1
-    assert error == pytest.approx(told["relative_error"], rel=slack)
-    assert error_z == pytest.approx(told["relative_error_standardised"], rel=slack)
-    assert 1 - float(cosine) == pytest.approx(1 - told["p1_cosine"], rel=0.35, abs=1e-6)
-
-
 def store_of(path: Path, x: torch.Tensor, encoding: str, grid: tuple[int, int] | None) -> Cache:
     """A finished store of tokens [rows, N, D], calibrated on all of them."""
     rows, tokens, dim = x.shape
@@ -91,6 +42,37 @@ def store_of(path: Path, x: torch.Tensor, encoding: str, grid: tuple[int, int] |
         out.append(facts, {space.id: x})
     writer.finish()
     return Cache.open(path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "rectified"),
+    [
+        ("fp16", False),
+        ("int8", False),
+        ("compact", False),
+        ("int4", False),
+        ("int8", True),
+        ("compact", True),
+    ],
+)
+def test_expected_error_is_the_measured_one(encoding: str, rectified: bool, tmp_path: Path) -> None:
+    x = features(128)
+    if rectified:
+        x = (x - x.quantile(0.85, dim=-1, keepdim=True)).clamp_min(0)
+    stored = store_of(tmp_path / "store", x, encoding, (4, 4))["t/s"]
+    told = fidelity(stored, np.arange(ROWS))
+    assert told is not None
+    found = stored.decode(stored.read(np.arange(ROWS))).double()
+    truth = x.double()
+    error = float((found - truth).norm() / truth.norm())
+    z, z_found = (truth - stored.mean) / stored.std, (found - stored.mean) / stored.std
+    error_z = float((z_found - z).norm() / z.norm())
+    cosine = torch.cosine_similarity(found, truth, -1).flatten().quantile(0.01)
+    # half floats round in steps that double with every power of two: at most twice too wide
+    slack = 1.0 if encoding == "fp16" else 0.1
+    assert error == pytest.approx(told["relative_error"], rel=slack)
+    assert error_z == pytest.approx(told["relative_error_standardised"], rel=slack)
+    assert 1 - float(cosine) == pytest.approx(1 - told["p1_cosine"], rel=0.35, abs=1e-6)
 
 
 @pytest.mark.parametrize("encoding", ["fp16", "int8", "compact", "int4"])

@@ -80,7 +80,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         if "cka" in suite.protocols:
             spaces = {name: space_features(test, name, "mean", kept) for name in test.cache.spaces}
             truths.append(Spaces("spaces", spaces))
-        for subject in subjects(config, suite, fabric, runs, readouts, train, test, kept):
+        for subject in subjects(config, suite, fabric, runs, names, readouts, train, test, kept):
             for width in _widths(config):
                 features = subject.features
                 if width is not None:

@@ -30,7 +30,7 @@ from .features import (
 )
 from .floor import floor_names, settle, settled_on
 from .robustness import Robustness
-from .runs import Run, distinct_names, repeats
+from .runs import Run, repeats
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def subjects(
     suite: Suite,
     fabric: Fabric,
     runs: Sequence[Run],
+    names_of: Mapping[Path, str],
     readouts: Mapping[Path, Sequence[str]],
     train: LabelledRows,
     test: LabelledRows,
@@ -84,6 +85,7 @@ def subjects(
     """Everything that `config` wants scored, one after the other: teachers, students, floors.
 
     Args:
+        names_of: each run by its folder, what `distinct_names` gave.
         readouts: of each run, what `choose_readouts` gave.
         kept: where features are kept for the next time.
     """
@@ -91,7 +93,7 @@ def subjects(
         yield from _teachers(config, suite, readouts, train, test, kept)
     robustness = suite.protocols.get("robustness")
     corruptions = robustness.wanted if isinstance(robustness, Robustness) else []
-    names_of, repeated = distinct_names(runs), repeats(runs)
+    again = repeats(runs)
     floors = floor_names(runs, names_of) if config.with_floor else {}
     for run in runs:
         name, model = names_of[run.folder], run.model
@@ -108,7 +110,7 @@ def subjects(
         for readout, features in _run_sides(
             kept, fabric, run.student, reader, corruptions, run.weights, train, test, name, options
         ):
-            family = "" if run.folder in repeated else run.family
+            family = "" if run.folder in again else run.family
             yield Subject("student", name, readout, features, family)
 
         described = run.untrained

@@ -17,14 +17,17 @@ CALL = "call:preceptor.tests.extract.awkward_teachers"
 NAMES = ("dark", "still", "trembling", "sparse", "faint", "massive")
 
 
+def chosen(folder: Path, teachers: str) -> list[str]:
+    """The options of a choice of teachers, written to a folder."""
+    (folder / "teachers").mkdir()
+    (folder / "teachers" / "of_test.yaml").write_text(teachers)
+    return ["--config-dir", str(folder), "teachers=of_test"]
+
+
 @pytest.fixture(scope="module")
 def choice(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    group = tmp_path_factory.mktemp("groups") / "teachers"
-    group.mkdir()
-    (group / "awkward.yaml").write_text(
-        "".join(f"{name}: {{source: '{CALL}:{name}'}}\n" for name in NAMES)
-    )
-    return ["--config-dir", str(group.parent), "teachers=awkward"]
+    teachers = "".join(f"{name}: {{source: '{CALL}:{name}'}}\n" for name in NAMES)
+    return chosen(tmp_path_factory.mktemp("groups"), teachers)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +58,11 @@ def test_the_same_teachers_agree_with_their_store(
 def test_another_teacher_does_not_agree_with_a_store_of_tokens_that_are_all_alike(
     made: Path, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "teachers").mkdir()
-    (tmp_path / "teachers" / "other.yaml").write_text(
+    teachers = (
         f"dark: {{source: '{CALL}:still'}}\nstill: {{source: '{CALL}:dark'}}\n"
         f"trembling: {{source: '{CALL}:still'}}\n"
     )
-    options = ["--config-dir", str(tmp_path), "teachers=other", "sample=5"]
-    assert run("verify", made, shards, *options) == 1
+    assert run("verify", made, shards, *chosen(tmp_path, teachers), "sample=5") == 1
     told = capsys.readouterr().err
     for name in ("dark", "still", "trembling"):
         assert f"{name}/patch, {name}/cls" in told
@@ -115,9 +116,7 @@ def test_a_teacher_that_gives_other_tokens_than_it_states_is_told(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "teachers").mkdir()
-    (tmp_path / "teachers" / "mistaken.yaml").write_text(f"mine: {{source: '{CALL}:{teacher}'}}\n")
-    options = ["--config-dir", str(tmp_path), "teachers=mistaken"]
+    options = chosen(tmp_path, f"mine: {{source: '{CALL}:{teacher}'}}\n")
     assert run("extract", tmp_path / "store", shards, *options) == 1
     told = capsys.readouterr().err
     assert f"teacher mine: its space {space} is {given} for 2 images" in told
@@ -134,12 +133,9 @@ def test_images_too_far_from_a_borrowed_calibration_are_told_with_the_way_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Calibrated on the images of a store that hardly differ."""
-    (tmp_path / "teachers").mkdir()
-    (tmp_path / "teachers" / "stray.yaml").write_text(
-        f"still: {{source: '{CALL}:stray', encoding: {encoding}}}\n"
-    )
-    options = ["--config-dir", str(tmp_path), "teachers=stray", f"calibration.store={made}"]
-    assert run("extract", tmp_path / "store", shards, *options) == 1
+    options = chosen(tmp_path, f"still: {{source: '{CALL}:stray', encoding: {encoding}}}\n")
+    borrowed = f"calibration.store={made}"
+    assert run("extract", tmp_path / "store", shards, *options, borrowed) == 1
     told = capsys.readouterr().err
     assert f"too far from the calibrated mean for the encoding {encoding}" in told
     assert "calibration of more images" in told

@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 from PIL import Image
 from preceptor.cache import Cache, SampleIndex, TeacherRecord, ViewPolicy
 from preceptor.cache.convert import convert_store
@@ -20,13 +18,9 @@ from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_model
 from preceptor.train.evaluation import Features, Score, Targets, build_suite, over_seeds
 from preceptor.train.evaluation.corruptions import Corruption
-from preceptor.train.evaluation.feature_cache import FeatureCache
 from preceptor.train.evaluation.features import (
     LabelledRows,
-    Reader,
-    cached_run,
     quarters,
-    run_student,
 )
 from preceptor.train.evaluation.labels import Task
 from preceptor.train.evaluation.run import evaluate, read_resamples
@@ -47,13 +41,6 @@ ALL = (
     "robustness.corruptions=[contrast,jpeg]", "robustness.severities=[1,5]",
     "linear.strengths=[0.1]", "robustness.strengths=[0.1]",
 )  # fmt: skip
-
-
-MICRO = {
-    "model": "resnet10t",
-    "options": {"channels": [8, 8, 16, 16], "output_stride": 16},
-    "size": 32,
-}
 
 
 @pytest.fixture(scope="module")
@@ -445,47 +432,3 @@ def test_a_class_folder_that_one_side_lacks_is_told(scenes, tmp_path, make_store
     with pytest.raises(ConfigError, match=r"class 1 is the folder 'b' in train.* and 'c' in test"):
         judged("gap")
     assert judged("end")["images"] == {"train": 15, "test": 10}
-
-
-def test_a_feature_file_says_whose_it_is(tmp_path):
-    kept = FeatureCache(tmp_path)
-    features = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    kept.put({"a": 1}, features)
-    assert np.array_equal(FeatureCache(tmp_path).get({"a": 1}, 5), features)
-    assert FeatureCache(tmp_path).get({"a": 2}, 5) is None
-    assert FeatureCache(tmp_path).get({"a": 1}, 6) is None  # other rows than were asked for
-    assert np.array_equal(FeatureCache(tmp_path).read({"a": 1}, 5), features)
-    with pytest.raises(DataError, match=r"cannot be read any more \(.*: evaluate again"):
-        FeatureCache(tmp_path).read({"a": 2}, 5)
-
-
-def test_features_of_corrupted_images_are_never_held_together(scenes, tmp_path):
-    """75 times the features of all images are more than a machine has."""
-    _, test = (LabelledRows.open(side.cache, side.shards) for side in scenes)
-    width, corruptions = 20_000, [Corruption("contrast", severity) for severity in range(1, 6)]
-    corruptions += [Corruption("brightness", severity) for severity in range(1, 6)]
-    whole = len(test.rows) * width * 4
-
-    def wide(output):
-        return output.pooled.mean(1, keepdim=True) * torch.arange(1, width + 1)
-
-    student = build_student(MICRO, 0)
-    wanted = [("wide", None), *(("wide", corruption) for corruption in corruptions)]
-    options = {"batch_size": 8, "workers": 0, "interpolation": "bicubic", "max_pixels": None}
-    for _ in ("computed", "from the cache"):
-        tracemalloc.start()
-        found = cached_run(
-            FeatureCache(tmp_path), Fabric(accelerator="cpu"), student,
-            Reader(student, {"wide": wide}), test, wanted, {}, title="", **options,
-        )  # fmt: skip
-        figures = {key: float(found[key][:, 2].mean()) for key in found}
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 6 * whole  # of eleven
-    assert len(set(figures.values())) == 11
-    seen = run_student(
-        Fabric(accelerator="cpu"), student, Reader(student, {"wide": wide}), test, wanted,
-        title="", **options,
-    )  # fmt: skip
-    assert figures == {key: float(seen[key][:, 2].mean()) for key in wanted}
-    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
