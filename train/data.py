@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -102,8 +102,9 @@ class TrainData:
             told += f"; {self.left_over:,} fill no batch, other ones every epoch"
         return told
 
-    def batches(self, start: int, stop: int) -> Iterator[TrainBatch]:
+    def batches(self, start: int, stop: int) -> Generator[TrainBatch, None, None]:
         """Batches of steps `start` to `stop` - 1, prepared ahead by a thread and the workers.
+        Closing the generator stops them.
 
         Raises:
             StoreError, DataError: a damaged shard or image, named, where they stop the run; or a

@@ -7,7 +7,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from .views import Problems, Views
 T = TypeVar("T")
 
 
-def prefetched(source: Iterator[T], ahead: int) -> Iterator[T]:
+def prefetched(source: Iterator[T], ahead: int) -> Generator[T, None, None]:
     """The items of an iterator, computed up to `ahead` items early by one thread.
 
     Closing the generator stops the thread.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ..measure import peak_memory_mb
 from ..options import plain
 from ..progress import ProgressLine
 from .alignment import AlignmentOutput, build_alignment
-from .batch import TrainBatch, to_device
+from .batch import to_device
 from .checkpoint import (
     AVERAGE,
     BEST,
@@ -164,10 +164,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         )
     diagnosis = Diagnosis(fabric, alignment, after=round(recipe.warmup * steps))
     line = ProgressLine(f"train {out.name}", (steps - first) * images_a_step, "images")
-    batches = cast(
-        "Generator[TrainBatch, None, None]",
-        data.batches(first * accumulate, steps * accumulate),
-    )
+    batches = data.batches(first * accumulate, steps * accumulate)
     latest = run.latest
     distiller.train()
 
