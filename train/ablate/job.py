@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -24,14 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from ...engine import IN_POOL, in_pool
 from ...errors import DataError, PreceptorError, first_line
 from ..checkpoint import write_json
+from .stopping import handle, leave_to_the_pool, stop_asked
 
 TRAIN, EVAL = "train.yaml", "eval.yaml"
 """What the run is: composed configurations of the two commands."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""That are passed on to a run."""
 RESULT, FAILURE, LOG = "result.json", "failure.json", "log.txt"
 _GLANCE = 1.0
-"""Seconds after which a process of a pool looks again whether that is still there."""
+"""Seconds after which a process of a pool looks again whether its run is to stop."""
 
 
 def enter(config: DictConfig) -> None:
@@ -54,7 +52,7 @@ def launched(out: Path, name: str) -> None:
     how = f"failed: {reason}" if reason else f"done in {time.time() - started:.0f} s"
     print(
         f"[{len(ended)}/{len(plan['todo'])}] {name}: {how}"
-        + (f"; about {rest:.0f} s left" if left else ""),
+        + (f"; about {rest:.0f} s left" if left and not stop_asked(out / "runs" / name) else ""),
         file=sys.stderr,
         flush=True,
     )
@@ -70,16 +68,25 @@ def run_apart(folder: Path) -> str | None:
         KeyboardInterrupt, SystemExit: this process was asked to stop, or is of a pool (joblib's)
             whose own process has ended; the run has ended, or was not begun.
     """
+    pooled = multiprocessing.parent_process() is not None
+    if pooled:
+        leave_to_the_pool()
     if (folder / RESULT).exists():
         return None
     if _left_alone():
         raise SystemExit(128 + signal.SIGTERM)
+    if stop_asked(folder):
+        return "was not begun, as the ablation was asked to stop"
     (folder / FAILURE).unlink(missing_ok=True)
     with (folder / LOG).open("a", encoding="utf-8") as log:
         # -P: the folder that the user stands in is no place to import from.
         command = [sys.executable, "-P", "-m", "preceptor.train.ablate.job", str(folder)]
         own = {**os.environ, **({IN_POOL: "1"} if in_pool() else {})}
-        status, asked = _run(command, env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        if pooled:
+            status, asked = _run_for_a_pool(command, folder, env=own, **quiet)
+        else:
+            status, asked = _run(command, env=own, **quiet)
     if not any((folder / file).exists() for file in (RESULT, FAILURE)):
         how = f"ended with status {status} before its result"
         if status == 0:
@@ -87,11 +94,20 @@ def run_apart(folder: Path) -> str | None:
         if status < 0:
             how = f"was ended by {signal.Signals(-status).name}"
         write_json(folder / FAILURE, {"error": f"{how}; see {folder / LOG}"})
+    raise_for(asked)
+    return read_failure(folder)
+
+
+def raise_for(asked: int | None) -> None:
+    """End as a process does that got a signal; go on where there was none.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: there was one.
+    """
     if asked == signal.SIGINT:
         raise KeyboardInterrupt
     if asked is not None:
         raise SystemExit(128 + asked)
-    return read_failure(folder)
 
 
 def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
@@ -99,8 +115,7 @@ def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
 
     The first signal is passed on, so that the command can save what it did; the second kills it.
     The command has a process group of its own: what a terminal sends reaches it from here alone,
-    once. Outside the main thread signals cannot be handled. A process of a pool is asked to stop by
-    the end of the process that it works for, too: none tells it, and nobody would wait for the run.
+    once.
 
     Returns:
         (its exit status, negative for a signal; the signal that this process got, if any)
@@ -116,25 +131,35 @@ def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
         elif child is not None and not told:
             child.send_signal(number)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        # One that is ignored, as hangups are under nohup, stays so.
-        wanted = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-        before = {number: signal.signal(number, pass_on) for number in wanted}
+    before = handle(pass_on)
     try:
         child = subprocess.Popen(command, process_group=0, **options)
         if got and not told:  # before there was a child to tell
             child.send_signal(got[0])
-        glance = None if multiprocessing.parent_process() is None else _GLANCE
-        while True:
-            try:
-                return child.wait(glance), got[0] if got else None
-            except subprocess.TimeoutExpired:
-                if not got and _left_alone():
-                    pass_on(signal.SIGTERM, None)
+        return child.wait(), got[0] if got else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _run_for_a_pool(command: Sequence[str], folder: Path, **options: Any) -> tuple[int, int | None]:
+    """Run a command to its end; it is asked to stop where the ablation is, or has ended.
+
+    No signal tells a process of a pool, and nobody would wait for the run.
+
+    Returns:
+        (its exit status, SIGTERM if it was asked because nobody is there any more)
+    """
+    child = subprocess.Popen(command, process_group=0, **options)
+    asked = alone = False
+    while True:
+        try:
+            return child.wait(_GLANCE), signal.SIGTERM if alone else None
+        except subprocess.TimeoutExpired:
+            alone = _left_alone()
+            if not asked and (alone or stop_asked(folder)):
+                child.send_signal(signal.SIGTERM)
+                asked = True
 
 
 def _left_alone() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from ..checkpoint import KEPT, flat, write_json
 from ..evaluation.run import prepare as check_evaluation
 from ..settings import check_settings
 from .figure import draw
-from .job import EVAL, RESULT, TRAIN, enter, launched, read_failure, read_result
+from .job import EVAL, RESULT, TRAIN, enter, launched, raise_for, read_failure, read_result
 from .plan import ENCODING, SEED, PlannedRun, baseline_of, option, plan_runs
+from .stopping import PoolStop, forget_stop
 from .table import Outcome, compare, print_table, write_tables
 
 SUMMARY, PLAN = "summary.json", "plan.json"
@@ -50,7 +52,7 @@ def ablate(config: DictConfig) -> dict[str, Any] | None:
     if len(todo) < len(names):
         print(f"{out}: {len(names) - len(todo)} of {len(names)} runs are finished already")
     write_json(out / PLAN, {"runs": names, "todo": todo, "started": started})
-    trouble = _launch(todo) if todo else None
+    trouble = _launch(todo, out / "runs") if todo else None
 
     failures = {name: reason for name in names if (reason := _why_not(out, name, trouble))}
     outcomes = [_outcome(out, run) for run in runs if run.name not in failures]
@@ -200,29 +202,47 @@ def _stores(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> dict[s
     return found
 
 
-def _launch(names: Sequence[str]) -> str | None:
+def _launch(names: Sequence[str], folder: Path) -> str | None:
     """Give every run to Hydra's launcher, as a sweep over ``job``.
+
+    Args:
+        folder: of the runs' folders.
 
     Returns:
         What broke the launcher itself; the runs that it left undone can be done by another call.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: this process was asked to stop, and the runs have ended.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
+    from joblib import effective_n_jobs
 
     hydra, own = GlobalHydra.instance().hydra, HydraConfig.get()
     if hydra is None or own.job.config_name is None:
         raise RuntimeError("an ablation runs under Hydra")
     sweep = f"job=choice({','.join(map(repr, names))})"
+    overrides = [*own.overrides.hydra, *own.overrides.task]
+    stop = PoolStop(folder) if "joblib" in str(own.launcher.get("_target_")) else None
+    trouble = None
+    forget_stop(folder)
     try:
-        hydra.multirun(
-            config_name=own.job.config_name,
-            task_function=enter,
-            overrides=[*own.overrides.hydra, *own.overrides.task, sweep],
-            with_log_configuration=False,
-        )
+        if stop is not None:
+            # A process that never had a run would heed the signals that `PoolStop` handles.
+            most = min(effective_n_jobs(own.launcher.n_jobs), len(names))
+            overrides.append(f"hydra.launcher.n_jobs={most}")
+        with stop or nullcontext():
+            hydra.multirun(
+                config_name=own.job.config_name,
+                task_function=enter,
+                overrides=[*overrides, sweep],
+                with_log_configuration=False,
+            )
     except Exception as error:  # a launcher's own failures are of any kind
-        return f"{type(error).__name__}: {first_line(error)}"
-    return None
+        trouble = f"{type(error).__name__}: {first_line(error)}"
+    if stop is not None:
+        raise_for(stop.asked)
+    return trouble
 
 
 def _why_not(out: Path, name: str, trouble: str | None) -> str | None:

@@ -17,6 +17,7 @@ from preceptor.cache import Cache
 from preceptor.cli import main
 from preceptor.train import loop
 from preceptor.train.ablate import job
+from preceptor.train.ablate.stopping import SIGNALS
 from preceptor.train.checkpoint import Checkpoints
 from preceptor.train.loop import train
 from safetensors.torch import load_file
@@ -156,7 +157,7 @@ def in_place_of_a_run(tmp_path, monkeypatch):
     def unhandled(number, frame):
         pytest.fail(f"{signal.Signals(number).name} was not for the run")
 
-    before = {number: signal.signal(number, unhandled) for number in job.SIGNALS}
+    before = {number: signal.signal(number, unhandled) for number in SIGNALS}
     yield make
     assert {number: signal.getsignal(number) for number in before} == dict.fromkeys(
         before, unhandled
@@ -165,7 +166,7 @@ def in_place_of_a_run(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", job.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_passed_on_and_the_run_is_waited_for(in_place_of_a_run, number):
     folder = in_place_of_a_run(
         f"os.kill(os.getppid(), {int(number)})\n"
