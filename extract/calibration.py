@@ -2,16 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
-from ..cache import SpaceSpec
+from ..cache import Cache, SpaceSpec, StoreWriter
+from ..cache.convert import copy_calibration
 from ..cache.statistics import SAMPLE_ROWS, CalibrationSums, calibration, prediction_weights
-from ..errors import DataError
+from ..errors import ConfigError, DataError, StoreError
+from ..progress import ProgressLine
+from .images import ViewBatch, batched
+
+if TYPE_CHECKING:
+    from .pipeline import TeacherRunner
+
+
+def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -> None:
+    """Freeze the standardisation of the spaces that have none yet: measured, or another store's.
+
+    Raises:
+        ConfigError: `calibration.images` is not positive.
+        DataError: no image of the sample can be used, or a teacher's tokens are not finite.
+        StoreError: `calibration.store` has not these spaces, or of other teachers.
+    """
+    specs = writer.uncalibrated
+    if not specs:
+        return
+    if config.calibration.store is not None:
+        _borrow_calibration(writer, specs, str(config.calibration.store))
+        return
+    teachers = sorted({spec.teacher for spec in specs})
+    if config.calibration.images < 1:
+        raise ConfigError(
+            f"calibration.images={config.calibration.images}: expected a positive number"
+        )
+    rows = sample_rows(writer.plan.rows, int(config.calibration.images), int(config.seed))
+
+    def tokens() -> Iterator[Mapping[str, Tensor]]:
+        problems: list[str] = []
+        with ProgressLine("calibrate", len(rows), "rows") as line:
+            for batch in runner.batches(batched(rows, runner.batch_size)):
+                problems += batch.problems
+                found = runner.tokens(batch, teachers)
+                _refuse_not_finite(found, batch)
+                yield found
+                line.advance(len(batch.rows.keys))
+        if len(problems) == len(rows):
+            raise DataError(
+                f"no image of the calibration's sample of {len(rows)} can be used, the first for "
+                f"this: {problems[0]}; mend the shards, or say calibration.images=N for a larger "
+                "sample"
+            )
+
+    for space, found in measure(specs, tokens()).items():
+        writer.calibrate(space, **found)
+
+
+def _refuse_not_finite(tokens: Mapping[str, Tensor], batch: ViewBatch) -> None:
+    keys = np.asarray(batch.rows.keys)[batch.rows.valid]
+    for space, values in tokens.items():
+        bad = ~torch.isfinite(values).flatten(1).all(1)
+        if bad.any():
+            key = str(keys[bad.cpu().numpy()][0])
+            raise DataError(
+                f"{space}: tokens of {key!r} are not finite: check the image and the teacher's "
+                "precision"
+            )
+
+
+def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: str) -> None:
+    other = Cache.open(path)
+    for spec in specs:
+        if spec.id not in other.spaces:
+            raise StoreError(
+                f"calibration.store={path} has no space {spec.id}; it has {', '.join(other.spaces)}"
+            )
+        theirs = other.manifest.plan.teacher(spec.teacher).identity
+        ours = writer.plan.teacher(spec.teacher).identity
+        for part in (theirs.keys() | ours.keys()) - {"versions", "precision", "converted"}:
+            if theirs.get(part) != ours.get(part):
+                raise StoreError(
+                    f"calibration.store={path} was made by another {spec.teacher}: its {part} is "
+                    f"{theirs.get(part)} there and {ours.get(part)} here"
+                )
+        copy_calibration(other, writer, spec)
 
 
 def sample_rows(rows: int, wanted: int, seed: int) -> list[int]:

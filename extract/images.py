@@ -131,3 +131,8 @@ def stored_pixels(options: DictConfig | None) -> PixelSpec | None:
 def geometry(preprocessing: Preprocessing) -> Geometry:
     """The part of a preprocessing that decides about pixels before normalisation."""
     return preprocessing.size, preprocessing.interpolation
+
+
+def batched(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Rows in lists of at most `size`."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]

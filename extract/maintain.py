@@ -23,11 +23,11 @@ from ..cache.writer import remove_unit
 from ..engine import gathered, launch, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
+from .calibration import calibrate
 from .images import stored_pixels
 from .pipeline import (
     PATIENCE,
     TeacherRunner,
-    calibrate,
     load_teachers,
     teacher_record,
     teachers_precision,

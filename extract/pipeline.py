@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -31,20 +31,19 @@ from ..cache import (
     class_sorted,
 )
 from ..cache.commit_thread import CommitThread
-from ..cache.convert import copy_calibration
 from ..cache.plan import PIXELS
 from ..cache.rows import is_text
 from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify_report import write_beside
 from ..engine import decoders, gathered, launch, precision
-from ..errors import ConfigError, DataError, StoreError
+from ..errors import ConfigError, DataError
 from ..measure import peak_memory_mb
 from ..options import plain
 from ..pixels import normalise
 from ..progress import ProgressLine
-from .calibration import measure, sample_rows
-from .images import ViewBatch, ViewDataset, geometry, stored_pixels, view_batches
+from .calibration import calibrate
+from .images import ViewBatch, ViewDataset, batched, geometry, stored_pixels, view_batches
 from .teachers import Teacher, load_teacher
 from .teachers.base import refuse_other_shapes
 
@@ -271,62 +270,6 @@ def teacher_record(teacher: Teacher, options: DictConfig, precision: str) -> Tea
     )
 
 
-def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -> None:
-    specs = writer.uncalibrated
-    if not specs:
-        return
-    if config.calibration.store is not None:
-        _borrow_calibration(writer, specs, str(config.calibration.store))
-        return
-    teachers = sorted({spec.teacher for spec in specs})
-    if config.calibration.images < 1:
-        raise ConfigError(
-            f"calibration.images={config.calibration.images}: expected a positive number"
-        )
-    rows = sample_rows(writer.plan.rows, int(config.calibration.images), int(config.seed))
-
-    def tokens() -> Iterator[Mapping[str, Tensor]]:
-        with ProgressLine("calibrate", len(rows), "rows") as line:
-            for batch in runner.batches(batched(rows, runner.batch_size)):
-                found = runner.tokens(batch, teachers)
-                _refuse_not_finite(found, batch)
-                yield found
-                line.advance(len(batch.rows.keys))
-
-    for space, found in measure(specs, tokens()).items():
-        writer.calibrate(space, **found)
-
-
-def _refuse_not_finite(tokens: Mapping[str, Tensor], batch: ViewBatch) -> None:
-    keys = np.asarray(batch.rows.keys)[batch.rows.valid]
-    for space, values in tokens.items():
-        bad = ~torch.isfinite(values).flatten(1).all(1)
-        if bad.any():
-            key = str(keys[bad.cpu().numpy()][0])
-            raise DataError(
-                f"{space}: tokens of {key!r} are not finite: check the image and the teacher's "
-                "precision"
-            )
-
-
-def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: str) -> None:
-    other = Cache.open(path)
-    for spec in specs:
-        if spec.id not in other.spaces:
-            raise StoreError(
-                f"calibration.store={path} has no space {spec.id}; it has {', '.join(other.spaces)}"
-            )
-        theirs = other.manifest.plan.teacher(spec.teacher).identity
-        ours = writer.plan.teacher(spec.teacher).identity
-        for part in (theirs.keys() | ours.keys()) - {"versions", "precision", "converted"}:
-            if theirs.get(part) != ours.get(part):
-                raise StoreError(
-                    f"calibration.store={path} was made by another {spec.teacher}: its {part} is "
-                    f"{theirs.get(part)} there and {ours.get(part)} here"
-                )
-        copy_calibration(other, writer, spec)
-
-
 def _sample_index(config: DictConfig, *, quiet: bool) -> SampleIndex:
     shards = plain(config.data)["shards"]
     if shards is None:
@@ -360,10 +303,6 @@ def _validate(config: DictConfig) -> None:
         raise ConfigError(
             f"shard_rows={config.shard_rows} is not a multiple of group_rows={config.group_rows}"
         )
-
-
-def batched(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def _summary(

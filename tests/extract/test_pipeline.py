@@ -27,25 +27,9 @@ from preceptor.cache import Cache, SampleIndex
 from preceptor.cache.shard_writer import ShardWriter
 from preceptor.cli import main
 from preceptor.errors import DataError
-from preceptor.extract.images import ViewBatch
-from preceptor.extract.pipeline import TeacherRunner, key_room
-
-COUNT, SIZE = 11, 64
-
-
-def options(shards: str, teachers: Sequence[str], store: Path, *more: str) -> list[str]:
-    return [
-        *teachers, f"data.shards='{shards}'", f"cache={store}", "shard_rows=4", "group_rows=2",
-        "batch_size=3", "workers=0", "calibration.images=10", "engine=cpu",
-        "+teachers.vit.encoding=compact", *more,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def store(shards: str, teachers: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "store"
-    assert main(["extract", *options(shards, teachers, path)]) == 0
-    return path
+from preceptor.extract.pipeline import key_room
+from preceptor.tests.conftest import COUNT, SIZE
+from preceptor.tests.extract.timm_store import corrupted, options
 
 
 def live(shards: str, model: str, weights: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,18 +231,6 @@ def test_a_store_of_another_configuration_is_refused_with_both_sides(
     assert "1.0" in message
 
 
-def corrupted(shards: str, folder: Path) -> str:
-    """The same shards with the bytes of one PNG's data overwritten."""
-    source = Path(shards).parent
-    for name in ("s-0.tar", "s-1.tar"):
-        data = bytearray((source / name).read_bytes())
-        if name == "s-1.tar":
-            start = data.index(b"IDAT")
-            data[start + 4 : start + 40] = bytes(36)
-        (folder / name).write_bytes(data)
-    return str(folder / "s-{0..1}.tar")
-
-
 def test_a_corrupt_image_is_named_and_stops(
     shards: str, teachers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,54 +299,6 @@ def test_a_missing_shard_and_an_unknown_teacher_are_named(
     assert main(["extract", *unknown]) == 1
     assert "resnet10q" in capsys.readouterr().err
     assert not store.exists()
-
-
-def test_calibration_can_be_taken_from_another_store(
-    shards: str, teachers: list[str], store: Path, tmp_path: Path
-) -> None:
-    more = [f"calibration.store={store}", "order=permuted"]
-    assert main(["extract", *options(shards, teachers, tmp_path / "store", *more)]) == 0
-    theirs, ours = Cache.open(store), Cache.open(tmp_path / "store")
-    position = {key: row for row, key in enumerate(theirs.keys)}
-    rows = np.array([position[key] for key in ours.keys])
-    assert rows.tolist() != list(range(COUNT))
-    for name, space in ours.spaces.items():
-        expected = theirs[name].decode(theirs[name].read(rows))
-        found = space.decode(space.read(np.arange(COUNT)))
-        torch.testing.assert_close(found, expected, rtol=1e-2, atol=5e-2)
-
-
-def test_calibration_can_be_taken_from_a_converted_store(
-    shards: str, teachers: list[str], store: Path, tmp_path: Path
-) -> None:
-    other = tmp_path / "fp16"
-    assert main(["convert", f"cache={store}", f"out={other}", "encoding=fp16"]) == 0
-    arguments = options(shards, teachers, tmp_path / "store", f"calibration.store={other}")
-    assert main(["extract", *arguments]) == 0
-    found, expected = contents(tmp_path / "store"), contents(store)
-    assert found.keys() == expected.keys()
-    other = {name for name in found if found[name] != expected[name]}  # fp16 has no prediction
-    assert all("manifest" in name or "/vit/" in name for name in other)
-
-
-def test_what_is_no_number_in_the_calibration_is_told_with_its_image(
-    shards: str, teachers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    plain = TeacherRunner.tokens
-
-    def overflowing(self: TeacherRunner, batch: ViewBatch, *rest: Any) -> dict[str, torch.Tensor]:
-        found = plain(self, batch, *rest)
-        for place, key in enumerate(batch.rows.keys):
-            if key == "im004":
-                found["vit/patch"] = found["vit/patch"].clone()
-                found["vit/patch"][place, 3, 5] = float("inf")
-        return found
-
-    monkeypatch.setattr(TeacherRunner, "tokens", overflowing)
-    arguments = options(shards, teachers, tmp_path / "store", "calibration.images=11")
-    assert main(["extract", *arguments]) == 1
-    assert "vit/patch: tokens of 'im004' are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
