@@ -134,7 +134,7 @@ def test_a_group_written_in_place_is_told_to_be_a_file(capsys: pytest.CaptureFix
     given = ["cache=a", "data.shards=b", "teachers={mine: {source: 'timm:resnet50'}}"]
     assert main(["extract", *given]) == 1
     message = capsys.readouterr().err
-    assert "teachers is one of imagenet_hub here" in message
+    assert "teachers is one of foundation_b, foundation_l, imagenet_hub here" in message
     assert "DIR/teachers/mine.yaml and say --config-dir DIR teachers=mine" in message
 
 
