@@ -5,7 +5,8 @@ the store's batches, joined with the images' pixels, and an alignment. After `ma
 
     .venv/bin/python -m preceptor.examples.own_network --steps 300 \\
         --cache outputs/demo/store-train --shards 'examples/data/fashion-mnist/train-*.tar.gz' \\
-        --test-cache outputs/demo/store-test --test-shards examples/data/fashion-mnist/test-*.tar.gz
+        --test-cache outputs/demo/store-test \\
+        --test-shards 'examples/data/fashion-mnist/test-*.tar.gz'
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class OwnNetwork(nn.Module):
         return found
 
 
-class Seen(nn.Module):
+class AsStudent(nn.Module):
     """What an alignment reads of a network: the tokens of a map, and one feature an image.
 
     `model_token` (after the backbone), `regression`, `relational` and `attention_pool` need no
@@ -95,7 +96,7 @@ class Seen(nn.Module):
 
 
 def teach(
-    student: Seen,
+    student: AsStudent,
     alignment: Alignment,
     data: TrainData,
     steps: int,
@@ -126,7 +127,7 @@ Side = tuple[Cache, StoredViews]
 
 
 @torch.no_grad()
-def features(student: Seen, side: Side, device: torch.device) -> NDArray[np.float32]:
+def features(student: AsStudent, side: Side, device: torch.device) -> NDArray[np.float32]:
     """The pooled feature of every row that has tokens, float32 [n, C]."""
     student.eval()
     cache, views = side
@@ -138,7 +139,7 @@ def features(student: Seen, side: Side, device: torch.device) -> NDArray[np.floa
     return torch.cat(found).numpy()
 
 
-def judge(student: Seen, train: Side, test: Side, device: torch.device) -> list[Score]:
+def judge(student: AsStudent, train: Side, test: Side, device: torch.device) -> list[Score]:
     """k-NN and a linear probe of the pooled feature, by the protocols of `preceptor eval`."""
     found = Features(features(student, train, device), features(student, test, device))
     known = [cache.labels[cache.valid] for cache, _ in (train, test)]
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     train = cache, views = opened(options.cache, options.shards)
     test = opened(options.test_cache, options.test_shards)
     torch.manual_seed(0)
-    student = Seen(OwnNetwork())
+    student = AsStudent(OwnNetwork())
     spaces = {name: space.spec for name, space in cache.spaces.items()}
     alignment = build_alignment({"method": options.align}, student, spaces, cache.__getitem__)
     data = TrainData(cache, views, alignment.required_spaces, options.batch)

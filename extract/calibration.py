@@ -27,7 +27,7 @@ def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) ->
     Raises:
         ConfigError: `calibration.images` is not positive.
         DataError: no image of the sample can be used, or a teacher's tokens are not finite.
-        StoreError: `calibration.store` has not these spaces, or of other teachers.
+        StoreError: `calibration.store` lacks a space, or has it of another teacher.
     """
     specs = writer.uncalibrated
     if not specs:

@@ -46,7 +46,7 @@ def test_what_is_saved_is_the_network_alone_and_what_was_judged(
     network = own_network.OwnNetwork()
     network.load_state_dict(load_file(tmp_path / "network.safetensors"))
     side = own_network.opened(store, shards)
-    scores = own_network.judge(own_network.Seen(network), side, side, torch.device("cpu"))
+    scores = own_network.judge(own_network.AsStudent(network), side, side, torch.device("cpu"))
     assert {score.key: score.value for score in scores} == found["scores"]
 
 

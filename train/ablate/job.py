@@ -122,7 +122,7 @@ def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
     """
     got: list[int] = []
     child: subprocess.Popen[bytes] | None = None
-    told = "SLURM_STEP_ID" in os.environ  # srun itself signals every process of a step
+    told = _told_by_slurm()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         got.append(number)
@@ -158,8 +158,14 @@ def _run_for_a_pool(command: Sequence[str], folder: Path, **options: Any) -> tup
         except subprocess.TimeoutExpired:
             alone = _left_alone()
             if not asked and (alone or stop_asked(folder)):
-                child.send_signal(signal.SIGTERM)
                 asked = True
+                if not _told_by_slurm():
+                    child.send_signal(signal.SIGTERM)
+
+
+def _told_by_slurm() -> bool:
+    """Whether srun itself signals every process of the step that this one is of."""
+    return "SLURM_STEP_ID" in os.environ
 
 
 def _left_alone() -> bool:

@@ -17,7 +17,7 @@ from preceptor.cache import Cache
 from preceptor.cli import main
 from preceptor.train import loop
 from preceptor.train.ablate import job
-from preceptor.train.ablate.stopping import SIGNALS
+from preceptor.train.ablate.stopping import SIGNALS, PoolStop
 from preceptor.train.checkpoint import Checkpoints
 from preceptor.train.loop import train
 from safetensors.torch import load_file
@@ -215,6 +215,19 @@ def test_in_a_step_of_slurm_the_signal_is_not_sent_twice(in_place_of_a_run, monk
     with pytest.raises(SystemExit):
         job.run_apart(folder)
     assert sent == []
+
+
+@pytest.mark.parametrize("step", [None, "0"])
+def test_a_run_of_a_pool_is_asked_once(in_place_of_a_run, monkeypatch, step):
+    """Where srun signals it already, the pool does not."""
+    folder = in_place_of_a_run(
+        "asked = signal.sigtimedwait(ends, 3)\ngot.write_text(str(asked and asked.si_signo))\n"
+    )
+    PoolStop(folder.parent)._ask(signal.SIGTERM, None)
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+    assert job._run_for_a_pool([sys.executable, str(folder)], folder) == (0, None)
+    assert (folder / "got").read_text() == str(None if step else int(signal.SIGTERM))
 
 
 def test_runs_of_a_pool_stop_when_its_process_is_ended(tmp_path):
