@@ -30,7 +30,7 @@ def run(store: str, shards: str, out: Path, *options: str) -> dict[str, Any]:
     return own_network.main([*sides, "--batch", "4", "--out", str(out), *options])
 
 
-@pytest.mark.parametrize("align", ["regression", "model_token", "relational", "attention_pool"])
+@pytest.mark.parametrize("align", ["regression", "model_token"])
 def test_a_network_of_one_s_own_learns_by_alignments_that_read_its_output(
     align: str, store: str, shards: str, tmp_path: Path
 ) -> None:

@@ -53,43 +53,36 @@ def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(group: str, name: str) -> tuple[Teacher, dict[str, Any]]:
     options = yaml.safe_load((FOLDER / f"{group}.yaml").read_text())[name]
-    encoding = options.pop("encoding")
+    how = options.pop("encoding")
     with torch.device("meta"):
-        return load_teacher(name, **options), {**options, "encoding": encoding}
-
-
-@pytest.mark.parametrize(("group", "name"), shipped())
-def test_a_shipped_teacher_has_the_spaces_that_its_file_says(
-    group: str, name: str, without_weights: None
-) -> None:
-    teacher, options = load(group, name)
-    text = (FOLDER / f"{group}.yaml").read_text()
-    own = text[text.index(f"\n{name}:") :].split("\n\n")[0]
-    compared = 0
-    for space in teacher.spaces:
-        [line] = re.findall(rf"^    {space.name}: .*$", own, re.MULTILINE)[:1]
-        told = re.search(r"(\d+) x (\d+)(?: x (\d+))?$|#\D*(\d+), what", line)
-        if told is None:
-            continue
-        compared += 1
-        numbers = [int(number) for number in told.groups() if number]
-        assert math.prod(numbers) == space.tokens * space.dim, line
-        assert numbers[-1] == space.dim, line
-    assert compared
-    if options["size"] is not None:
-        assert teacher.preprocessing.size == (options["size"], options["size"])
+        return load_teacher(name, **options), {**options, "encoding": how}
 
 
 @pytest.mark.parametrize("group", sorted({group for group, _ in shipped()}))
-def test_the_bytes_of_a_row_are_those_of_its_codes_and_scales(
+def test_shipped_teachers_have_the_spaces_and_the_bytes_that_their_file_says(
     group: str, without_weights: None
 ) -> None:
+    text = (FOLDER / f"{group}.yaml").read_text()
     total = 0
-    for _, name in [one for one in shipped() if one[0] == group]:
+    for name in [name for of, name in shipped() if of == group]:
         teacher, options = load(group, name)
+        if options["size"] is not None:
+            assert teacher.preprocessing.size == (options["size"], options["size"])
+        own = text[text.index(f"\n{name}:") :]
+        compared = 0
         for space in teacher.spaces:
-            how = encoding(options["encoding"])
             blank = torch.zeros(1, space.tokens, space.dim)
-            total += sum(part.nbytes for part in how.encode(blank).values())
-    [told] = re.findall(r"([\d,]+) bytes\s+(?:# )?a row", (FOLDER / f"{group}.yaml").read_text())
-    assert total == int(told.replace(",", ""))
+            total += sum(
+                part.nbytes for part in encoding(options["encoding"]).encode(blank).values()
+            )
+            line = next(iter(re.findall(rf"^    {space.name}: .*$", own, re.MULTILINE)))
+            told = re.search(r"(\d+) x (\d+)(?: x (\d+))?$|#\D*(\d+), what", line)
+            if told is None:
+                continue
+            compared += 1
+            numbers = [int(number) for number in told.groups() if number]
+            assert math.prod(numbers) == space.tokens * space.dim, line
+            assert numbers[-1] == space.dim, line
+        assert compared
+    [bytes_a_row] = re.findall(r"([\d,]+) bytes\s+(?:# )?a row", text)
+    assert total == int(bytes_a_row.replace(",", ""))
