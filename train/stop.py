@@ -6,8 +6,9 @@ import os
 import shlex
 import signal
 import threading
+from collections.abc import Iterable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning_fabric import Fabric
@@ -16,25 +17,23 @@ from torch import distributed
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopRequest:
-    """While open, the first SIGTERM or SIGINT asks the run to stop after its step.
+class FirstSignal:
+    """While open, the first signal is noted; the second one acts as it did before.
 
-    The second one acts as it did before. Where several processes train together, all of them stop
-    after the same step when any was asked. Outside the main thread signals cannot be handled, and
-    the request never comes.
+    Outside the main thread signals cannot be handled, and none is noted.
+
+    Attributes:
+        asked: the signal that came.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
-        self._asked: signal.Signals | None = None
+    def __init__(self, signals: Iterable[signal.Signals] = SIGNALS) -> None:
+        self._signals = tuple(signals)
         self._before: dict[signal.Signals, Any] = {}
-        self._group: Any = None
-        if fabric.world_size > 1:
-            # On the CPU, so that asking each other never waits for a device.
-            self._group = distributed.new_group(backend="gloo")
+        self.asked: signal.Signals | None = None
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._ask) for number in self._signals}
         return self
 
     def __exit__(
@@ -46,7 +45,7 @@ class StopRequest:
         self._release()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = signal.Signals(number)
+        self.asked = signal.Signals(number)
         self._release()
 
     def _release(self) -> None:
@@ -54,9 +53,23 @@ class StopRequest:
             signal.signal(number, handler)
         self._before = {}
 
+
+class StopRequest(FirstSignal):
+    """While open, the first SIGTERM or SIGINT asks the run to stop after its step.
+
+    Where several processes train together, all of them stop after the same step when any was asked.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        super().__init__()
+        self._group: Any = None
+        if fabric.world_size > 1:
+            # On the CPU, so that asking each other never waits for a device.
+            self._group = distributed.new_group(backend="gloo")
+
     def agreed(self) -> bool:
         """Whether any process of the run was asked to stop; call it on all after every step."""
-        asked = self._asked is not None
+        asked = self.asked is not None
         if self._group is not None:
             flag = torch.tensor(int(asked))
             distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self._group)

@@ -6,48 +6,35 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
+
+from ..stop import FirstSignal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """That ask an ablation, or one of its runs, to stop."""
 _MARKER = ".stop"
 
 
-class PoolStop:
+class PoolStop(FirstSignal):
     """While open, the first signal asks the runs of a pool to save and to end.
 
-    A file beside their folders tells the pool's processes, and they begin no other run. The second
-    signal acts as it did before.
+    A file beside their folders tells the pool's processes, and they begin no other run.
 
     Args:
         runs: the folder of the runs' folders.
-
-    Attributes:
-        asked: the signal that came.
     """
 
     def __init__(self, runs: Path) -> None:
+        super().__init__(heeded())
         self._runs = runs
-        self._before: dict[signal.Signals, Any] = {}
-        self.asked: signal.Signals | None = None
 
-    def __enter__(self) -> PoolStop:
-        self._before = handle(self._ask)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._release()
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         forget_stop(self._runs)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
-        self._release()
+        super()._ask(number, frame)
         (self._runs / _MARKER).touch()
         print(
             "stopping: the runs in flight are being saved; ask again to wait for none of them",
@@ -55,14 +42,14 @@ class PoolStop:
             flush=True,
         )
 
-    def _release(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+
+def heeded() -> list[signal.Signals]:
+    """Those of `SIGNALS` that are not ignored, as hangups are under nohup."""
+    return [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
 
 
 def handle(handler: Any) -> dict[signal.Signals, Any]:
-    """Have `SIGNALS` handled, but for those that are ignored, as hangups are under nohup.
+    """Have `SIGNALS` handled, but for those that are ignored.
 
     Outside the main thread none can be.
 
@@ -71,8 +58,7 @@ def handle(handler: Any) -> dict[signal.Signals, Any]:
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    heeded = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-    return {number: signal.signal(number, handler) for number in heeded}
+    return {number: signal.signal(number, handler) for number in heeded()}
 
 
 def leave_to_the_pool() -> None:
