@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -90,6 +92,19 @@ def gathered(fabric: Fabric, value: T) -> list[T]:
     found: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(found, value)
     return cast("list[T]", found)
+
+
+@contextlib.contextmanager
+def one_first(fabric: Fabric) -> Iterator[None]:
+    """Of the processes of each machine one runs the block before the others, who find what it has
+    kept; they follow where it fails, too. A collective."""
+    if fabric.local_rank > 0:
+        fabric.barrier()
+    try:
+        yield
+    finally:
+        if fabric.local_rank == 0:
+            fabric.barrier()
 
 
 def refuse_several(verb: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import StoreError, first_line
@@ -17,6 +18,21 @@ from .source import Source
 SCHEMES = ("s3", "gs", "az", "http", "https")
 _ATTEMPTS = 3  # of whole requests whose answer broke off, on top of obstore's own retries
 _PATIENCE = 30.0  # seconds after which obstore's own retries were enough
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server tells of an object.
+
+    Attributes:
+        size: in bytes.
+        modified: when it was changed last, in nanoseconds since 1970.
+        tag: names its version (ETag); None where the server gives none.
+    """
+
+    size: int
+    modified: int
+    tag: str | None
 
 
 class RemoteSource(Source):
@@ -92,6 +108,36 @@ class RemoteSource(Source):
             at += len(part)
         return at
 
+    def facts(self, name: str) -> Facts:
+        """The size and version of an object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            StoreError: no good answer.
+        """
+        import obstore
+
+        found = self._patiently(name, lambda: obstore.head(self._store, name))
+        modified = round(found["last_modified"].timestamp()) * 10**9
+        return Facts(int(found["size"]), modified, found["e_tag"])
+
+    def read_range(self, name: str, offset: int, size: int, tag: str | None) -> bytes:
+        """Bytes of an object from one position on; fewer where it ends.
+
+        Args:
+            tag: of the version that is wanted; None: whichever is there.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            StoreError: it is of another version, or no good answer.
+        """
+        import obstore
+
+        options: Any = {"range": (offset, offset + size), "if_match": tag}
+        return self._patiently(
+            name, lambda: bytes(obstore.get(self._store, name, options=options).bytes())
+        )
+
     def sizes(self, directory: str) -> dict[str, int] | None:
         import obstore
 
@@ -114,6 +160,8 @@ class RemoteSource(Source):
             FileNotFoundError: there is no such object.
             StoreError: no good answer.
         """
+        from obstore.exceptions import PreconditionError
+
         started, attempts = time.monotonic(), 0
         while True:
             attempts += 1
@@ -121,6 +169,10 @@ class RemoteSource(Source):
                 return request()
             except FileNotFoundError:
                 raise
+            except PreconditionError as error:
+                raise StoreError(
+                    f"{self.location}/{name} has changed since it was listed; run the command again"
+                ) from error
             except (OSError, self._errors()) as error:
                 if attempts < _ATTEMPTS and time.monotonic() - started < _PATIENCE:
                     continue

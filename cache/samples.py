@@ -1,10 +1,10 @@
-"""Image samples in local WebDataset shards or folders: listed once, then read by position.
+"""Image samples in WebDataset shards or folders: listed once, then read by position.
 
 In a shard a sample is the run of tar members that share a key, as WebDataset groups them: the key
 is a member's path up to the first dot of its base name and what follows is its kind (``jpg``,
 ``cls`` and so on). The headers of every shard are walked once; from then on any sample is one
 positioned read away, in any order and from any thread or process. Lists of shards are kept from one
-start to the next (`shard_list`).
+start to the next (`shard_list`). Shards may lie in object storage (`remote_shard`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -26,13 +27,16 @@ from ..errors import DamagedImageError, DataError
 from ..progress import counting
 from . import tars
 from .folders import Folder, list_folder
-from .shard_list import IMAGE_KINDS, KeptLists, list_shard
+from .remote_shard import PARALLEL, RemoteTarShard
+from .shard_list import IMAGE_KINDS, KeptLists, ShardList, list_shard
 from .tars import TarShard
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: 256 MiB as RGB, and Pillow's own warning level."""
 _MANY_SHARDS = 32
+_READ_AHEAD = 64
+"""Images of remote shards that are fetched together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +69,13 @@ class SampleIndex:
         progress: Callable[[int, int], None] | None = None,
         members: Sequence[str] = (),
     ) -> SampleIndex:
-        """List the samples of local tar shards, in the order of the shards, or of a folder.
+        """List the samples of tar shards, in the order of the shards, or of a folder.
 
         Args:
             shards: one path or several. Braces expand as in WebDataset (``train-{000..146}.tar``,
-                ``a.tar::b.tar``), then ``*`` and ``?``. A shard may be compressed (gzip, xz,
+                ``a.tar::b.tar``), then ``*`` and ``?``. Or addresses (``s3://bucket/...``,
+                ``gs://``, ``az://``, ``http(s)://``), which are read once from end to end, many at
+                a time, and by ranges from then on. A shard may be compressed (gzip, xz,
                 bzip2): it is then held in memory, and all of them together may take
                 ``tars.MAX_UNPACKED`` bytes unpacked. Or one folder, of a folder for every class or
                 of images alone; classes are numbered in the order of their folders' names.
@@ -89,11 +95,12 @@ class SampleIndex:
                 f"folder {folders[0]} is named among {len(paths)} sources: name one folder alone, "
                 "for the classes of each are numbered by themselves"
             )
-        for number, path in enumerate(paths):
-            if folders:
-                lists.add_folder(path)
-            else:
-                lists.add_shard(path)
+        for number, path in enumerate(paths if folders else []):
+            lists.add_folder(path)
+            if progress is not None:
+                progress(number + 1, len(paths))
+        for number, (shard, found) in enumerate(() if folders else lists.walked(paths)):
+            lists.add_shard(shard, found)
             if progress is not None:
                 progress(number + 1, len(paths))
         if not lists.keys:
@@ -214,6 +221,38 @@ class SampleIndex:
             raise DataError(f"sample {self.where(i)} ends early: {len(data)} of {size} bytes")
         return data
 
+    @property
+    def start_method(self) -> str | None:
+        """How `multiprocessing` is to start processes that read these samples; None: by default.
+
+        A forked one would inherit the client of remote shards without its threads, and wait for
+        ever.
+        """
+        remote = any(isinstance(shard, RemoteTarShard) for shard in self._shards)
+        return "forkserver" if remote else None
+
+    def images(
+        self, samples: Iterable[int], max_pixels: int = MAX_PIXELS
+    ) -> Iterator[Image.Image | DataError]:
+        """Each sample as `image` gives it, or what is wrong with it.
+
+        Those of remote shards are fetched many at a time.
+        """
+
+        def found(i: int) -> Image.Image | DataError:
+            try:
+                return self.image(i, max_pixels)
+            except DataError as error:
+                return error
+
+        wanted = [int(i) for i in samples]
+        if self.start_method is None:
+            yield from map(found, wanted)
+            return
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            for first in range(0, len(wanted), _READ_AHEAD):
+                yield from pool.map(found, wanted[first : first + _READ_AHEAD])
+
     def image(self, i: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """Sample ``i`` decoded to RGB: grey repeated, alpha dropped, EXIF orientation not applied.
 
@@ -277,18 +316,34 @@ class _Lists:
         self._seen: dict[str, int] = {}
         self._unpacked = 0
 
-    def add_shard(self, path: str) -> None:
-        shard = TarShard.at(path)
-        if shard.packed is not None:
+    def walked(self, paths: Sequence[str]) -> Iterator[tuple[TarShard, ShardList | None]]:
+        """Every shard with its list; without, where it has to be unpacked first. Remote ones are
+        walked many at a time."""
+
+        def walk(path: str) -> tuple[TarShard, ShardList | None]:
+            shard = RemoteTarShard.at(path) if tars.is_remote(path) else TarShard.at(path)
+            return shard, self._list(shard) if shard.packed is None else None
+
+        if not any(map(tars.is_remote, paths)):
+            yield from map(walk, paths)
+            return
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            yield from pool.map(walk, paths)
+
+    def _list(self, shard: TarShard) -> ShardList:
+        return list_shard(shard, list(self.members), kept=self._kept)
+
+    def add_shard(self, shard: TarShard, found: ShardList | None) -> None:
+        if found is None:
             shard.plain = shard.unpack(tars.MAX_UNPACKED - self._unpacked)
             self._unpacked += len(shard.plain)
-        found = list_shard(shard, list(self.members), kept=self._kept)
+            found = self._list(shard)
         for key in found.keys:
             if key in self._seen:
                 before = [*self.shards, shard][self._seen[key]]
                 raise DataError(
-                    f"key {key!r} in shard {path} occurs before, in shard {before.path}; keys must "
-                    "be unique"
+                    f"key {key!r} in shard {shard.path} occurs before, in shard {before.path}; "
+                    "keys must be unique"
                 )
             self._seen[key] = len(self.shards)
         self.shards.append(shard)

@@ -106,8 +106,7 @@ class KeptLists:
 
     @staticmethod
     def _file(folder: Path, shard: TarShard) -> Path:
-        name = os.fsencode(os.path.abspath(shard.path))
-        return folder / f"{hashlib.sha256(name).hexdigest()[:32]}.npz"
+        return folder / f"{hashlib.sha256(shard.place).hexdigest()[:32]}.npz"
 
     @staticmethod
     def _write(path: Path, data: memoryview) -> None:
@@ -166,7 +165,7 @@ def _walk(shard: TarShard, kinds: Sequence[str]) -> ShardList:
             found = own.get(kind)
             places.append((found.offset_data, found.size) if found is not None else (0, -1))
 
-    with io.BytesIO(shard.plain) if shard.plain is not None else open(shard.path, "rb") as file:
+    with io.BytesIO(shard.plain) if shard.plain is not None else shard.open() as file:
         key, own = None, dict[str, tarfile.TarInfo]()
         for found, kind, member in tars.members(shard.path, file):
             if found != key:
@@ -194,8 +193,7 @@ def _label(path: str, file: IO[bytes], key: str, member: tarfile.TarInfo | None)
 
 
 def _identity(shard: TarShard) -> bytes:
-    name = os.fsencode(os.path.abspath(shard.path))
-    return b"%d\0%d\0%d\0%s" % (_VERSION, shard.size, shard.modified, name)
+    return b"%d\0%s\0%s" % (_VERSION, shard.version, shard.place)
 
 
 def _user_folder() -> Path | None:

@@ -1,4 +1,4 @@
-"""Local tar shards: opened by name, unpacked where they are compressed, read by position.
+"""Tar shards: opened by name, unpacked where they are compressed, read by position.
 
 Names expand and members are walked as WebDataset does it.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DataError
+from .remote import SCHEMES
 
 MAX_UNPACKED = 256 * 2**20
 """Largest total size of compressed shards after unpacking, in bytes; they are held in memory."""
@@ -63,7 +64,7 @@ class TarShard:
     Attributes:
         path: its name.
         size: bytes of the file.
-        modified: its time of change, in nanoseconds.
+        modified: its time of change, in nanoseconds since 1970.
         packed: how it is compressed; None: it is not.
         samples: how many samples lie in it.
         plain: the unpacked bytes.
@@ -82,6 +83,16 @@ class TarShard:
     def name(self) -> str:
         return os.path.basename(self.path)
 
+    @property
+    def place(self) -> bytes:
+        """Where it lies, whatever the working directory."""
+        return os.fsencode(os.path.abspath(self.path))
+
+    @property
+    def version(self) -> bytes:
+        """What is another when its bytes are others."""
+        return b"%d\0%d" % (self.size, self.modified)
+
     @classmethod
     def at(cls, path: str) -> TarShard:
         """The shard of that name.
@@ -96,10 +107,18 @@ class TarShard:
         except OSError as error:
             reason = error.strerror or str(error)
             raise DataError(f"cannot read shard {path}: {reason}; check data.shards") from error
-        if not head:
-            raise DataError(f"shard {path} is empty (0 bytes); fetch or write it again")
-        packed = next((magic for magic in _COMPRESSED if head.startswith(magic)), None)
-        return cls(path, status.st_size, status.st_mtime_ns, packed)
+        return cls(path, status.st_size, status.st_mtime_ns, compression(path, head))
+
+    def open(self) -> IO[bytes]:
+        """The file, to be walked from its beginning.
+
+        Raises:
+            DataError: it is gone.
+        """
+        try:
+            return open(self.path, "rb")
+        except OSError as error:
+            raise DataError(f"cannot read shard {self.path}: {error.strerror or error}") from error
 
     def unpack(self, limit: int) -> bytes:
         """The archive without its compression.
@@ -108,7 +127,7 @@ class TarShard:
             DataError: it is damaged, or longer than ``limit`` bytes.
         """
         try:
-            with _COMPRESSED[self.packed or b""](self.path, "rb") as file:
+            with self.open() as packed, _COMPRESSED[self.packed or b""](packed, "rb") as file:
                 plain: bytes = file.read(limit + 1)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"shard {self.path} cannot be unpacked: {error}") from error
@@ -129,6 +148,9 @@ class TarShard:
             if self.plain is None:  # after unpickling in a worker process
                 self.plain = self.unpack(MAX_UNPACKED)
             return self.plain[offset : offset + size]
+        return self._read(offset, size)
+
+    def _read(self, offset: int, size: int) -> bytes:
         try:
             descriptor = _descriptor(self.path, self.size, self.modified)
             return _read_all(descriptor.number, offset, size)
@@ -137,6 +159,17 @@ class TarShard:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plain": None}
+
+
+def compression(path: str, head: bytes) -> bytes | None:
+    """How a shard is compressed that begins with these six bytes; None: it is not.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not head:
+        raise DataError(f"shard {path} is empty (0 bytes); fetch or write it again")
+    return next((magic for magic in _COMPRESSED if head.startswith(magic)), None)
 
 
 def _read_all(descriptor: int, offset: int, size: int) -> bytes:
@@ -154,10 +187,12 @@ def _read_all(descriptor: int, offset: int, size: int) -> bytes:
 def expand_shards(
     shards: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
 ) -> list[str]:
-    """Local paths of shards: WebDataset's own brace expansion, then ``*`` and ``?`` in name order.
+    """Names of shards: WebDataset's own brace expansion, then of local ones ``*`` and ``?``, in
+    name order.
 
     Raises:
-        DataError: nothing was named, the braces do not match, or a name is a URL or a pipe.
+        DataError: nothing was named, the braces do not match, or a name is neither a local path nor
+            an address that can be read.
     """
     from webdataset.shardlists import expand_urls  # imports torch
 
@@ -172,6 +207,14 @@ def expand_shards(
         except Exception as error:
             raise DataError(f"shards {item!r} cannot be expanded: {error}") from error
         for path in expanded:
+            if is_remote(path):
+                if any(character in path for character in "*?"):
+                    raise DataError(
+                        f"shard {path!r}: shards at an address are named one by one or by braces, "
+                        "such as train-{000..146}.tar; * and ? are for local files"
+                    )
+                paths.append(path)
+                continue
             matches = sorted(glob(path)) if any(c in path for c in "*?") else [path]
             if not matches:
                 raise DataError(f"no shard matches {path!r}; check data.shards")
@@ -179,10 +222,20 @@ def expand_shards(
     if not any(paths):
         raise DataError("no shard is named; set data.shards, for example to 'x-{000..146}.tar'")
     for path in paths:
-        scheme = path.split(":", 1)[0] if ":" in path else ""
+        scheme = path.split(":", 1)[0] if ":" in path and not is_remote(path) else ""
         if scheme and not os.path.exists(path) and scheme.isalnum():
-            raise DataError(f"shard {path!r} is not a local file; download or mount it first")
+            known = ", ".join(f"{name}://" for name in SCHEMES)
+            raise DataError(
+                f"shard {path!r} is neither a local file nor at an address that can be read "
+                f"({known}); download or mount it first"
+            )
     return paths
+
+
+def is_remote(path: str) -> bool:
+    """Whether a name is an address in object storage or of a web server."""
+    scheme, found, _ = path.partition("://")
+    return bool(found) and scheme in SCHEMES
 
 
 def members(path: str, file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

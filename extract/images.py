@@ -68,14 +68,13 @@ class ViewDataset(Dataset[ViewBatch]):
         pixels: dict[Geometry, list[np.ndarray]] = {geometry: [] for geometry in self.geometries}
         numbers = self.batches[item]
         samples = [row // self.policy.count for row in numbers]
-        for row, sample in zip(numbers, samples, strict=True):
+        images = self.index.images(samples, self.max_pixels)
+        for row, sample, image in zip(numbers, samples, images, strict=True):
             keys.append(self.index.keys[sample])
-            try:
-                image = self.index.image(sample, self.max_pixels)
-            except DataError as error:
-                if not isinstance(error, DamagedImageError):
-                    unread = unread or str(error)
-                problems.append(str(error))
+            if isinstance(image, DataError):
+                if not isinstance(image, DamagedImageError):
+                    unread = unread or str(image)
+                problems.append(str(image))
                 facts.append((0, 0, (0.0, 0.0, 0.0, 0.0), False, False))
                 continue
             view = self.policy.draw(keys[-1], row % self.policy.count, image.width, image.height)
@@ -104,7 +103,10 @@ class ViewDataset(Dataset[ViewBatch]):
 
 def view_batches(dataset: ViewDataset, workers: int, *, pin: bool) -> Iterator[ViewBatch]:
     """The dataset's batches in order, decoded ahead by `workers` processes (0: in this one)."""
-    options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
+    options: dict[str, Any] = {}
+    if workers:
+        start = dataset.index.start_method
+        options = {"prefetch_factor": 2, "multiprocessing_context": start}
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, **options)
     return iter(loader)
 

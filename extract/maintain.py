@@ -20,7 +20,7 @@ from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path, write_beside
 from ..cache.writer import remove_unit
-from ..engine import gathered, launch, refuse_several
+from ..engine import gathered, launch, one_first, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
 from .calibration import calibrate
@@ -144,7 +144,8 @@ def add(config: DictConfig) -> dict[str, Any]:
     names = [record.name for record in records] + ([] if pixels is None else [PIXELS])
     present = {teacher.name: teacher for teacher in writer.plan.teachers}
     _refuse_pending(writer, names)
-    index, policy = _images(config, writer.plan, quiet=not first)
+    with one_first(fabric):
+        index, policy = _images(config, writer.plan, quiet=not first)
     for record in records:
         there = present.get(record.name)
         if there is None:

@@ -36,7 +36,7 @@ from ..cache.rows import is_text
 from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify_report import write_beside
-from ..engine import decoders, gathered, launch, precision
+from ..engine import decoders, gathered, launch, one_first, precision
 from ..errors import ConfigError, DataError
 from ..measure import peak_memory_mb
 from ..options import plain
@@ -64,7 +64,8 @@ def extract(config: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     _validate(config)
     fabric = launch(config.engine, patience=PATIENCE)
-    index = _sample_index(config, quiet=fabric.global_rank > 0)
+    with one_first(fabric):
+        index = _sample_index(config, quiet=fabric.global_rank > 0)
     views = plain(config.views)
     # The other policies draw nothing, and their views are the same whatever the seed.
     policy = ViewPolicy(**views, seed=int(config.seed) if views["name"] == "random" else 0)

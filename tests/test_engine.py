@@ -88,6 +88,35 @@ def test_processes_wait_as_long_as_they_are_told(tmp_path):
     assert [script.with_suffix(f".{rank}").read_text() for rank in "01"] == ["[7, [0, 1]]"] * 2
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_process_goes_first_and_holds_nobody_up(tmp_path, fails):
+    """The second finds what the first has kept; and it ends as well where the first one fails."""
+    script = tmp_path / "first.py"
+    script.write_text(
+        "from pathlib import Path; import preceptor; from omegaconf import OmegaConf\n"
+        "from preceptor.engine import gathered, launch, one_first\n"
+        "root = Path(preceptor.__file__).parent\n"
+        "fabric = launch(OmegaConf.load(root / 'configs' / 'engine' / 'cpu.yaml'))\n"
+        "kept = Path(__file__).with_suffix('.kept')\n"
+        "try:\n"
+        "    with one_first(fabric):\n"
+        "        found = kept.exists()\n"
+        "        kept.touch()\n"
+        f"        assert fabric.global_rank or not {fails}, 'the first one fails'\n"
+        "except AssertionError as error:\n"
+        "    found = str(error)\n"
+        "told = gathered(fabric, found)\n"
+        "Path(__file__).with_suffix(f'.{fabric.global_rank}').write_text(str(told))\n"
+    )
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = subprocess.run(
+        [sys.executable, *run, str(script)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = str(["the first one fails" if fails else False, True])
+    assert [script.with_suffix(f".{rank}").read_text() for rank in "01"] == [told] * 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="auto is CUDA then")
 def test_auto_is_no_accelerator_that_was_never_tried(monkeypatch):
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import PreceptorError
-from .views import Problems, Views
+from .views import Problems, StorePixels, Views
 
 T = TypeVar("T")
 
@@ -89,9 +89,14 @@ def loaded(
 ) -> Iterator[tuple[Tensor, Problems]]:
     """As `decoded`, each with what is wrong with its damaged images, by place, instead of raising.
 
-    Pixels at those places are arbitrary.
+    Pixels at those places are arbitrary. Those that a store holds need no workers.
     """
-    options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
+    options: dict[str, Any] = {}
+    if isinstance(views, StorePixels):
+        workers = 0  # nothing to decode; and a process that is forked cannot read a remote store
+    elif workers:
+        start = views.index.start_method
+        options = {"prefetch_factor": 2, "multiprocessing_context": start}
     loader = DataLoader(
         _Told(views),
         batch_sampler=orders,  # type: ignore[arg-type]  # any iterable is taken

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..cache import Cache
-from ..cache.samples import list_samples
-from ..engine import decoders, launch, precision
+from ..cache.samples import SampleIndex, list_samples
+from ..engine import decoders, launch, one_first, precision
 from ..errors import ConfigError
 from ..measure import peak_memory_mb
 from ..options import plain
@@ -83,9 +82,14 @@ def train(config: DictConfig) -> dict[str, Any]:
     available = taught(crop, specs, align.get("spaces"))
     alignment = build_alignment(align, student, available, cache.__getitem__)
     shards = plain(config.data)["shards"]
+
+    def open_index() -> SampleIndex:
+        with one_first(fabric):
+            return list_samples(shards, quiet=not rank_zero)
+
     views, pixels_from = choose_views(
         cache,
-        None if shards is None else partial(list_samples, shards, quiet=not rank_zero),
+        None if shards is None else open_index,
         student.size,
         interpolation=recipe.interpolation,
         max_pixels=config.data.max_pixels,

@@ -91,14 +91,13 @@ class StoredViews(Dataset[Tensor]):
         """
         pixels = np.empty((len(items), *self.size, 3), dtype=np.uint8)
         problems: Problems = {}
-        for place, item in enumerate(items):
-            row, epoch = item if isinstance(item, tuple) else (item, 0)
-            try:
-                image = self.index.image(int(self._samples[row]), **self._limit)
-            except DataError as error:
-                problems[place] = error
-                continue
-            pixels[place] = self._pixels(row, epoch, image)
+        pairs = [item if isinstance(item, tuple) else (item, 0) for item in items]
+        images = self.index.images((self._samples[row] for row, _ in pairs), **self._limit)
+        for place, ((row, epoch), image) in enumerate(zip(pairs, images, strict=True)):
+            if isinstance(image, DataError):
+                problems[place] = image
+            else:
+                pixels[place] = self._pixels(row, epoch, image)
         return torch.from_numpy(pixels), problems
 
     def _pixels(self, row: int, epoch: int, image: Image.Image) -> NDArray[np.uint8]:

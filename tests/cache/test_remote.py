@@ -4,97 +4,35 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import boto3
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
 from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache
 from preceptor.errors import StoreError
+from preceptor.tests.s3_server import Moody, Start, client_of, moody_s3, serving, storage
 from small_stores import VALID, same_as_local
-from werkzeug.serving import make_server
-
-Start = Callable[[str, list[tuple[str, str]]], Any]
-
-
-class Moody:
-    """A WSGI application that fails as told before it lets the real one answer.
-
-    Attributes:
-        mood: called with the path of each GET; None to answer well, a status line to answer that,
-            or an Event to wait for (a slow answer: it is set when the test is over).
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.mood: Callable[[str], str | threading.Event | None] = lambda path: None
-        self.lock = threading.Lock()
-        self.failed = 0
-
-    def __call__(self, environ: dict[str, Any], start: Start) -> Any:
-        if environ["REQUEST_METHOD"] == "GET":
-            with self.lock:
-                mood = self.mood(environ["PATH_INFO"])
-                self.failed += mood is not None
-            if isinstance(mood, threading.Event):
-                mood.wait(60)
-            elif mood is not None:
-                start(mood, [("Content-Type", "text/plain")])
-                return [b"injected"]
-        return self.inner(environ, start)
-
-
-def client_of(endpoint: str) -> Any:
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
 
 
 @pytest.fixture(scope="module")
 def s3(finished: Path) -> Iterator[tuple[Moody, str]]:
     """moto's S3 server with the finished store in a bucket, and its endpoint."""
-    moody = Moody(DomainDispatcherApplication(create_backend_app))
-    server = make_server("127.0.0.1", 0, moody, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    client = client_of(endpoint)
-    client.create_bucket(Bucket="bucket")
-    for name, raw in contents(finished).items():
-        if not name.startswith("spare/"):
-            client.put_object(Bucket="bucket", Key=f"path/store/{name}", Body=raw)
-    yield moody, endpoint
-    server.shutdown()
-    thread.join()
+    with moody_s3() as (moody, endpoint):
+        client = client_of(endpoint)
+        client.create_bucket(Bucket="bucket")
+        for name, raw in contents(finished).items():
+            if not name.startswith("spare/"):
+                client.put_object(Bucket="bucket", Key=f"path/store/{name}", Body=raw)
+        yield moody, endpoint
 
 
 @pytest.fixture(autouse=True)
 def good_mood(s3: tuple[Moody, str]) -> None:
     s3[0].mood = lambda path: None
     s3[0].failed = 0
-
-
-def storage(endpoint: str, timeout: float = 30, retries: int = 10) -> dict[str, Any]:
-    quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5)}
-    return {
-        "config": {
-            "endpoint": endpoint,
-            "region": "us-east-1",
-            "access_key_id": "test",
-            "secret_access_key": "test",
-        },
-        "client_options": {"allow_http": True, "timeout": timedelta(seconds=timeout)},
-        "retry_config": {"max_retries": retries, "backoff": quick},
-    }
 
 
 def test_s3_gives_what_the_disk_gives(s3: tuple[Moody, str], cache: Cache) -> None:
@@ -231,18 +169,12 @@ class Blobs:
 
 def test_azure_storage_gives_what_the_disk_gives(finished: Path, cache: Cache) -> None:
     files = {f"path/store/{name}": raw for name, raw in contents(finished).items()}
-    server = make_server("127.0.0.1", 0, Blobs(files), threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    options = {
-        "config": {
-            "account_name": "account",
-            "endpoint": f"http://127.0.0.1:{server.server_port}/account",
-            "skip_signature": True,
-        },
+    options: dict[str, Any] = {
+        "config": {"account_name": "account", "skip_signature": True},
         "client_options": {"allow_http": True},
     }
-    try:
+    with serving(Blobs(files)) as address:
+        options["config"]["endpoint"] = f"{address}/account"
         same_as_local(Cache.open("az://container/path/store", storage=options), cache)
         with pytest.raises(StoreError, match="az://container/nowhere holds no store"):
             Cache.open("az://container/nowhere", storage=options)
@@ -250,9 +182,6 @@ def test_azure_storage_gives_what_the_disk_gives(finished: Path, cache: Cache) -
         files[f"path/store/{name}"] += b"."
         with pytest.raises(StoreError, match=rf"shard 1 of cnn: {name} has"):
             Cache.open("az://container/path/store", storage=options)
-    finally:
-        server.shutdown()
-        thread.join()
 
 
 def unreachable() -> str:

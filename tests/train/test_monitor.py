@@ -82,10 +82,10 @@ def test_damaged_images_are_left_out_of_the_knn_where_damage_is_skipped(
         views, lost, told = StoredViews(cache, index, (32, 32)), {20, 40}, "train-0[12]0"
         image = SampleIndex.image
 
-        def bad(self, sample, **limit):
+        def bad(self, sample, *limit):
             if sample in (10, 20):
                 raise DataError(f"image {self.keys[sample]!r} cannot be decoded")
-            return image(self, sample, **limit)
+            return image(self, sample, *limit)
 
         monkeypatch.setattr(SampleIndex, "image", bad)
 

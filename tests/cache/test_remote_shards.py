@@ -1,0 +1,169 @@
+"""Shards in a bucket, read from a real S3 server, against the same files on the disk."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from preceptor.cache import remote_shard
+from preceptor.cache.remote import RemoteSource
+from preceptor.cache.samples import SampleIndex
+from preceptor.errors import DamagedImageError, DataError
+from preceptor.tests.s3_server import Moody, client_of, moody_s3, storage
+
+ADDRESS = "s3://bucket/in/images-{0..2}.tar"
+
+
+def png(number: int, side: int) -> bytes:
+    random = np.random.default_rng(number)
+    file = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shard(path: Path, numbers: range) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            members = {"png": png(number, 40), "cls": str(number % 5).encode()}
+            if number % 2:
+                members["json"] = json.dumps({"x": number}).encode()
+            for kind, raw in members.items():
+                header = tarfile.TarInfo(f"{number:03d}.{kind}")
+                header.size = len(raw)
+                tar.addfile(header, io.BytesIO(raw))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for shard in range(3):
+        write_shard(folder / f"images-{shard}.tar", range(20 * shard, 20 * shard + 20))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[tuple[Moody, str]]:
+    with moody_s3() as (moody, endpoint):
+        client = client_of(endpoint)
+        client.create_bucket(Bucket="bucket")
+        for path in folder.iterdir():
+            client.put_object(Bucket="bucket", Key=f"in/{path.name}", Body=path.read_bytes())
+        yield moody, endpoint
+
+
+@pytest.fixture(autouse=True)
+def moody(server: tuple[Moody, str], monkeypatch: pytest.MonkeyPatch) -> Moody:
+    server[0].mood, server[0].failed = (lambda path: None), 0
+    options = storage(server[1], retries=2)
+    monkeypatch.setattr(remote_shard, "_folder", lambda address: RemoteSource(address, options))
+    monkeypatch.setattr(remote_shard, "_WALK", 3000)  # less than one image
+    return server[0]
+
+
+def put(server: tuple[Moody, str], name: str, raw: bytes) -> str:
+    client_of(server[1]).put_object(Bucket="bucket", Key=f"in/{name}", Body=raw)
+    return f"s3://bucket/in/{name}"
+
+
+def test_a_bucket_gives_what_the_disk_gives(folder: Path) -> None:
+    local = SampleIndex.from_shards(str(folder / "images-{0..2}.tar"), members=["json"])
+    remote = SampleIndex.from_shards(ADDRESS, members=["json"])
+    assert remote.describe() == local.describe()
+    assert remote.keys == local.keys
+    assert remote.labels.tolist() == local.labels.tolist()
+    for index in (7, 59, 0, 31):
+        assert remote.read(index) == local.read(index)
+        assert remote.member(index, "json", 100) == local.member(index, "json", 100)
+    order = [*np.random.default_rng(0).permutation(60), 3, 3]
+    for theirs, ours in zip(local.images(order), remote.images(order), strict=True):
+        assert (np.asarray(theirs) == np.asarray(ours)).all()
+    assert remote.permuted(5).keys == local.permuted(5).keys
+
+
+def test_a_list_is_kept_and_no_shard_is_walked_again(
+    moody: Moody, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRECEPTOR_SHARD_LISTS", str(tmp_path / "lists"))
+    monkeypatch.setattr("preceptor.cache.shard_list.SETTLED", -(10**12))
+    asked: list[str] = []
+    moody.mood = asked.append  # type: ignore[assignment]  # answers well
+    first = SampleIndex.from_shards(ADDRESS)
+    assert len(asked) > 60
+    asked.clear()
+    again = SampleIndex.from_shards(ADDRESS)
+    assert len(asked) == 3  # the first bytes of each
+    assert again.describe() == first.describe()
+    assert again.read(40) == first.read(40)
+
+
+def test_compressed_shards(server: tuple[Moody, str], folder: Path) -> None:
+    raw = (folder / "images-1.tar").read_bytes()
+    index = SampleIndex.from_shards(put(server, "packed.tar.gz", gzip.compress(raw)))
+    local = SampleIndex.from_shards(str(folder / "images-1.tar"))
+    assert index.keys == local.keys
+    assert index.read(13) == local.read(13)
+
+
+def test_errors_of_the_server_are_retried(moody: Moody) -> None:
+    calls = iter(range(10**6))
+    moody.mood = lambda path: "503 Slow Down" if next(calls) % 3 == 0 else None
+    assert len(SampleIndex.from_shards(ADDRESS)) == 60
+    assert moody.failed > 20
+
+
+def test_a_server_that_fails_is_not_taken_for_a_damaged_image(moody: Moody) -> None:
+    index = SampleIndex.from_shards(ADDRESS)
+    moody.mood = lambda path: "500 Internal Server Error"
+    (found,) = index.images([2])
+    assert isinstance(found, DataError)
+    assert not isinstance(found, DamagedImageError)
+    assert str(found).startswith(
+        "shard s3://bucket/in/images-0.tar could not be read after 3 attempts: "
+    )
+
+
+def test_a_shard_that_was_replaced_is_refused(server: tuple[Moody, str], folder: Path) -> None:
+    raw = (folder / "images-0.tar").read_bytes()
+    address = put(server, "changing.tar", raw)
+    index = SampleIndex.from_shards(address)
+    put(server, "changing.tar", raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:])
+    with pytest.raises(DataError, match=r"^shard s3://bucket/in/changing.tar has changed since"):
+        index.read(0)
+
+
+def test_what_cannot_be_listed_is_named(server: tuple[Moody, str], folder: Path) -> None:
+    raw = (folder / "images-0.tar").read_bytes()
+    for name, data, words in (
+        ("short.tar", raw[:30_000], "is damaged|is cut short"),
+        ("empty.tar", b"", "is empty"),
+        ("text.tar", b"no archive" * 100, "is damaged or no tar file"),
+    ):
+        with pytest.raises(DataError, match=f"^shard s3://bucket/in/{name} .*({words})"):
+            SampleIndex.from_shards(put(server, name, data))
+    with pytest.raises(DataError, match=r"in/images-3.tar: there is none; check data.shards"):
+        SampleIndex.from_shards("s3://bucket/in/images-{2..3}.tar")
+    with pytest.raises(DataError, match=r"images-\*.tar.*by braces"):
+        SampleIndex.from_shards("s3://bucket/in/images-*.tar")
+    with pytest.raises(DataError, match=r"'pipe:aws s3 cp.*neither a local file nor at an address"):
+        SampleIndex.from_shards("pipe:aws s3 cp s3://bucket/in/images-0.tar -")
+
+
+@pytest.mark.parametrize("size", [0, 3, 40])
+def test_reads_past_the_end_are_short(server: tuple[Moody, str], folder: Path, size: int) -> None:
+    length = (folder / "images-0.tar").stat().st_size
+    shard: Any = remote_shard.RemoteTarShard.at("s3://bucket/in/images-0.tar")
+    assert len(shard.read(length - 3, size)) == min(size, 3)
+    assert shard.read(length + 5, size) == b""
+    with shard.open() as file:
+        assert file.seek(-7, io.SEEK_END) == length - 7
+        assert len(file.read()) == 7
+        file.seek(10)
+        assert file.read(20) == (folder / "images-0.tar").read_bytes()[10:30]
