@@ -232,6 +232,8 @@ def _check_value(item: Override, variants: Sequence[DictConfig]) -> None:
                 expected = expected or _kind(default)
             if _SIZE.fullmatch(key) and (value is None or isinstance(value, list)):
                 expected = None
+            if key == "seed" and type(value) is int and value < 0:
+                expected = "a number from 0 up"
             if expected:
                 such = "" if default == "???" else f", such as the default {default!r}"
                 given = "null" if value is None else value

@@ -24,5 +24,7 @@ def normalise(pixels: Tensor, mean: Channels, std: Channels, device: torch.devic
 def _moments(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
     # Made once: a constant from the host makes a step wait for the device.
     with torch.inference_mode(False):
-        shift, scale = (torch.tensor(side).view(1, 3, 1, 1) * 255.0 for side in (mean, std))
+        shift, scale = (
+            torch.tensor(side, dtype=torch.float32).view(1, 3, 1, 1) * 255.0 for side in (mean, std)
+        )
         return shift.to(device), scale.to(device)

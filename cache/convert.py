@@ -31,10 +31,11 @@ from .opening import read_files
 from .plan import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
 from .rows import RowBatch
+from .shard_writer import PARTIAL
 from .source import LocalSource, local_path
 from .spare import write_twice
 from .statistics import SAMPLE_ROWS, prediction_weights
-from .verify_report import fresh_report
+from .verify_report import VerifyReport, fresh_report
 from .writer import StoreWriter
 
 _ROWS_AT_ONCE = 128
@@ -95,7 +96,7 @@ def convert_store(
     kept = {name for name, space in plan.spaces.items() if space.encoding == cache[name].encoding}
     writer = StoreWriter.open_or_create(root, plan, kept)
     plan = writer.plan
-    for unit, shard in report.shards if report else ():
+    for unit, shard in _damaged(report) if report else ():
         discard(root, writer.manifest, unit, shard)
     for target in plan.spaces.values():
         copy_calibration(cache, writer, target)
@@ -112,6 +113,18 @@ def convert_store(
     for unit in plan.units:
         _seal(cache, writer, unit, unit in same)
     writer.finish()
+
+
+def _damaged(report: VerifyReport) -> set[tuple[str, int]]:
+    """The shards that are to be converted again. Moments of shards, which verify misses until their
+    unit is finished, are what an extraction leaves: the original's statistics are copied here."""
+    return {
+        (problem.unit, problem.shard)
+        for problem in report.problems
+        if problem.unit is not None
+        and problem.shard is not None
+        and not problem.file.startswith(f"{PARTIAL}/")
+    }
 
 
 def _converted(plan: StorePlan, chosen: list[str], encoding_name: str) -> StorePlan:

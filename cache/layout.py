@@ -19,6 +19,7 @@ from .documents import Json
 from .encodings import encoding
 from .manifest import FORMAT
 from .plan import PIXELS, ROWS, SpaceSpec, StorePlan
+from .zstd_frames import content_length
 
 INDEX_ENTRY = 16  # offset and length, two little-endian uint64
 CRC = 4
@@ -153,7 +154,12 @@ class ArraySpec:
         """
         codecs = CODECS[self.codec]
         if "zstd" in codecs:
-            try:  # into memory of the frame's own length: a shorter one must not pass for whole
+            length = content_length(raw)
+            if length is None:
+                raise ValueError("damaged, or frames that do not state their length")
+            if length != self.chunk_bytes:  # room is made for what they state, whatever it is
+                raise ValueError(f"{length} bytes instead of {self.chunk_bytes}")
+            try:
                 raw = np.frombuffer(_zstd(self.level).decode(raw), np.uint8)
             except RuntimeError as error:
                 raise ValueError(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -200,7 +201,9 @@ def fidelity(space: Space, rows: Sequence[int] | np.ndarray) -> dict[str, float]
         z = tokens.standardised()
         # An error spread evenly over [-b, b] has the mean square b^2 / 3; those of the encodings
         # that a converted store had before are independent of each other.
-        hows = (*map(encoding, space.earlier), space.spec.how)
+        chain = [*space.earlier, space.spec.encoding]  # codes of one encoding go over as they are
+        earlier = [before for before, after in itertools.pairwise(chain) if before != after]
+        hows = (*map(encoding, earlier), space.spec.how)
         bounds = [how.bound(z).expand(z.shape).double() for how in hows]
         square = torch.stack(bounds).square().sum(0) / 3
         # a zero of a rectified dimension, which is centred on zero, was stored as it was

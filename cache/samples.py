@@ -264,7 +264,7 @@ class SampleIndex:
         """
         data = self.read(i)
         try:
-            image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            image = open_image(data, IMAGE_FORMATS, max_pixels)
             width, height = image.size
             if width * height > max_pixels:
                 raise DamagedImageError(
@@ -280,6 +280,18 @@ class SampleIndex:
                 f"image {self.where(i)} ({len(data):,} bytes) cannot be decoded: {error}; "
                 "replace it, or let the extraction skip corrupt images"
             ) from error
+
+
+def open_image(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
+    """An image of which only the header is read, for the caller to compare with ``max_pixels``.
+
+    Pillow refuses images of more than twice its own limit by itself. That is raised, for all of the
+    process, where the user asked for more.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and max_pixels > limit:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    return Image.open(io.BytesIO(data), formats=list(formats))
 
 
 def list_samples(

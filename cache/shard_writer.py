@@ -279,7 +279,8 @@ class ShardWriter:
                 raise StoreError(
                     f"shard {self._shard}: {name} of the rows (keys {self._keys[0]!r} to "
                     f"{self._keys[-1]!r}) is not what the store has (keys {commit.first_key!r} to "
-                    f"{commit.last_key!r}): use the images and views that it was made from"
+                    f"{commit.last_key!r}): use the images and views that it was made from, "
+                    "and the same data.max_pixels"
                 )
 
     def _commit(self, unit: str) -> None:

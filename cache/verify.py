@@ -186,6 +186,8 @@ class _Work:
     def _moment_problems(self, unit: str, commit: Commit) -> Iterator[Problem]:
         """Until a unit is finished, every shard's moments lie beside it."""
         for space in self._manifest.plan.spaces_of(unit):
+            if not commit.statistics:
+                continue  # converted: its unit gets those of the original
             try:
                 shard_moments(self._root, space, commit)
             except ValueError as why:

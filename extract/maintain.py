@@ -18,7 +18,7 @@ from ..cache.plan import PIXELS, ROWS, StorePlan
 from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify import verify_store
-from ..cache.verify_report import VerifyReport, fresh_report, report_path, write_beside
+from ..cache.verify_report import VerifyReport, fresh_report, report_path
 from ..cache.writer import remove_unit
 from ..engine import gathered, launch, one_first, refuse_several
 from ..errors import ConfigError, DataError, StoreError
@@ -28,6 +28,7 @@ from .images import stored_pixels
 from .pipeline import (
     PATIENCE,
     TeacherRunner,
+    keep_summary,
     load_teachers,
     teacher_record,
     teachers_precision,
@@ -108,7 +109,7 @@ def repair(config: DictConfig) -> dict[str, Any]:
         "different": [list(one) for one in done.different],
         "seconds": time.monotonic() - started,
     }
-    write_beside(root, "repair", summary)
+    keep_summary(root, "repair", summary)
     print(
         f"{root}: {len(done.restored)} small files restored, {len(done.extracted)} shards "
         f"extracted again, {len(done.extracted) - len(done.different)} of them to the same bytes"
@@ -187,7 +188,7 @@ def add(config: DictConfig) -> dict[str, Any]:
         },
         "seconds": time.monotonic() - started,
     }
-    write_beside(root, "add", summary)
+    keep_summary(root, "add", summary)
     print(
         f"{root}: {', '.join(names)} added, {extracted:,} rows extracted in "
         f"{summary['seconds']:.0f} s"

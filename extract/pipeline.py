@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,14 @@ from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify_report import write_beside
 from ..engine import decoders, gathered, launch, one_first, precision
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
 from ..options import plain
 from ..pixels import normalise
 from ..progress import ProgressLine
 from .calibration import calibrate
 from .images import ViewBatch, ViewDataset, batched, geometry, stored_pixels, view_batches
-from .teachers import Teacher, load_teacher
+from .teachers import OPTIONS, Teacher, closest, load_teacher
 from .teachers.base import refuse_other_shapes
 
 TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -95,7 +96,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
         problems = [problem for share, _ in done for problem in share]
         extracted = sum(rows for _, rows in done)
         summary = _summary(config, started, runner, extracted, problems)
-        write_beside(config.cache, "extract", summary)
+        keep_summary(config.cache, "extract", summary)
         print(
             f"{config.cache}: {summary['rows']:,} rows, {summary['bytes'] / 2**20:,.1f} MiB, "
             f"{summary['bytes_per_row']:,.0f} bytes a row; "
@@ -213,6 +214,15 @@ class TeacherRunner:
         return problems
 
 
+def keep_summary(store: str | Path, what: str, summary: Mapping[str, Any]) -> None:
+    """Write a summary beside a store; a warning where its folder cannot be written, since the store
+    itself is whole."""
+    try:
+        write_beside(store, what, summary)
+    except StoreError as error:
+        print(f"warning: {error}; the store is whole all the same", file=sys.stderr)
+
+
 def key_room(index: SampleIndex) -> int:
     """Bytes that hold every key: 128, or the multiple of 64 that the longest needs.
 
@@ -239,8 +249,12 @@ def load_teachers(options: DictConfig) -> list[Teacher]:
         given = plain(choice)
         if not isinstance(given, dict) or "source" not in given:
             raise ConfigError(f"teachers.{name} needs a source such as timm:NAME")
+        if unknown := [str(key) for key in given if key not in OPTIONS]:
+            raise ConfigError(
+                f"teachers.{name} has no option {unknown[0]}{closest(unknown[0], OPTIONS)}"
+            )
         given.pop("encoding", None)
-        loaded.append(load_teacher(name, **{str(key): given[key] for key in given}))
+        loaded.append(load_teacher(name, **given))
     return loaded
 
 

@@ -97,6 +97,7 @@ def test_unknown_verb_names_the_closest(capsys: pytest.CaptureFixture[str]) -> N
         (["align=model_tokn"], ["did you mean model_token?", "regression"]),
         (["align.tokns=3"], ["did you mean align.tokens?", "valid under align"]),
         (["seed=abc"], ["seed=abc", "a whole number"]),
+        (["seed=-1"], ["seed=-1", "a number from 0 up"]),
         (["seed=0,1,x", "-m"], ["seed=x", "a whole number"]),
         (["recipe.batch_size=null"], ["recipe.batch_size=null", "a whole number", "default 512"]),
         (["align=model_token,regresion", "-m"], ["regresion", "did you mean regression?"]),

@@ -138,9 +138,13 @@ class CrossAttention(nn.Module):
             [B, M, dim] float.
         """
         query = self._absorbed_query(self._query(model_tokens).unsqueeze(1))  # [B, 1, M, H, D]
+        if self.norm is not None:
+            query = query * self.norm.weight  # its bias adds the same to all scores of a query
         count = spaces.shape[1] if isinstance(spaces, Tensor) else len(spaces)
         y, lse = self._core(query.expand(-1, count, -1, -1, -1), spaces)
         merged, _ = merge_spaces(list(y.unbind(1)), list(lse.unbind(1)))
+        if self.norm is not None:
+            merged = merged * self.norm.weight + self.norm.bias
         values = self._values(merged.unsqueeze(1)).squeeze(1)
         return self.out_proj(values.flatten(-2))
 

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from typing import Any
 from lightning_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 from omegaconf import DictConfig
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
 from .checkpoint import write_json
 
 LOGS = "logs"
@@ -50,16 +51,31 @@ def _tensorboard(to: Destination) -> Logger:
 
 def _csv(to: Destination) -> Logger:
     path = to.out / LOGS / "csv" / "metrics.csv"
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= to.first]
-        path.unlink()  # the logger begins a new file, with these rows first
+    before = to.out / LOGS / "metrics.before.csv"
+    if path.exists() and not before.exists():
+        path.rename(before)  # the logger begins a new file, with these rows first
+    rows = _sound_rows(before) if before.exists() else []
+    path.unlink(missing_ok=True)
     logger = _CSV(to.out, name=f"{LOGS}/csv", version="", flush_logs_every_n_steps=1)
-    for row in rows:
-        scalars = {name: float(text) for name, text in row.items() if text and name != "step"}
-        logger.log_metrics({**scalars}, int(row["step"]))
+    for step, scalars in rows:
+        if step <= to.first:
+            logger.log_metrics({**scalars}, step)
+    before.unlink(missing_ok=True)
     return logger
+
+
+def _sound_rows(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """(step, scalars) of the rows of a log; of one that was cut short those that are whole."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = file.readlines()
+    found = []
+    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+        try:
+            scalars = {name: float(text) for name, text in row.items() if text and name != "step"}
+            found.append((int(row["step"]), scalars))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found
 
 
 class _CSV(CSVLogger):
@@ -124,19 +140,24 @@ class Logs:
     def __init__(
         self, log: DictConfig, out: Path, config: Mapping[str, Any], *, first: int, active: bool
     ) -> None:
-        self._loggers: list[Logger] = []
+        self._loggers: dict[str, Logger] = {}
         if not active:
             return
         folder = out / LOGS
-        if not first:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        known = folder / "run.json"
-        if not known.exists():
-            write_json(known, {"run": secrets.token_hex(8)})
-        run = str(json.loads(known.read_text(encoding="utf-8"))["run"])
-        to = Destination(out, str(log.project), config, first, run)
-        self._loggers = [LOGGERS[name](to) for name in log.to]
+        try:
+            if not first:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            known = folder / "run.json"
+            if not known.exists():
+                write_json(known, {"run": secrets.token_hex(8)})
+            run = str(json.loads(known.read_text(encoding="utf-8"))["run"])
+            to = Destination(out, str(log.project), config, first, run)
+            self._loggers = {str(name): LOGGERS[name](to) for name in log.to}
+        except OSError as error:
+            raise TrainingError(
+                f"logs cannot be written to {folder}: {error.strerror or error}"
+            ) from error
 
     def __enter__(self) -> Logs:
         return self
@@ -148,20 +169,39 @@ class Logs:
         trace: TracebackType | None,
     ) -> None:
         status = "success" if kind is None else "failed" if kind is not SystemExit else "aborted"
-        for logger in self._loggers:
+
+        def end(logger: Logger) -> None:
             logger.finalize(status)
             # Weights & Biases would give its open run to the next one of this process.
             getattr(getattr(logger, "experiment", None), "finish", lambda: None)()
 
+        self._each(end)
+
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """Log scalars by name at a step: the number of steps that are done."""
-        for logger in self._loggers:
-            logger.log_metrics(dict(scalars), step)
+        self._each(lambda logger: logger.log_metrics(dict(scalars), step))
 
     def flush(self) -> None:
         """Write what is held back, so that a killed run has the logs of its checkpoint."""
-        for logger in self._loggers:
-            logger.save()
+        self._each(lambda logger: logger.save())
+
+    def _each(self, use: Callable[[Logger], None]) -> None:
+        """Use every logger. One that cannot write, on a full disk, is told and logs no more: that
+        is no reason to lose a run."""
+        for name, logger in list(self._loggers.items()):
+            try:
+                use(logger)
+            except Exception as error:
+                cause = error if isinstance(error, OSError) else error.__cause__
+                if not isinstance(cause, OSError):  # which Lightning's TensorBoard logger wraps
+                    raise
+                del self._loggers[name]
+                print(
+                    f"warning: the log {name} ends here: {cause.strerror or cause}; "
+                    "training goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def check_loggers(names: Sequence[str]) -> None:

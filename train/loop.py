@@ -130,7 +130,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     average = average_of(distiller, recipe)
     torch.manual_seed(config.seed + fabric.global_rank)  # drop-path must differ between ranks
     meter, watch = Meter(fabric, config.on_damaged == "skip"), FiniteWatch(fabric.device)
-    identity = identity_of(config, cache)
+    identity = identity_of(config, cache, alignment.required_spaces)
     run = RunState(fabric, distiller, optimizer, average, meter, identity)
 
     # Where it starts.
@@ -233,6 +233,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             best = judges and run.improves(config.keep.best, latest, done)
             if saves or best:
                 watch.check(checkpoints)
+                watch.check_weights(distiller, done, checkpoints)
                 images = seen + (done - first) * images_a_step
                 state = run.collect(done, images, spent + meter.seconds)
                 if rank_zero:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TrainingError
 from .alignment import AlignmentOutput
@@ -42,6 +42,20 @@ class FiniteWatch:
             f"the loss is not finite at step {int(self.first)} (spaces: "
             f"{', '.join(bad) or 'none alone, only their sum'}); {checkpoints.kept()}; lower "
             "recipe.lr or recipe.clip and start again"
+        )
+
+    @staticmethod
+    def check_weights(module: nn.Module, step: int, checkpoints: Checkpoints) -> None:
+        """Raises TrainingError where the weights are not finite: a gradient was not, of a loss that
+        was, and a checkpoint of them would take the place of a sound one."""
+        finite = [value.detach().isfinite().all() for value in module.parameters()]
+        if bool(torch.stack(finite).all()):
+            return
+        bad = [name for name, value in module.named_parameters() if not value.isfinite().all()]
+        raise TrainingError(
+            f"the weights are not finite after step {step} ({', '.join(bad[:3])}"
+            f"{', ...' if len(bad) > 3 else ''}); {checkpoints.kept()}; lower recipe.lr or "
+            "recipe.clip and start again"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import resources
 from typing import Any
 
@@ -16,8 +17,12 @@ from .logs import check_loggers
 from .state import METRICS
 
 
-def identity_of(config: DictConfig, cache: Cache) -> dict[str, Any]:
-    """What determines the weights: plain containers, kept in every checkpoint."""
+def identity_of(config: DictConfig, cache: Cache, spaces: Collection[str]) -> dict[str, Any]:
+    """What determines the weights: plain containers, kept in every checkpoint.
+
+    Args:
+        spaces: that the alignment learns from. Other teachers may come and go.
+    """
     recipe = plain(config.recipe)
     for key in ("log_every", "checkpoint_every"):
         recipe.pop(key)
@@ -31,7 +36,7 @@ def identity_of(config: DictConfig, cache: Cache) -> dict[str, Any]:
         "store": {
             unit: cache.manifest.configuration(unit)
             for unit in cache.plan.units
-            if unit == ROWS or cache.plan.spaces_of(unit)  # stored pixels change no weight
+            if unit == ROWS or any(space.id in spaces for space in cache.plan.spaces_of(unit))
         },
     }
 

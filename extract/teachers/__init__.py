@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from ...errors import TeacherError
 from .base import Preprocessing, SpaceShape, Teacher, closest
 
+OPTIONS = ("source", "size", "checkpoint", "encoding", "spaces")
+"""What a configuration may say of a teacher."""
 LOADERS = {  # scheme of a source: module here whose load() understands it, imported when asked for
     "timm": "from_timm",
     "open_clip": "from_open_clip",
@@ -37,6 +40,11 @@ def load_teacher(
     Raises:
         TeacherError: in one sentence, what could not be found, loaded or taken.
     """
+    if not isinstance(source, str) or not isinstance(checkpoint, str | os.PathLike | None):
+        raise TeacherError(
+            f"teacher {name}: source={source!r}, checkpoint={checkpoint!r}: "
+            "expected text, and of the checkpoint text or null"
+        )
     scheme = source.partition(":")[0]
     if scheme not in LOADERS or not source.partition(":")[2]:
         raise TeacherError(
@@ -49,4 +57,12 @@ def load_teacher(
     return loader.load(name, source, size=size, spaces=spaces, checkpoint=checkpoint)
 
 
-__all__ = ["LOADERS", "Preprocessing", "SpaceShape", "Teacher", "closest", "load_teacher"]
+__all__ = [
+    "LOADERS",
+    "OPTIONS",
+    "Preprocessing",
+    "SpaceShape",
+    "Teacher",
+    "closest",
+    "load_teacher",
+]

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.views import INTERPOLATIONS
 from ...errors import TeacherError
 
 
@@ -22,12 +24,36 @@ class Preprocessing:
         size: (height, width) of the input in pixels.
         mean, std: of the red, green and blue channel, for pixels in [0, 1].
         interpolation: name of the resampling filter, as in ``cache.views.INTERPOLATIONS``.
+
+    Raises:
+        TeacherError: other values.
     """
 
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
+
+    def __post_init__(self) -> None:
+        for name in ("size", "mean", "std"):
+            value = getattr(self, name)
+            kind, count = ((int, np.integer), 2) if name == "size" else ((int, float, np.number), 3)
+            if (
+                not isinstance(value, list | tuple)
+                or len(value) != count
+                or not all(
+                    isinstance(part, kind) and (name == "mean" or part > 0) for part in value
+                )
+            ):
+                wanted = "two positive numbers of pixels" if count == 2 else "three numbers"
+                raise TeacherError(f"preprocessing: {name}={value!r}; expected {wanted}")
+            numbers = tuple(int(part) if count == 2 else float(part) for part in value)
+            object.__setattr__(self, name, numbers)
+        if self.interpolation not in INTERPOLATIONS:
+            raise TeacherError(
+                f"preprocessing: interpolation {self.interpolation!r} is unknown"
+                + closest(str(self.interpolation), INTERPOLATIONS)
+            )
 
     def describe(self) -> dict[str, Any]:
         """The preprocessing as JSON, for the manifest."""

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cache.views import INTERPOLATIONS
 from ...errors import TeacherError
-from .base import Preprocessing, SpaceShape, Teacher, closest
+from .base import Preprocessing, SpaceShape, Teacher
 from .weights import first_sentence, weights_sha256
 
 TAKES = {
@@ -65,9 +64,17 @@ def taps_from(
     Raises:
         TeacherError: the network has no such space, block or option.
     """
+    chosen = default if spaces is None else spaces
+    if not isinstance(chosen, Mapping):
+        raise TeacherError(
+            f"teachers.{teacher}.spaces={chosen!r}: expected names with what to take, such as "
+            "{patch: {}, mid: {take: tokens, block: 5}}, or null"
+        )
     taps = {}
-    for name, given in (default if spaces is None else spaces).items():
+    for name, given in ((str(name), given) for name, given in chosen.items()):
         where = f"teachers.{teacher}.spaces.{name}"
+        if not isinstance(given, Mapping | None):
+            raise TeacherError(f"{where}={given!r}: expected {{take:, block:, norm:}}, or null")
         options = dict(given or {})
         unknown = set(options) - {field.name for field in fields(Tap)}
         if unknown or "/" in name:
@@ -82,6 +89,11 @@ def taps_from(
                 + ", ".join(f"{take} ({TAKES[take]})" for take in offer.takes)
             )
         block, norm = options.get("block"), options.get("norm")
+        if type(block) not in (int, type(None)) or not isinstance(norm, bool | None):
+            raise TeacherError(
+                f"{where}: block={block!r}, norm={norm!r}: expected the number of a block and true "
+                "or false, or null"
+            )
         if block is not None:
             if take in ("pooled", "embedding"):
                 raise TeacherError(f"{where}: {take} is made from the final features; drop block")
@@ -124,11 +136,6 @@ class NetworkTeacher(Teacher):
         taps: Mapping[str, Tap],
         libraries: tuple[str, ...],
     ) -> None:
-        if preprocessing.interpolation not in INTERPOLATIONS:
-            raise TeacherError(
-                f"teacher {name}: interpolation {preprocessing.interpolation!r} is unknown"
-                + closest(preprocessing.interpolation, INTERPOLATIONS)
-            )
         self.name = name
         self.preprocessing = preprocessing
         self.taps = dict(taps)
@@ -203,8 +210,8 @@ def size_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     Raises:
         TeacherError: it is neither.
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
         raise TeacherError(
             f"size is one positive number of pixels or [height, width], not {size!r}"
         )

@@ -258,6 +258,27 @@ def test_damage_that_verify_found_is_converted_again(store: Path, tmp_path: Path
     assert contents(out) == good
 
 
+def test_verify_condemns_no_shard_of_an_interrupted_conversion(store: Path, tmp_path: Path) -> None:
+    """Until a teacher is finished, verify looks for moments that only an extraction leaves."""
+    out = tmp_path / "out"
+    convert_store(store, out, "int4", ["vit/patch"])  # the CNN's shards are copied
+    good = contents(out)
+    for unit in ("vit", "cnn"):
+        for folder in (out, out / "spare"):
+            (folder / "commits" / unit / "complete.json").unlink()
+    written = {path: path.stat().st_ino for path in (out / "spaces").rglob("c.*")}
+    with pytest.raises(
+        StoreError, match="run the `preceptor convert`, or the `preceptor add`, that"
+    ):
+        Cache.open(out)
+    report = verify_store(out)
+    report.save()
+    assert {problem.unit for problem in report.problems if problem.shard is not None} == {"cnn"}
+    convert_store(store, out, "int4", ["vit/patch"])
+    assert contents(out) == good
+    assert {path: path.stat().st_ino for path in (out / "spaces").rglob("c.*")} == written
+
+
 def test_a_damaged_source_and_a_strange_target_are_refused(store: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     extract(copy)

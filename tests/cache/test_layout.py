@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from numcodecs.zstd import Zstd
 from preceptor.cache.layout import ArraySpec, node_bytes
 from preceptor.cache.sharding import alignment, parse_index, shard_file
+from preceptor.cache.zstd_frames import content_length
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, TransposeCodec, ZstdCodec
 
 SPECS = {
@@ -114,6 +116,35 @@ def test_a_chunk_of_several_frames_is_read() -> None:
     raw = chunk.transpose(2, 0, 1).tobytes()
     frames = b"".join(Zstd(level=1, checksum=True).encode(part) for part in (raw[:99], raw[99:]))
     assert (spec.decode_chunk(np.frombuffer(frames, np.uint8)) == chunk).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.binary(max_size=400), st.integers(1, 900)), min_size=1, max_size=3),
+    level=st.sampled_from([1, 3, 19]),
+    checksum=st.booleans(),
+)
+def test_frames_state_their_length(
+    parts: list[tuple[bytes, int]], level: int, checksum: bool
+) -> None:
+    """Fields of one byte to four, and blocks of one repeated byte."""
+    whole = [part * count for part, count in parts]
+    frames = b"".join(Zstd(level=level, checksum=checksum).encode(part) for part in whole)
+    raw = np.frombuffer(frames, np.uint8)
+    assert content_length(raw) == sum(map(len, whole))
+    assert content_length(raw[:-1]) is None
+
+
+def test_frames_of_any_length_are_refused_before_room_is_made() -> None:
+    spec = SPECS["channel-zstd"]
+    bomb = np.frombuffer(Zstd(level=1).encode(bytes(1 << 26)), np.uint8).copy()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"67108864 bytes instead of {spec.chunk_bytes}"):
+            spec.decode_chunk(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @settings(max_examples=60, deadline=None)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from preceptor.cache import tars
 from preceptor.cache.samples import SampleIndex, list_samples
-from preceptor.errors import DataError
+from preceptor.errors import DamagedImageError, DataError
 
 Member = tuple[str, bytes]
 
@@ -338,6 +338,20 @@ def test_images_are_bounded_and_damage_is_named(tmp_path: Path) -> None:
             index.image(i)
     with pytest.raises(DataError, match="64 x 64, more than 4,095 pixels"):
         index.image(0, max_pixels=4095)
+
+
+def test_a_user_s_limit_stands_above_pillow_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow refuses more than twice its own, and warns of more than that."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    index = SampleIndex.from_shards(
+        write_tar(tmp_path / "x.tar", [("a.png", encoded(size=(60, 60)))])
+    )
+    with pytest.raises(DamagedImageError, match="60 x 60, more than 3,599 pixels"):
+        index.image(0, max_pixels=3599)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert index.image(0, max_pixels=3600).size == (60, 60)
 
 
 def test_modes_become_rgb(tmp_path: Path) -> None:

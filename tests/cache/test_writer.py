@@ -159,5 +159,5 @@ def test_finishing_names_what_is_pending(tmp_path: Path) -> None:
     assert writer.pending() == [(0, ("vit", "cnn")), (2, ("rows", "vit", "cnn"))]
     with pytest.raises(StoreError, match=r"2 of 3 shards are not committed \(0, 2\)"):
         writer.finish()
-    with pytest.raises(StoreError, match=r"vit lacks 2 of 3 shards \(0, 2\).*extract"):
+    with pytest.raises(StoreError, match=r"vit lacks 2 of 3 shards \(0, 2\).*extract` that began"):
         Cache.open(tmp_path / "store")

@@ -13,9 +13,11 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants
+from omegaconf import OmegaConf
 from preceptor.checkpoints import read_checkpoint
-from preceptor.errors import TeacherError
-from preceptor.extract.teachers import load_teacher
+from preceptor.errors import ConfigError, TeacherError
+from preceptor.extract.pipeline import load_teachers
+from preceptor.extract.teachers import Preprocessing, load_teacher
 from preceptor.extract.teachers.from_timm import TimmTeacher
 from preceptor.tests.extract.random_networks import images, randomised
 from timm.data import resolve_model_data_config
@@ -276,6 +278,15 @@ def test_bad_checkpoints_are_named(
         ({"patch": {"block": 99}}, r"no block 99; the network has blocks 0 to \d+"),
         ({"patch": {"blok": 3}}, "take, block and norm, not blok"),
         ({"pooled": {"block": 3}}, "final features; drop block"),
+        (["patch", "cls"], r"spaces=\['patch', 'cls'\]: expected names"),
+        ({"patch": "tokens"}, r"spaces\.patch='tokens': expected \{take:"),
+        (
+            {"mid": {"take": "tokens", "block": "last"}},
+            "block='last', norm=None: expected",
+        ),
+        ({"mid": {"take": "tokens", "block": True}}, "block=True"),
+        ({"mid": {"take": "tokens", "block": 1, "norm": "no"}}, "norm='no': .* true or false"),
+        ({1: {}}, r"spaces\.1: the network has no '1'"),
         ({"patch": {"norm": False}}, "norm belongs to a block"),
         ({}, "is empty"),
     ],
@@ -288,9 +299,41 @@ def test_unknown_spaces_are_answered_with_those_there_are(
         load_teacher("t", "timm:test_vit", checkpoint=path, spaces=spaces)
 
 
+def test_mistakes_of_a_configuration_are_one_sentence() -> None:
+    for given, message in (
+        (
+            {"source": "timm:test_vit", "sizes": 64},
+            r"teachers\.t has no option sizes; similar",
+        ),
+        ({"source": "timm:test_vit", "name": "x"}, r"teachers\.t has no option name"),
+        ({"source": None}, "source=None"),
+        ({"source": "timm:test_vit", "checkpoint": 3}, "checkpoint=3: expected text"),
+        ({"size": 64}, r"teachers\.t needs a source"),
+    ):
+        with pytest.raises((ConfigError, TeacherError), match=message):
+            load_teachers(OmegaConf.create({"t": given}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"interpolation": "BICUBIC"}, "interpolation 'BICUBIC' is unknown; known: "),
+        ({"size": 224}, "size=224; expected two positive"),
+        ({"size": (0, 5)}, r"size=\(0, 5\)"),
+        ({"mean": (0.5,)}, "mean=.*three numbers"),
+        ({"std": (1.0, 0.0, 1.0)}, "std="),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(given: dict, message: str) -> None:
+    whole = {"size": [8, 6], "mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
+    assert Preprocessing(**whole).size == (8, 6)
+    with pytest.raises(TeacherError, match=message):
+        Preprocessing(**{**whole, **given})
+
+
 def test_sizes_that_a_network_refuses(checkpoints: dict[str, Path]) -> None:
     path = str(checkpoints["test_vit"])
-    for size in (0, [1, 2, 3]):
+    for size in (0, [1, 2, 3], "224", 2.5, True):
         with pytest.raises(TeacherError, match="size is one positive number"):
             load_teacher("t", "timm:test_vit", checkpoint=path, size=size)  # type: ignore[arg-type]
     with pytest.raises(TeacherError, match="65 x 65 pixels"):

@@ -94,6 +94,10 @@ def test_spaces_merge_into_one_softmax(implementation, norm):
     merged, _ = merge_spaces([v for v, _ in parts], [lse for _, lse in parts])
     whole, _ = ours.attend(model_tokens, tokens)
     torch.testing.assert_close(merged, whole)
+    spaces = tokens[:, :12].unflatten(1, (3, 4))
+    torch.testing.assert_close(
+        ours.over_spaces(model_tokens, spaces), ours(model_tokens, tokens[:, :12])
+    )
 
 
 @pytest.mark.parametrize("implementation", ["absorbed", "standard"])

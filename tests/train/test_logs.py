@@ -12,10 +12,11 @@ from lightning_fabric import Fabric
 from omegaconf import OmegaConf
 from preceptor.cache import Cache
 from preceptor.errors import ConfigError
+from preceptor.tests.train.limits import largest_file
 from preceptor.train.alignment import AlignmentOutput, build_alignment
 from preceptor.train.alignment.base import Space
 from preceptor.train.batch import normalise
-from preceptor.train.checkpoint import load_model
+from preceptor.train.checkpoint import Checkpoints, load_model
 from preceptor.train.diagnosis import Diagnosis, spread, teacher_gradients
 from preceptor.train.loop import train
 from preceptor.train.students import StudentOutput, build_student
@@ -44,6 +45,37 @@ def test_logs_go_on_where_an_interrupted_run_stopped(train_config, tmp_path, int
     assert [step for step, *_ in whole] == list("12345678")
     events = EventAccumulator(str(tmp_path / "parts" / "logs")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+
+
+def test_a_log_that_was_cut_short_is_gone_on_with(train_config, tmp_path, interrupted):
+    options = ("recipe.checkpoint_every=3", "recipe.log_every=1", "log.to=[csv]")
+    with interrupted(5):
+        train(train_config(*options))
+    path = tmp_path / "run" / "logs" / "csv" / "metrics.csv"
+    raw = path.read_bytes()
+    second = raw.index(b"\n", raw.index(b"\n", raw.index(b"\n") + 1) + 1)
+    path.write_bytes(raw[: second - 20])  # within the row of step 2
+    train(train_config(*options))
+    steps = [row["step"] for row in rows_of(tmp_path / "run") if row["loss"]]
+    assert steps == list("145678")
+    assert not list(tmp_path.rglob("*before*"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("name", ["csv", "tensorboard"])
+def test_without_space_a_log_ends_and_the_run_goes_on(
+    train_config, tmp_path, at_step, capsys, name
+):
+    limit = largest_file(10)
+    at_step({3: limit.__enter__, 6: lambda: limit.__exit__(None, None, None)})
+    options = ("recipe.log_every=1", "recipe.checkpoint_every=2", "keep.last=9")
+    try:
+        summary = train(train_config(*options, f"log.to=[{name}]"))
+    finally:
+        limit.__exit__(None, None, None)
+    assert summary["steps"] == 8
+    assert f"the log {name} ends here: File too large" in capsys.readouterr().err
+    assert list(Checkpoints(tmp_path / "run", 9).steps()) == [2, 8]
 
 
 def test_where_the_time_goes_is_logged(train_config, tmp_path):

@@ -154,7 +154,8 @@ def test_a_compiled_student_learns_the_same(train_config, tmp_path, align, monke
         torch.nn.Module.compile(student, backend="aot_eager")
 
     monkeypatch.setattr(Student, "compile", traced)
-    options = (*align, "recipe.steps=3", "recipe.lr=1e-4", "engine.precision=64-true")
+    options = (*align, "align.targets=phis", "recipe.steps=3", "recipe.lr=1e-4",
+               "engine.precision=64-true")  # fmt: skip
     for out, compiled in (("plain", "false"), ("compiled", "true")):
         train(train_config(*options, f"engine.compile={compiled}", student=CNN, out=out))
     plain, compiled = (
@@ -201,6 +202,27 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_space(train_config, tmp_p
         # The teachers' stream would refuse such a scale itself.
         train(train_config("recipe.checkpoint_every=2", "align.teacher_stream=0"))
     assert load_checkpoint(last(tmp_path / "run"))["step"] == 4
+
+
+def test_weights_that_are_not_finite_take_no_checkpoint_s_place(
+    train_config, tmp_path, monkeypatch
+):
+    """The loss of the step is finite, its gradient is not: a checkpoint is due before the next loss
+    tells."""
+    original = loop.check_gradients
+    calls = iter(range(100))
+
+    def poisoned(module):
+        original(module)
+        if next(calls) == 3:
+            next(module.parameters()).grad.fill_(float("inf"))
+
+    monkeypatch.setattr(loop, "check_gradients", poisoned)
+    told = r"weights are not finite after step 4 \(.*\); .*step-00000003.pt \(step 3\)"
+    with pytest.raises(TrainingError, match=told):
+        train(train_config("recipe.checkpoint_every=1"))
+    state = load_checkpoint(last(tmp_path / "run"))
+    assert state["step"] == 3
 
 
 def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -15,8 +13,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from preceptor.benchmarks import torture_train
+from preceptor.cache import Cache
 from preceptor.cli import main
 from preceptor.errors import ConfigError, StoreError
+from preceptor.tests.train.limits import largest_file
 from preceptor.train import loop
 from preceptor.train.checkpoint import (
     Checkpoints,
@@ -27,6 +27,7 @@ from preceptor.train.checkpoint import (
 )
 from preceptor.train.loop import train
 from preceptor.train.monitor import KnnMonitor
+from preceptor.train.settings import identity_of
 from safetensors.torch import load_file, save_file
 
 
@@ -100,17 +101,6 @@ def test_a_second_signal_acts_as_it_always_did(train_config, at_step):
             train(train_config())
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def largest_file(size: int):
-    """Files cannot grow beyond so many bytes: the kernel refuses, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_without_space_the_old_checkpoint_stays_and_the_run_says_so(
@@ -374,6 +364,23 @@ def test_slurm_starts_the_ranks(tmp_path):
         out, errors = rank.communicate()
         assert rank.returncode == 0, errors
         assert out.split()[-2:] == ["2", "3.0"]
+
+
+def test_teachers_that_nothing_is_learnt_from_may_come_and_go(train_config, bed):
+    cache = Cache.open(bed.cache)
+    config = train_config("align.spaces=[vit/cls]")
+    ours = identity_of(config, cache, ["vit/cls"])
+    assert set(ours["store"]) == {"rows", "vit"}
+    assert set(identity_of(config, cache, [])["store"]) == {"rows"}
+    stored = {**ours, "store": {**ours["store"], "another": "f00d"}}  # as an earlier release did
+    check_same_run(Path("last.pt"), stored, ours)
+    stored["store"]["vit"] = "f00d"
+    with pytest.raises(ConfigError, match=r"store\.vit \(f00d there"):
+        check_same_run(Path("last.pt"), stored, ours)
+    everything = identity_of(train_config(), cache, ["vit/cls", "vit/patch"])
+    lacking = {**everything, "store": {**everything["store"], "another": "f00d"}}
+    with pytest.raises(ConfigError, match=r"store\.another \(f00d there, absent here\)"):
+        check_same_run(Path("last.pt"), lacking, everything)
 
 
 def test_an_option_younger_than_the_checkpoint_had_its_default_there():

@@ -183,7 +183,7 @@ class PhiS(nn.Module):
         self.offset.copy_(torch.from_numpy(rotation @ (mean - moments.mean)))
 
     def forward(self, target: Target) -> Target:
-        values = floats(target)
+        values = floats(target).to(self.matrix.dtype)
         with torch.autocast(values.device.type, enabled=False):  # it would round the targets
             return nn.functional.linear(values, self.matrix, self.offset)
 

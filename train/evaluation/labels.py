@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...cache import Cache
-from ...cache.samples import MAX_PIXELS, SampleIndex
+from ...cache.samples import MAX_PIXELS, SampleIndex, open_image
 from ...errors import ConfigError, DataError
 from .truths import Classes, Maps, Targets, Truth, ValueMaps
 
@@ -278,7 +277,7 @@ def _class_folders(index: SampleIndex) -> dict[int, str]:
 
 def _decode(raw: bytes, where: str, max_pixels: int) -> Image.Image:
     try:
-        image: Image.Image = Image.open(io.BytesIO(raw), formats=["PNG"])
+        image = open_image(raw, ["PNG"], max_pixels)
         if image.width * image.height > max_pixels:
             raise DataError(
                 f"{where} is {image.width} x {image.height}, more than {max_pixels:,} pixels"

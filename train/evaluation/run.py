@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from ...cache.durable import write_whole
-from ...engine import launch, refuse_several
+from ...engine import launch, precision, refuse_several
 from ...errors import ConfigError, DataError
 from ...measure import peak_memory_mb
 from ...options import plain
@@ -68,6 +68,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
             flush=True,
         )
     readouts = choose_readouts(config, runs)
+    if str(precision(config.engine)) == "64-true":
+        raise ConfigError("engine.precision=64-true: students are evaluated in 32-true or mixed")
     fabric = launch(config.engine)
     suite = suite.on(fabric.device)
     out = Path(config.out)
