@@ -33,8 +33,9 @@ $(VENV)/.dev: setup.cfg pyproject.toml | $(PY)
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
 
+# A process a core; each computes with one thread.
 test: $(VENV)/.dev
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 # mypy does not follow the root's mapping to the package, so it gets a link under the package's name.
 check: $(VENV)/.dev

@@ -44,6 +44,23 @@ def store_of(path: Path, x: torch.Tensor, encoding: str, grid: tuple[int, int] |
     return Cache.open(path)
 
 
+def test_codes_that_went_over_as_they_were_add_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, rows = (
+        store_of(tmp_path / "store", features(128), "int4", (4, 4))["t/s"],
+        np.arange(ROWS),
+    )
+    alone = fidelity(space, rows)
+    monkeypatch.setattr(type(space), "earlier", ("int4",))
+    assert fidelity(space, rows) == alone
+    monkeypatch.setattr(type(space), "earlier", ("int4", "int8"))  # decoded in between
+    twice = fidelity(space, rows)
+    assert alone is not None
+    assert twice is not None
+    assert twice["relative_error"] == pytest.approx(2**0.5 * alone["relative_error"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("encoding", "rectified"),
     [

@@ -197,6 +197,23 @@ def test_a_shard_that_cannot_be_committed_is_named_and_can_be_done_later(
     assert digests(path) == digests(store)
 
 
+def test_a_summary_that_cannot_be_kept_is_no_failure(
+    shards: str, teachers: list[str], store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = store.with_name("store.extract.json")
+    before = summary.read_text()
+    summary.unlink()
+    summary.mkdir()
+    try:
+        assert main(["extract", *options(shards, teachers, store)]) == 0
+    finally:
+        summary.rmdir()
+        summary.write_text(before)
+    told = capsys.readouterr()
+    assert "store.extract.json cannot be written: Is a directory; the store is whole" in told.err
+    assert "0 rows extracted now" in told.out
+
+
 def test_a_store_may_be_named_by_the_address_of_its_file(
     shards: str, teachers: list[str], store: Path
 ) -> None:

@@ -77,10 +77,14 @@ def test_runs_are_saved_and_waited_for(whom: str, tmp_path: Path) -> None:
 
 
 def test_what_was_there_before_is_there_again(tmp_path: Path) -> None:
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    with PoolStop(tmp_path):
-        assert signal.getsignal(signal.SIGINT) != handlers[signal.SIGINT]
-    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, in a background
+    try:
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        with PoolStop(tmp_path):
+            assert signal.getsignal(signal.SIGINT) != handlers[signal.SIGINT]
+        assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+    finally:
+        signal.signal(signal.SIGINT, found)
 
 
 def test_a_second_signal_acts_as_before(tmp_path: Path) -> None:
