@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import torch
@@ -107,7 +109,8 @@ def loaded(
         generator=torch.Generator().manual_seed(0),
         **options,
     )
-    images = iter(loader)  # the workers start here, in the caller's thread
+    with _term_blocked():
+        images = iter(loader)  # the workers start here, in the caller's thread
 
     def checked() -> Iterator[tuple[Tensor, Problems]]:
         for found in images:
@@ -135,6 +138,21 @@ class _Told(Dataset[Any]):
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+@contextlib.contextmanager
+def _term_blocked() -> Iterator[None]:
+    """Let a process that starts workers (``forkserver``) outlive SIGTERM as they do: it keeps the
+    mask of signals that it begins with, and workers end when it does."""
+    if not hasattr(signal, "sigwaitinfo"):  # workers would be deaf to the run, too
+        yield
+        return
+    resource_tracker.ensure_running()  # which, on its first start, unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _heed_the_run_alone(_: int) -> None:

@@ -189,7 +189,8 @@ def test_an_image_that_cannot_be_decoded(pixel_bed, bad_image: SampleIndex, work
 # -- signals ---------------------------------------------------------------------------------------
 
 
-def test_a_signal_to_all_processes_of_a_run_leaves_it_its_images(bed) -> None:
+@pytest.mark.parametrize("start", ["default", "forkserver"])
+def test_a_signal_to_all_processes_of_a_run_leaves_it_its_images(bed, start: str) -> None:
     """As Ctrl-C, torchrun and Slurm send them: the run finishes its step and saves.
 
     In a process of its own, as a run is: among all tests it failed in workers that were forked from
@@ -197,9 +198,12 @@ def test_a_signal_to_all_processes_of_a_run_leaves_it_its_images(bed) -> None:
     """
     script = (
         "import multiprocessing, subprocess, sys, torch\n"
+        "from multiprocessing.forkserver import _forkserver\n"
         "from preceptor.cache import Cache, SampleIndex\n"
         "from preceptor.train.loading import decoded\n"
         "from preceptor.train.views import StoredViews\n"
+        f"if {start == 'forkserver'}:\n"
+        "    SampleIndex.start_method = 'forkserver'  # as of shards in a bucket\n"
         "index = SampleIndex.from_shards(sys.argv[2])\n"
         "views = StoredViews(Cache.open(sys.argv[1]), index, (32, 32))\n"
         "orders = [[(row, 0)] for row in range(30)]  # more than workers hold ready\n"
@@ -207,6 +211,8 @@ def test_a_signal_to_all_processes_of_a_run_leaves_it_its_images(bed) -> None:
         "found = [next(images), next(images)]  # one of each worker: both have begun\n"
         "pids = [str(worker.pid) for worker in multiprocessing.active_children()]\n"
         "assert len(pids) == 2\n"
+        f"if {start == 'forkserver'}:\n"
+        "    pids.append(str(_forkserver._forkserver_pid))\n"
         "for name in ('-INT', '-TERM'):\n"
         "    subprocess.run(['kill', name, *pids], check=True)\n"
         "found += images\n"
