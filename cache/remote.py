@@ -55,7 +55,7 @@ class RemoteSource(Source):
             from obstore.store import from_url
         except ImportError:
             raise StoreError(
-                f"{location}: reading remote stores needs obstore: pip install 'preceptor[remote]'"
+                f"{location}: reading from there needs obstore: pip install 'preceptor[remote]'"
             ) from None
         try:
             self._store = from_url(location.rstrip("/"), **self._with_http())

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +34,11 @@ from .tars import TarShard
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: 256 MiB as RGB, and Pillow's own warning level."""
+T = TypeVar("T")
+
 _MANY_SHARDS = 32
 _READ_AHEAD = 64
-"""Images of remote shards that are fetched together."""
+"""Samples of remote shards that are asked for together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,10 +236,7 @@ class SampleIndex:
     def images(
         self, samples: Iterable[int], max_pixels: int = MAX_PIXELS
     ) -> Iterator[Image.Image | DataError]:
-        """Each sample as `image` gives it, or what is wrong with it.
-
-        Those of remote shards are fetched many at a time.
-        """
+        """Each sample as `image` gives it, or what is wrong with it; read by `each`."""
 
         def found(i: int) -> Image.Image | DataError:
             try:
@@ -245,13 +244,20 @@ class SampleIndex:
             except DataError as error:
                 return error
 
-        wanted = [int(i) for i in samples]
+        return self.each(found, samples)
+
+    def each(self, read: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
+        """What a function that reads samples gives for every item, in their order.
+
+        Where shards are remote it is called from several threads, so that many are on their way.
+        """
+        wanted = [int(item) for item in items]
         if self.start_method is None:
-            yield from map(found, wanted)
+            yield from map(read, wanted)
             return
         with ThreadPoolExecutor(PARALLEL) as pool:
             for first in range(0, len(wanted), _READ_AHEAD):
-                yield from pool.map(found, wanted[first : first + _READ_AHEAD])
+                yield from pool.map(read, wanted[first : first + _READ_AHEAD])
 
     def image(self, i: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
         """Sample ``i`` decoded to RGB: grey repeated, alpha dropped, EXIF orientation not applied.

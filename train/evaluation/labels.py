@@ -170,18 +170,16 @@ class Task:
         if self.label == "cls":
             return np.asarray(cache.labels, dtype=np.int64)[rows]
         if self._is_map:
-            return np.stack(
-                [
-                    self._map(cache, index, int(row), int(sample), max_pixels)
-                    for row, sample in zip(rows, samples, strict=True)
-                ]
-            )
-        numbers = np.array(
-            [
-                [self._number(index, int(sample), field) for field in self.fields]
-                for sample in samples
-            ]
-        )
+
+            def shown(place: int) -> NDArray[Any]:
+                return self._map(cache, index, int(rows[place]), int(samples[place]), max_pixels)
+
+            return np.stack(list(index.each(shown, range(len(rows)))))
+
+        def values(sample: int) -> list[float]:
+            return [self._number(index, sample, field) for field in self.fields]
+
+        numbers = np.array(list(index.each(values, samples)))
         if self.kind == "regression":
             return numbers
         return self._classes(index, samples, numbers[:, 0])
