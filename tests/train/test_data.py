@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from preceptor import pixels as pixels_module
 from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
 from preceptor.errors import ConfigError, DataError
@@ -143,6 +144,17 @@ def test_jitter_depends_on_seed_epoch_and_row_alone(bed, cache):
     assert not torch.equal(first[0], first[1])
     plain = StoredViews(cache, bed.index, (16, 16), jitter=ColorJitter())
     assert torch.equal(plain[3], StoredViews(cache, bed.index, (16, 16))[3])
+
+
+def test_normalised_pixels_are_float32_whatever_the_default():
+    """As under Fabric's autocast of 64-true; what is kept must not depend on who came first."""
+    pixels, mean = torch.zeros(1, 3, 2, 2, dtype=torch.uint8), (0.123, 0.4, 0.5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = pixels_module.normalise(pixels, mean, mean, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
 
 
 def test_normalise_is_imagenets():

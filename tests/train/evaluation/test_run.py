@@ -177,6 +177,8 @@ def test_mistakes_are_told(train_config, eval_config, tmp_path):
         evaluate(eval_config(f"students=[{tmp_path}]", "with_teachers=false"))
     with pytest.raises(ConfigError, match="no student has tokens; there are pooled"):
         evaluate(eval_config(f"students=[{run}]", "readouts=[tokens]"))
+    with pytest.raises(ConfigError, match="64-true: students are evaluated in 32-true or mixed"):
+        evaluate(eval_config(f"students=[{run}]", "engine.precision=64-true"))
     with pytest.raises(ConfigError, match="nothing to score"):
         evaluate(eval_config("with_teachers=false"))
     with pytest.raises(ConfigError, match=r"write a list, students=\[x\]"):
