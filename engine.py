@@ -97,7 +97,7 @@ def gathered(fabric: Fabric, value: T) -> list[T]:
 @contextlib.contextmanager
 def one_first(fabric: Fabric) -> Iterator[None]:
     """Of the processes of each machine one runs the block before the others, who find what it has
-    kept; they follow where it fails, too. A collective."""
+    kept, if anything; they follow where it fails, too. A collective."""
     if fabric.local_rank > 0:
         fabric.barrier()
     try:

@@ -125,7 +125,7 @@ class RemoteSource(Source):
         """Bytes of an object from one position on; fewer where it ends.
 
         Args:
-            tag: of the version that is wanted; None: whichever is there.
+            tag: of the version that is wanted; None, or a weak one: whichever is there.
 
         Raises:
             FileNotFoundError: there is no such object.
@@ -133,7 +133,9 @@ class RemoteSource(Source):
         """
         import obstore
 
-        options: Any = {"range": (offset, offset + size), "if_match": tag}
+        options: Any = {"range": (offset, offset + size)}
+        if tag is not None and not tag.startswith("W/"):  # which match nothing: RFC 9110, 13.1.1
+            options["if_match"] = tag
         return self._patiently(
             name, lambda: bytes(obstore.get(self._store, name, options=options).bytes())
         )
@@ -160,7 +162,12 @@ class RemoteSource(Source):
             FileNotFoundError: there is no such object.
             StoreError: no good answer.
         """
-        from obstore.exceptions import PreconditionError
+        from obstore.exceptions import (
+            NotSupportedError,
+            PermissionDeniedError,
+            PreconditionError,
+            UnauthenticatedError,
+        )
 
         started, attempts = time.monotonic(), 0
         while True:
@@ -173,10 +180,21 @@ class RemoteSource(Source):
                 raise StoreError(
                     f"{self.location}/{name} has changed since it was listed; run the command again"
                 ) from error
+            except NotSupportedError as error:
+                raise StoreError(
+                    f"{self.location}/{name} cannot be read in parts: {first_line(error)}; copy it "
+                    "here, or to a server that gives ranges of files"
+                ) from error
+            except (PermissionDeniedError, UnauthenticatedError) as error:
+                raise StoreError(
+                    f"{self.location}/{name} may not be read: {first_line(error)}; check the "
+                    "credentials in the options or the environment"
+                ) from error
             except (OSError, self._errors()) as error:
                 if attempts < _ATTEMPTS and time.monotonic() - started < _PATIENCE:
                     continue
                 raise StoreError(
-                    f"{self.location}/{name} could not be read after {attempts} attempts: "
+                    f"{self.location}/{name} could not be read after {attempts} "
+                    f"attempt{'s' if attempts > 1 else ''}: "
                     f"{first_line(error)}; check the address, the credentials and the network"
                 ) from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO
+from urllib.parse import unquote
 
 from ..errors import DataError, StoreError
 from . import tars
@@ -14,8 +16,9 @@ from .tars import TarShard
 
 PARALLEL = RemoteSource.parallel
 """How many reads at a time serve remote shards well."""
-_WALK = 8 << 20
-"""Bytes of one request while a shard is walked: some tens of images, and the headers between."""
+_WALK = 2 << 20
+"""Bytes of one request while a shard is walked: some images, and the headers between. A request has
+half a minute, in which slow links must bring that of `PARALLEL`."""
 
 
 @lru_cache(maxsize=64)
@@ -28,7 +31,8 @@ class RemoteTarShard(TarShard):
     """A shard at ``s3://``, ``gs://``, ``az://`` or ``http(s)://``.
 
     Credentials, region and endpoint come from the usual environment variables. What is read is of
-    the version that was listed, where the server names versions, as buckets do.
+    the version that was listed, where the server names versions, as buckets do; elsewhere nobody
+    notices that a shard is replaced while a command runs.
 
     Attributes:
         tag: the name of that version (ETag).
@@ -50,7 +54,9 @@ class RemoteTarShard(TarShard):
         except (FileNotFoundError, StoreError) as error:
             raise _unread(path, error) from error
         packed = tars.compression(path, head)
-        return cls(path, facts.size, facts.modified, packed, tag=facts.tag)
+        # A version that the server does not tell in any way may be a new one every time.
+        modified = facts.modified if facts.tag or facts.modified > 0 else time.time_ns()
+        return cls(path, facts.size, modified, packed, tag=facts.tag)
 
     @property
     def place(self) -> bytes:
@@ -103,7 +109,13 @@ class _Ranges(io.RawIOBase):
 
 
 def _source(path: str) -> tuple[RemoteSource, str]:
-    folder, _, name = path.rpartition("/")
+    scheme, _, rest = path.partition("://")
+    if scheme.startswith("http"):  # some hosts are buckets, whose names are in the path
+        folder, _, name = path.rpartition("/")
+        name = unquote(name)
+    else:
+        bucket, _, name = rest.partition("/")
+        folder = f"{scheme}://{bucket}"
     try:
         return _folder(folder), name
     except StoreError as error:

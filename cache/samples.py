@@ -338,15 +338,18 @@ class _Lists:
         """Every shard with its list; without, where it has to be unpacked first. Remote ones are
         walked many at a time."""
 
-        def walk(path: str) -> tuple[TarShard, ShardList | None]:
-            shard = RemoteTarShard.at(path) if tars.is_remote(path) else TarShard.at(path)
+        def at(path: str) -> TarShard:
+            return RemoteTarShard.at(path) if tars.is_remote(path) else TarShard.at(path)
+
+        def walk(shard: TarShard) -> tuple[TarShard, ShardList | None]:
             return shard, self._list(shard) if shard.packed is None else None
 
         if not any(map(tars.is_remote, paths)):
-            yield from map(walk, paths)
+            yield from map(walk, map(at, paths))
             return
         with ThreadPoolExecutor(PARALLEL) as pool:
-            yield from pool.map(walk, paths)
+            shards = list(pool.map(at, paths))  # one that is missing is told before any is walked
+            yield from pool.map(walk, shards)
 
     def _list(self, shard: TarShard) -> ShardList:
         return list_shard(shard, list(self.members), kept=self._kept)

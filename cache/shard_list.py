@@ -13,6 +13,7 @@ import io
 import os
 import tarfile
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -60,14 +61,16 @@ class KeptLists:
 
     def __init__(self) -> None:
         self.folder = _user_folder()
+        self._lock = threading.Lock()
 
     def get(self, shard: TarShard) -> ShardList | None:
         """The list of a shard; None where none is kept of the shard as it is, or it is damaged."""
-        if self.folder is None:
+        folder = self.folder
+        if folder is None:
             return None
         try:
             # Checksums of the archive's members are compared as they are read.
-            with np.load(self._file(self.folder, shard), allow_pickle=False) as found:
+            with np.load(self._file(folder, shard), allow_pickle=False) as found:
                 if found["shard"].tobytes() != _identity(shard):
                     return None
                 names = found["keys"].tobytes().decode("utf-8", "surrogateescape")
@@ -81,7 +84,8 @@ class KeptLists:
 
     def keep(self, shard: TarShard, found: ShardList) -> None:
         """Keep the list of a shard that has not changed of late. Warns once where it cannot be."""
-        if self.folder is None or time.time_ns() - shard.modified < SETTLED:
+        folder = self.folder  # another thread may give it up
+        if folder is None or time.time_ns() - shard.modified < SETTLED:
             return
         names = "\0".join(found.keys).encode("utf-8", "surrogateescape")
         packed = io.BytesIO()
@@ -94,15 +98,17 @@ class KeptLists:
             sizes=found.sizes,
         )
         try:
-            self._write(self._file(self.folder, shard), packed.getbuffer())
+            self._write(self._file(folder, shard), packed.getbuffer())
         except OSError as error:
-            warnings.warn(
-                f"lists of shards cannot be kept in {self.folder} ({error.strerror or error}): "
-                f"every start reads the headers of all shards; set {FOLDER} to a folder that can "
-                "be written",
-                stacklevel=2,
-            )
-            self.folder = None
+            with self._lock:
+                given_up, self.folder = self.folder is None, None
+            if not given_up:
+                warnings.warn(
+                    f"lists of shards cannot be kept in {folder} ({error.strerror or error}): "
+                    f"every start reads the headers of all shards; set {FOLDER} to a folder that "
+                    "can be written",
+                    stacklevel=2,
+                )
 
     @staticmethod
     def _file(folder: Path, shard: TarShard) -> Path:
@@ -148,7 +154,7 @@ def _walk(shard: TarShard, kinds: Sequence[str]) -> ShardList:
     rows: list[tuple[int, int, int]] = []
     members: dict[str, list[tuple[int, int]]] = {kind: [] for kind in kinds}
 
-    def add(key: str | None, own: dict[str, tarfile.TarInfo]) -> None:
+    def add(key: str | None, own: dict[str, tarfile.TarInfo], label: int) -> None:
         if key is None:
             return
         images = [kind for kind in own if kind in IMAGE_KINDS]
@@ -160,28 +166,28 @@ def _walk(shard: TarShard, kinds: Sequence[str]) -> ShardList:
             )
         image = own[images[0]]
         keys.append(key)
-        rows.append((_label(shard.path, file, key, own.get("cls")), image.offset_data, image.size))
+        rows.append((label, image.offset_data, image.size))
         for kind, places in members.items():
             found = own.get(kind)
             places.append((found.offset_data, found.size) if found is not None else (0, -1))
 
     with io.BytesIO(shard.plain) if shard.plain is not None else shard.open() as file:
-        key, own = None, dict[str, tarfile.TarInfo]()
+        key, own, label = None, dict[str, tarfile.TarInfo](), -1
         for found, kind, member in tars.members(shard.path, file):
             if found != key:
-                add(key, own)
-                key, own = found, {}
+                add(key, own, label)
+                key, own, label = found, {}, -1
             if kind in own:
                 raise DataError(f"sample {found!r} in shard {shard.path} has two members .{kind}")
             own[kind] = member
-        add(key, own)
+            if kind == "cls":  # here and now: to come back for it may be another request
+                label = _label(shard.path, file, found, member)
+        add(key, own, label)
     labels, offsets, sizes = np.array(rows, np.int64).reshape(-1, 3).T.copy()
     return ShardList(keys, labels, offsets, sizes, members)
 
 
-def _label(path: str, file: IO[bytes], key: str, member: tarfile.TarInfo | None) -> int:
-    if member is None:
-        return -1
+def _label(path: str, file: IO[bytes], key: str, member: tarfile.TarInfo) -> int:
     text = b""
     if member.size <= MAX_LABEL_BYTES:
         file.seek(member.offset_data)

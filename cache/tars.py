@@ -11,6 +11,7 @@ import lzma
 import os
 import resource
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _COMPRESSED: dict[bytes, Any] = {
     b"BZh": bz2.open,
 }
 _BLOCK = tarfile.BLOCKSIZE
+_UNPACKING = threading.Lock()
 
 
 class _Descriptor:
@@ -145,8 +147,9 @@ class TarShard:
             DataError: the file is gone or has changed.
         """
         if self.packed is not None:
-            if self.plain is None:  # after unpickling in a worker process
-                self.plain = self.unpack(MAX_UNPACKED)
+            with _UNPACKING:  # of a worker's threads the first one alone
+                if self.plain is None:  # after unpickling in a worker process
+                    self.plain = self.unpack(MAX_UNPACKED)
             return self.plain[offset : offset + size]
         return self._read(offset, size)
 
@@ -208,11 +211,7 @@ def expand_shards(
             raise DataError(f"shards {item!r} cannot be expanded: {error}") from error
         for path in expanded:
             if is_remote(path):
-                if any(character in path for character in "*?"):
-                    raise DataError(
-                        f"shard {path!r}: shards at an address are named one by one or by braces, "
-                        "such as train-{000..146}.tar; * and ? are for local files"
-                    )
+                _refuse_address(path)
                 paths.append(path)
                 continue
             matches = sorted(glob(path)) if any(c in path for c in "*?") else [path]
@@ -230,6 +229,18 @@ def expand_shards(
                 f"({known}); download or mount it first"
             )
     return paths
+
+
+def _refuse_address(path: str) -> None:
+    if path.startswith("http") and any(character in path for character in "?#"):
+        raise DataError(f"shard {path!r}: addresses with ? or # cannot be read")
+    if any(character in path for character in "*?"):
+        raise DataError(
+            f"shard {path!r}: shards at an address are named one by one or by braces, such as "
+            "train-{000..146}.tar; * and ? are for local files"
+        )
+    if path.endswith("/") or path.count("/") < 3:
+        raise DataError(f"shard {path!r} is no file: name the tars in it, by braces")
 
 
 def is_remote(path: str) -> bool:

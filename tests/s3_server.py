@@ -88,6 +88,7 @@ def serving(application: Any) -> Iterator[str]:
     finally:
         server.shutdown()
         thread.join()
+        server.server_close()
 
 
 @contextlib.contextmanager

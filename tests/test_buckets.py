@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,14 +52,19 @@ def extraction(shards: str, teachers: list[str], path: Path) -> list[str]:
 
 
 def command(endpoint: str, *arguments: str) -> None:
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "preceptor", *arguments],
         env={**os.environ, **environment(endpoint)},
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
+    try:
+        _, told = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        raise
+    assert process.returncode == 0, told
 
 
 def test_a_store_from_a_bucket_is_that_from_the_disk(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ from .students import build_student
 from .views import Views, choose_views
 
 SUMMARY = "summary.json"
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for each other: one lists shards first, which may lie far away."""
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     check_settings(config)
     recipe, log, out = config.recipe, config.log, Path(config.out)
-    fabric = launch(config.engine)
+    fabric = launch(config.engine, patience=PATIENCE)
     rank_zero, world = fabric.global_rank == 0, fabric.world_size
     batch_size, accumulate = parts_of_a_step(recipe, world)
 

@@ -239,7 +239,7 @@ def test_a_request_that_took_long_is_not_repeated(
     over = threading.Event()
     moody.mood = lambda path: over
     try:
-        with pytest.raises(StoreError, match=r"could not be read after 1 attempts"):
+        with pytest.raises(StoreError, match=r"could not be read after 1 attempt:"):
             Cache.open("s3://bucket/path/store", storage=storage(endpoint, 0.6, retries=1))
     finally:
         over.set()

@@ -6,7 +6,10 @@ import gzip
 import io
 import json
 import tarfile
+import warnings
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,10 @@ from PIL import Image
 from preceptor.cache import remote_shard
 from preceptor.cache.remote import RemoteSource
 from preceptor.cache.samples import SampleIndex
+from preceptor.cache.shard_list import KeptLists, list_shard
+from preceptor.cache.tars import TarShard
 from preceptor.errors import DamagedImageError, DataError
-from preceptor.tests.s3_server import Moody, client_of, moody_s3, storage
+from preceptor.tests.s3_server import Moody, Start, client_of, moody_s3, serving, storage
 
 ADDRESS = "s3://bucket/in/images-{0..2}.tar"
 
@@ -29,13 +34,13 @@ def png(number: int, side: int) -> bytes:
     return file.getvalue()
 
 
-def write_shard(path: Path, numbers: range) -> None:
+def write_shard(path: Path, numbers: range, *kinds: str) -> None:
     with tarfile.open(path, "w") as tar:
         for number in numbers:
             members = {"png": png(number, 40), "cls": str(number % 5).encode()}
             if number % 2:
                 members["json"] = json.dumps({"x": number}).encode()
-            for kind, raw in members.items():
+            for kind, raw in ((kind, members[kind]) for kind in kinds or members):
                 header = tarfile.TarInfo(f"{number:03d}.{kind}")
                 header.size = len(raw)
                 tar.addfile(header, io.BytesIO(raw))
@@ -63,7 +68,12 @@ def server(folder: Path) -> Iterator[tuple[Moody, str]]:
 def moody(server: tuple[Moody, str], monkeypatch: pytest.MonkeyPatch) -> Moody:
     server[0].mood, server[0].failed = (lambda path: None), 0
     options = storage(server[1], retries=2)
-    monkeypatch.setattr(remote_shard, "_folder", lambda address: RemoteSource(address, options))
+    plain = {name: value for name, value in options.items() if name != "config"}
+
+    def opened(address: str) -> RemoteSource:
+        return RemoteSource(address, plain if address.startswith("http") else options)
+
+    monkeypatch.setattr(remote_shard, "_folder", opened)
     monkeypatch.setattr(remote_shard, "_WALK", 3000)  # less than one image
     return server[0]
 
@@ -113,8 +123,13 @@ def test_compressed_shards(server: tuple[Moody, str], folder: Path) -> None:
 
 
 def test_errors_of_the_server_are_retried(moody: Moody) -> None:
-    calls = iter(range(10**6))
-    moody.mood = lambda path: "503 Slow Down" if next(calls) % 3 == 0 else None
+    calls: Counter[str] = Counter()
+
+    def mood(path: str) -> str | None:
+        calls[path] += 1
+        return "503 Slow Down" if calls[path] % 3 == 0 else None
+
+    moody.mood = mood
     assert len(SampleIndex.from_shards(ADDRESS)) == 60
     assert moody.failed > 20
 
@@ -150,8 +165,15 @@ def test_what_cannot_be_listed_is_named(server: tuple[Moody, str], folder: Path)
             SampleIndex.from_shards(put(server, name, data))
     with pytest.raises(DataError, match=r"in/images-3.tar: there is none; check data.shards"):
         SampleIndex.from_shards("s3://bucket/in/images-{2..3}.tar")
-    with pytest.raises(DataError, match=r"images-\*.tar.*by braces"):
-        SampleIndex.from_shards("s3://bucket/in/images-*.tar")
+    for address, words in (
+        ("s3://bucket/in/images-*.tar", r"images-\*.tar.*by braces"),
+        ("http://host/x.tar?token=1", r"\? or # cannot be read"),
+        ("http://host/a#b/x.tar", r"\? or # cannot be read"),
+        ("s3://bucket/in/", "is no file"),
+        ("s3://bucket", "is no file"),
+    ):
+        with pytest.raises(DataError, match=words):
+            SampleIndex.from_shards(address)
     with pytest.raises(DataError, match=r"'pipe:aws s3 cp.*neither a local file nor at an address"):
         SampleIndex.from_shards("pipe:aws s3 cp s3://bucket/in/images-0.tar -")
 
@@ -167,3 +189,116 @@ def test_reads_past_the_end_are_short(server: tuple[Moody, str], folder: Path, s
         assert len(file.read()) == 7
         file.seek(10)
         assert file.read(20) == (folder / "images-0.tar").read_bytes()[10:30]
+
+
+def test_names_are_taken_as_they_stand(server: tuple[Moody, str], folder: Path) -> None:
+    raw = (folder / "images-2.tar").read_bytes()
+    for name in ("a#b/c d.tar", "a%20b.tar"):
+        client_of(server[1]).put_object(Bucket="bucket", Key=name, Body=raw)
+        assert len(SampleIndex.from_shards(f"s3://bucket/{name}")) == 20
+
+
+def test_one_that_is_missing_is_told_before_any_is_walked(moody: Moody) -> None:
+    asked: list[str] = []
+    moody.mood = asked.append  # type: ignore[assignment]
+    with pytest.raises(DataError, match=r"images-3.tar: there is none"):
+        SampleIndex.from_shards("s3://bucket/in/images-{0..3}.tar")
+    assert len(asked) <= 4  # the first bytes of each
+
+
+@pytest.mark.parametrize("kinds", [("png", "cls"), ("cls", "png")])
+def test_a_walk_asks_for_every_byte_once(
+    tmp_path: Path, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a label lies at the end of one request and its image begins another."""
+    write_shard(tmp_path / "x.tar", range(60), *kinds)
+    local, asked = TarShard.at(str(tmp_path / "x.tar")), []
+    shard = remote_shard.RemoteTarShard(local.path, local.size, local.modified, None)
+
+    def read(self: Any, offset: int, size: int) -> bytes:
+        asked.append(min(size, local.size - offset))
+        return local.read(offset, size)
+
+    monkeypatch.setattr(remote_shard.RemoteTarShard, "_read", read)
+    found = list_shard(shard, kept=KeptLists())
+    assert found.labels.tolist() == [number % 5 for number in range(60)]
+    assert sum(asked) < 1.1 * local.size
+
+
+def test_threads_that_cannot_keep_lists_say_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("preceptor.cache.shard_list.SETTLED", -(10**12))
+    write_shard(tmp_path / "x.tar", range(3))
+    shard = TarShard.at(str(tmp_path / "x.tar"))
+    monkeypatch.setenv("PRECEPTOR_SHARD_LISTS", "")
+    found = list_shard(shard, kept=KeptLists())
+    monkeypatch.setenv("PRECEPTOR_SHARD_LISTS", str(tmp_path / "file"))  # no folder
+    kept = KeptLists()
+    with warnings.catch_warnings(record=True) as told, ThreadPoolExecutor(16) as pool:
+        warnings.simplefilter("always")
+        list(pool.map(lambda _: kept.keep(shard, found), range(200)))
+    assert len(told) == 1
+
+
+class Plain:
+    """A WSGI application: one file, of a server that names no versions.
+
+    Attributes:
+        dated: whether it tells when the file was changed.
+        ranges: whether it gives parts of it.
+        tag: its ETag; None: none.
+    """
+
+    def __init__(self, raw: bytes, *, dated: bool = True, ranges: bool = True) -> None:
+        self.raw, self.dated, self.ranges = raw, dated, ranges
+        self.tag: str | None = None
+
+    def __call__(self, environ: dict[str, Any], start: Start) -> list[bytes]:
+        headers = [("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")] if self.dated else []
+        headers += [("ETag", self.tag)] if self.tag else []
+        if environ.get("HTTP_IF_MATCH"):  # a weak tag matches nothing
+            start("412 Precondition Failed", headers)
+            return []
+        first, found, last = environ.get("HTTP_RANGE", "").removeprefix("bytes=").partition("-")
+        if not (found and self.ranges):
+            start("200 OK", [*headers, ("Content-Length", str(len(self.raw)))])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [self.raw]
+        part = self.raw[int(first) : int(last) + 1]
+        span = f"bytes {first}-{int(first) + len(part) - 1}/{len(self.raw)}"
+        start(
+            "206 Partial Content",
+            [*headers, ("Content-Range", span), ("Content-Length", str(len(part)))],
+        )
+        return [part]
+
+
+@pytest.mark.parametrize("tag", [None, 'W/"1"'])
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_web_server_that_names_no_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: bool, tag: str | None
+) -> None:
+    monkeypatch.setenv("PRECEPTOR_SHARD_LISTS", str(tmp_path / "lists"))
+    write_shard(tmp_path / "a.tar", range(4))
+    write_shard(tmp_path / "b.tar", range(4, 8))
+    app = Plain((tmp_path / "a.tar").read_bytes(), dated=dated)
+    app.tag = tag
+    with serving(app) as address:
+        index = SampleIndex.from_shards(f"{address}/a%20b/x%20y.tar")
+        local = SampleIndex.from_shards(str(tmp_path / "a.tar"))
+        assert [index.read(i) for i in range(4)] == [local.read(i) for i in range(4)]
+        app.raw = (tmp_path / "b.tar").read_bytes()
+        if not dated and tag is None:  # another of the same length is not taken for the first
+            assert SampleIndex.from_shards(f"{address}/a%20b/x%20y.tar").keys == [
+                f"{number:03d}" for number in range(4, 8)
+            ]
+
+
+def test_a_web_server_without_ranges_is_told_at_once(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", range(4))
+    with (
+        serving(Plain((tmp_path / "a.tar").read_bytes(), ranges=False)) as address,
+        pytest.raises(DataError, match=r"^shard http.*/x.tar cannot be read in parts: .*copy it"),
+    ):
+        SampleIndex.from_shards(f"{address}/x.tar")
