@@ -223,7 +223,7 @@ class SampleIndex:
             raise DataError(f"sample {self.where(i)} ends early: {len(data)} of {size} bytes")
         return data
 
-    @property
+    @cached_property
     def start_method(self) -> str | None:
         """How `multiprocessing` is to start processes that read these samples; None: by default.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import tarfile
 import warnings
 from collections import Counter
@@ -114,12 +115,24 @@ def test_a_list_is_kept_and_no_shard_is_walked_again(
     assert again.read(40) == first.read(40)
 
 
-def test_compressed_shards(server: tuple[Moody, str], folder: Path) -> None:
+def test_compressed_shards(
+    server: tuple[Moody, str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = (folder / "images-1.tar").read_bytes()
     index = SampleIndex.from_shards(put(server, "packed.tar.gz", gzip.compress(raw)))
     local = SampleIndex.from_shards(str(folder / "images-1.tar"))
     assert index.keys == local.keys
     assert index.read(13) == local.read(13)
+    unpacked, unpack = [], TarShard.unpack
+
+    def counted(shard: TarShard, limit: int) -> bytes:
+        unpacked.append(shard.path)
+        return unpack(shard, limit)
+
+    monkeypatch.setattr(TarShard, "unpack", counted)
+    there = pickle.loads(pickle.dumps(index))  # noqa: S301  # as a worker gets it
+    assert list(there.each(there.read, range(20))) == [local.read(i) for i in range(20)]
+    assert len(unpacked) == 1
 
 
 def test_errors_of_the_server_are_retried(moody: Moody) -> None:
