@@ -67,7 +67,7 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, StoreError: an input cannot be used, or an output not be written.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or a weight is not finite, or logs cannot be written.
         SystemExit: with status 0, when a signal asked the run to stop and its state is saved.
     """
     check_settings(config)

@@ -288,7 +288,7 @@ def test_half_precision_resumes_with_its_gradient_scale(
 ):
     """Float16 on the CPU, which Fabric would replace by bfloat16 unless it is handed a scaler."""
 
-    def half(engine):
+    def half(engine, **options):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
         return Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu", scaler))
 
