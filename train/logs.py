@@ -135,6 +135,9 @@ class Logs:
         config: of the whole run, as plain containers, for services that keep it.
         first: step that the run goes on from; at 0 local logs of an earlier run are removed.
         active: whether this process is the one that logs.
+
+    Raises:
+        TrainingError: the folder cannot be written.
     """
 
     def __init__(
