@@ -160,7 +160,7 @@ def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any
         ConfigError: names the options that differ, with both values.
     """
     theirs, mine = _with_defaults(flat(stored)), _with_defaults(flat(ours))
-    if mine.get("align.spaces"):  # an earlier release kept all teachers of the store
+    if mine.get("align.spaces") is not None:  # an earlier release kept all teachers of the store
         theirs = {k: v for k, v in theirs.items() if k in mine or not k.startswith("store.")}
     differing = [
         f"{key} ({theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here)"

@@ -21,8 +21,10 @@ def identity_of(config: DictConfig, cache: Cache, spaces: Collection[str]) -> di
     """What determines the weights: plain containers, kept in every checkpoint.
 
     Args:
-        spaces: that the alignment learns from. Other teachers may come and go.
+        spaces: that the alignment learns from. Where ``align.spaces`` names them, teachers of
+            others may come and go.
     """
+    named = plain(config.align).get("spaces") is not None
     recipe = plain(config.recipe)
     for key in ("log_every", "checkpoint_every"):
         recipe.pop(key)
@@ -36,7 +38,9 @@ def identity_of(config: DictConfig, cache: Cache, spaces: Collection[str]) -> di
         "store": {
             unit: cache.manifest.configuration(unit)
             for unit in cache.plan.units
-            if unit == ROWS or any(space.id in spaces for space in cache.plan.spaces_of(unit))
+            if unit == ROWS
+            # stored pixels change no weight
+            or any(space.id in spaces or not named for space in cache.plan.spaces_of(unit))
         },
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def test_tokens_of_other_rows_than_the_store_has_are_refused(store: Path) -> Non
     facts.keys[3] = "another"
     spaces = [space for space in SPACES if space.teacher == "vit"]
     tokens = {space.id: tokens_of(space, rows) for space in spaces}
-    with pytest.raises(StoreError, match="shard 1: key of the rows"):
+    told = "shard 1: key of the rows.*images and views .* and the same data.max_pixels"
+    with pytest.raises(StoreError, match=told):
         fill(writer, 1, "vit", facts, tokens)
 
 
@@ -160,4 +162,13 @@ def test_finishing_names_what_is_pending(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"2 of 3 shards are not committed \(0, 2\)"):
         writer.finish()
     with pytest.raises(StoreError, match=r"vit lacks 2 of 3 shards \(0, 2\).*extract` that began"):
+        Cache.open(tmp_path / "store")
+
+
+def test_a_teacher_that_was_only_begun_may_have_been_added(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "store")
+    for folder in ("store", "store/spare"):
+        (tmp_path / folder / "commits" / "vit" / "complete.json").unlink()
+    told = "vit is committed but not finished; run the `preceptor extract` or `preceptor add` that"
+    with pytest.raises(StoreError, match=told):
         Cache.open(tmp_path / "store")

@@ -372,6 +372,8 @@ def test_teachers_that_nothing_is_learnt_from_may_come_and_go(train_config, bed)
     ours = identity_of(config, cache, ["vit/cls"])
     assert set(ours["store"]) == {"rows", "vit"}
     assert set(identity_of(config, cache, [])["store"]) == {"rows"}
+    # Where none is named a teacher of which nothing can be learnt, as by crops, is kept as ever.
+    assert set(identity_of(train_config(), cache, [])["store"]) == {"rows", "vit"}
     stored = {**ours, "store": {**ours["store"], "another": "f00d"}}  # as an earlier release did
     check_same_run(Path("last.pt"), stored, ours)
     stored["store"]["vit"] = "f00d"
