@@ -64,7 +64,7 @@ def compare(
                     known = elsewhere.get((student, name, seed))
                     then = known["options"] if known else {}
                     where = f"{kept}: {_name(student, name, seed)}"
-                if told := changed(then, student, variant):
+                if told := changed(then, student, variant, plan.options):
                     raise ConfigError(
                         f"{where} was trained with {_told(told)}: move it away to do it anew"
                     )
@@ -90,7 +90,9 @@ def other_options(plan: Plan, found: Sequence[Record]) -> dict[str, dict[str, li
     differing = {}
     for record in found:
         student, name, _ = records.identity(record)
-        if name in known and (told := changed(record["options"], student, known[name])):
+        if name not in known:
+            continue
+        if told := changed(record["options"], student, known[name], plan.options):
             differing[_name(*records.identity(record))] = told
     return differing
 
@@ -137,6 +139,7 @@ def results(plan: Plan, found: Sequence[Record]) -> dict[str, Any]:
         "protocol": {
             "steps": plan.steps,
             "precision": plan.precision,
+            "options": list(plan.options),
             "width": WIDTH,
             "pool": plan.bed.facts["plan"]["pool"],
             "tasks": plan.bed.tasks,
@@ -174,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISION, help="of training")
+    parser.add_argument("--option", action="append", default=[], help="of preceptor train, for "
+                        "every run, over its variant's; repeatable")  # fmt: skip
     parser.add_argument("--stores", default="", help="also of regression: fp16,int8,compact,int4,"
                         "views1,views2,views4,online")  # fmt: skip
     parser.add_argument("--time", action="store_true", help="also time the students' inference, on "
@@ -191,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bed = Bed(options.bed)
     out = options.out or options.bed / f"method-{options.steps}"
     store = options.bed / "stores" / "pool"
-    plan = Plan(bed, out, options.steps, store, _pool(options.bed), options.precision)
+    pool, also = _pool(options.bed), tuple(options.option)
+    plan = Plan(bed, out, options.steps, store, pool, options.precision, also)
     try:
         chosen = choose(options.variants, variants(bed.teachers))
         students = options.students.split(",")

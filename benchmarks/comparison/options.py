@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ def trained_with(folder: Path) -> dict[str, Any]:
     return dict(_flat(plain(OmegaConf.load(path)))) if path.exists() else {}
 
 
-def changed(then: Mapping[str, Any], student: str, variant: Variant) -> dict[str, list[Any]]:
+def changed(
+    then: Mapping[str, Any], student: str, variant: Variant, of_all: Sequence[str] = ()
+) -> dict[str, list[Any]]:
     """What a run was trained with and today's variant would not be: [then, today] by option.
 
     An option that there was not when the run was made counts only where the variant names it: its
@@ -33,10 +35,11 @@ def changed(then: Mapping[str, Any], student: str, variant: Variant) -> dict[str
 
     Args:
         then: `trained_with`; nothing differs from none.
+        of_all: what every run of the plan is given (`Plan.options`).
     """
     if not then:
         return {}
-    options = variant.all_options(student)
+    options = [*variant.all_options(student), *of_all]
     today = _composed(tuple(options))
     named = {text.partition("=")[0].lstrip("+") for text in options}
     found = {}

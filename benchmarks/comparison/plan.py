@@ -27,6 +27,7 @@ class Plan:
         store: of the pool, that students learn from.
         shards: its images.
         precision: of the training, as `engine.precision` names it.
+        options: of `preceptor train`, for every run, over what its variant says.
     """
 
     bed: Bed
@@ -35,6 +36,7 @@ class Plan:
     store: Path
     shards: str
     precision: str = PRECISION
+    options: tuple[str, ...] = ()
 
     def folder(self, student: str, name: str, seed: int) -> Path:
         return self.out / student / name / f"s{seed}"

@@ -49,6 +49,8 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
     A finished run that was judged on another bed's tasks is judged anew, not trained again.
 
     Raises:
+        ConfigError: the reference that labels teach is asked for in a plan with options, which it
+            does not heed.
         PreceptorError: the training failed; it has said why.
         DataError: a run is to be judged anew whose weights are gone.
     """
@@ -61,11 +63,14 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
             return judge_anew(plan, folder)
     started = time.monotonic()
     if name == TAUGHT:
+        if plan.options:
+            raise ConfigError(f"{TAUGHT} heeds no --option: choose --variants without it")
         model, alignment = train_supervised(plan, student, variant, seed)
         summary: dict[str, Any] = {}
     else:
         steps = 1 if name == UNTRAINED else plan.steps
-        summary = _train(plan, folder, variant.all_options(student), seed, steps)
+        options = [*variant.all_options(student), *plan.options]
+        summary = _train(plan, folder, options, seed, steps)
         model, alignment = load_trained(plan.bed, folder, name, seed)
     trained = time.monotonic()
     # Of all starts, where it was stopped and went on.

@@ -242,6 +242,16 @@ def test_a_run_of_other_options_is_told(key, then, expected, tmp_path):
     assert found == ({} if expected is None else {key: expected})
 
 
+def test_what_every_run_is_given_counts_as_its_variant(tmp_path):
+    variant, of_all = variants([])["model_token"], ["recipe.lr=0.5"]
+    options = ["cache=c", "data.shards=s", "recipe=short", *variant.all_options("vit"), *of_all]
+    OmegaConf.save(compose_options("train", options), tmp_path / "config.yaml")
+    then = trained_with(tmp_path)
+    assert changed(then, "vit", variant, of_all) == {}
+    assert changed(then, "vit", variant) == {"recipe.lr": [0.5, 0.002]}
+    assert changed(then, "vit", variant, ["recipe.lr=0.25"]) == {"recipe.lr": [0.5, 0.25]}
+
+
 def test_times_are_summarised_as_by_hand():
     found = timing._summary({"model_token": [1.0, 2.0, 4.0], "other": [3.0, 2.0, 2.0]})["other"]
     assert found == {
@@ -252,7 +262,7 @@ def test_times_are_summarised_as_by_hand():
     }
 
 
-def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
+def test_runs_are_made_once_and_reported(bed, tmp_path, tmp_path_factory, capsys, monkeypatch):
     arguments = [
         "--bed", str(bed), "--out", str(tmp_path), "--students", "cnn", "--seeds", "1",
         "--steps", "2", "--json", str(tmp_path / "method.json"),
@@ -314,6 +324,18 @@ def test_runs_are_made_once_and_reported(bed, tmp_path, capsys, monkeypatch):
     told = json.loads((tmp_path / "method.json").read_text())["other_options"]
     assert told == {"cnn/regression/s0": {"recipe.clip": [1.0, 3.0]}}
     path.write_text(whole)
+
+    # What every run is given is part of the plan; labels alone do not heed it.
+    given = [*arguments, "--out", str(tmp_path_factory.mktemp("given"))]
+    of_all = ["--option", "recipe.clip=1.0"]
+    with pytest.raises(SystemExit, match="supervised heeds no --option"):
+        method.main([*given, *of_all, "--variants", "supervised"])
+    method.main([*given, *of_all, "--variants", "regression"])
+    given_all = json.loads((tmp_path / "method.json").read_text())
+    assert given_all["protocol"]["options"] == ["recipe.clip=1.0"]
+    assert given_all["other_options"] == {}
+    with pytest.raises(SystemExit, match=r"regression/s0 was trained with recipe.clip=1.0, not 3"):
+        method.main([*given, "--variants", "regression"])
 
     # The finished runs in one file give the same report without their folders, and are not done
     # again; a folder's own run counts before the file's.
