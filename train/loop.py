@@ -35,6 +35,7 @@ from .checkpoint import (
     save_model,
     write_json,
 )
+from .claim import training_alone
 from .crops import random_crop, taught
 from .data import TrainData
 from .diagnosis import Diagnosis
@@ -66,13 +67,20 @@ def train(config: DictConfig) -> dict[str, Any]:
         What `summary.json` in the output folder holds.
 
     Raises:
-        ConfigError, DataError, StoreError: an input cannot be used, or an output not be written.
+        ConfigError, DataError, StoreError: an input cannot be used, or an output not be written;
+            another process works in the output folder.
         TrainingError: the loss or a weight is not finite, or logs cannot be written.
         SystemExit: with status 0, when a signal asked the run to stop and its state is saved.
     """
     check_settings(config)
-    recipe, log, out = config.recipe, config.log, Path(config.out)
     fabric = launch(config.engine, patience=PATIENCE)
+    with training_alone(fabric, Path(config.out)):
+        return _train(config, fabric)
+
+
+def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
+    """`train`, after the options were checked and the folder is this run's alone."""
+    recipe, log, out = config.recipe, config.log, Path(config.out)
     rank_zero, world = fabric.global_rank == 0, fabric.world_size
     batch_size, accumulate = parts_of_a_step(recipe, world)
 

@@ -1,4 +1,4 @@
-"""Stopping a run in good order: SIGTERM, or Ctrl-C once, and the command that goes on."""
+"""Stopping a run in good order: by a signal, or Ctrl-C once, and the command that goes on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from lightning_fabric import Fabric
 from torch import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+"""What Slurm sends some time before it ends a job (sbatch --signal; submitit has it send the second
+one): they ask a run to stop, and never mean that it must stop at once."""
 
 
 class FirstSignal:
-    """While open, the first signal is noted; the second one acts as it did before.
+    """While open, the first signal is noted; the second one acts as it did before, but for
+    `NOTICES`, which are noted as long as it is open.
 
     Outside the main thread signals cannot be handled, and none is noted.
 
@@ -42,26 +46,25 @@ class FirstSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._release()
+        self._release(self._before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
-        self._release()
+        self._release(set(self._before) - set(NOTICES))
 
-    def _release(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+    def _release(self, signals: Iterable[signal.Signals]) -> None:
+        for number in tuple(signals):
+            signal.signal(number, self._before.pop(number))
 
 
 class StopRequest(FirstSignal):
-    """While open, the first SIGTERM or SIGINT asks the run to stop after its step.
+    """While open, the first of `SIGNALS` or `NOTICES` asks the run to stop after its step.
 
     Where several processes train together, all of them stop after the same step when any was asked.
     """
 
     def __init__(self, fabric: Fabric) -> None:
-        super().__init__()
+        super().__init__((*SIGNALS, *NOTICES))
         self._group: Any = None
         if fabric.world_size > 1:
             # On the CPU, so that asking each other never waits for a device.

@@ -28,6 +28,7 @@ from preceptor.train.checkpoint import (
 from preceptor.train.loop import train
 from preceptor.train.monitor import KnnMonitor
 from preceptor.train.settings import identity_of
+from preceptor.train.stop import NOTICES, SIGNALS, FirstSignal
 from safetensors.torch import load_file, save_file
 
 
@@ -57,7 +58,20 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(bed, tmp_path, ranks, kil
     assert result.summary.files_of_weights_different == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_notice_after_another_signal_ends_nothing():
+    """Slurm may send both, and the state is still being saved."""
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *NOTICES)}
+    with FirstSignal((*SIGNALS, *NOTICES)) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        for number in NOTICES:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+    assert stop.asked in NOTICES
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("number", [*SIGNALS, *NOTICES])
 def test_a_signal_saves_and_tells_how_to_go_on(bed, tmp_path, at_step, capsys, number):
     def arguments(out: str) -> list[str]:
         return [

@@ -23,6 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from ...engine import IN_POOL, in_pool
 from ...errors import DataError, PreceptorError, first_line
 from ..checkpoint import write_json
+from ..claim import claimed
+from ..stop import NOTICES
 from .stopping import handle, leave_to_the_pool, stop_asked
 
 TRAIN, EVAL = "train.yaml", "eval.yaml"
@@ -67,7 +69,13 @@ def run_apart(folder: Path) -> str | None:
     Raises:
         KeyboardInterrupt, SystemExit: this process was asked to stop, or is of a pool (joblib's)
             whose own process has ended; the run has ended, or was not begun.
+        Exception: what submitit's handler of a notice raises, where it submits the job again.
     """
+    with claimed(folder) as other:
+        return f"is being done by {other}" if other else _run_apart(folder)
+
+
+def _run_apart(folder: Path) -> str | None:
     pooled = multiprocessing.parent_process() is not None
     if pooled:
         leave_to_the_pool()
@@ -101,12 +109,16 @@ def run_apart(folder: Path) -> str | None:
 def raise_for(asked: int | None) -> None:
     """End as a process does that got a signal; go on where there was none.
 
+    A notice goes to whoever handles it beside us.
+
     Raises:
         KeyboardInterrupt, SystemExit: there was one.
     """
     if asked == signal.SIGINT:
         raise KeyboardInterrupt
-    if asked is not None:
+    if asked in NOTICES:
+        signal.raise_signal(asked)
+    elif asked is not None:
         raise SystemExit(128 + asked)
 
 
@@ -114,11 +126,13 @@ def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
     """Run a command to its end, however this process is asked to stop meanwhile.
 
     The first signal is passed on, so that the command can save what it did; the second kills it.
+    Under srun neither is done: it tells the command itself, and kills it after a while.
     The command has a process group of its own: what a terminal sends reaches it from here alone,
     once.
 
     Returns:
-        (its exit status, negative for a signal; the signal that this process got, if any)
+        (its exit status, negative for a signal; the signal that this process got, if any; a notice
+        before others, for whoever handles it submits the job again)
     """
     got: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -126,9 +140,11 @@ def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         got.append(number)
-        if child is not None and len(got) > 1:
+        if child is None or told:
+            return
+        if len(got) > 1:
             child.kill()
-        elif child is not None and not told:
+        else:
             child.send_signal(number)
 
     before = handle(pass_on)
@@ -136,7 +152,8 @@ def _run(command: Sequence[str], **options: Any) -> tuple[int, int | None]:
         child = subprocess.Popen(command, process_group=0, **options)
         if got and not told:  # before there was a child to tell
             child.send_signal(got[0])
-        return child.wait(), got[0] if got else None
+        status = child.wait()
+        return status, next((n for n in got if n in NOTICES), got[0] if got else None)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

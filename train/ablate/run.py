@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from ...engine import refuse_several
 from ...errors import ConfigError, TrainingError, first_line
 from ...options import compose_options, plain
 from ..checkpoint import KEPT, flat, write_json
+from ..claim import holder
 from ..evaluation.run import prepare as check_evaluation
 from ..settings import check_settings
 from .figure import draw
@@ -51,6 +53,10 @@ def ablate(config: DictConfig) -> dict[str, Any] | None:
     todo = [name for name in names if not (out / "runs" / name / RESULT).exists()]
     if len(todo) < len(names):
         print(f"{out}: {len(names) - len(todo)} of {len(names)} runs are finished already")
+    for name in list(todo):
+        if other := holder(out / "runs" / name):
+            print(f"{name} is being done by {other}, and left to it")
+            todo.remove(name)
     write_json(out / PLAN, {"runs": names, "todo": todo, "started": started})
     trouble = _launch(todo, out / "runs") if todo else None
 
@@ -238,6 +244,14 @@ def _launch(names: Sequence[str], folder: Path) -> str | None:
                 overrides=[*overrides, sweep],
                 with_log_configuration=False,
             )
+    except KeyboardInterrupt:
+        if "submitit" in str(own.launcher.get("_target_")):
+            print(
+                "what was submitted stays in the queue: squeue lists it, scancel ends it (begun "
+                "runs are saved), and the same command collects what it leaves",
+                file=sys.stderr,
+            )
+        raise
     except Exception as error:  # a launcher's own failures are of any kind
         trouble = f"{type(error).__name__}: {first_line(error)}"
     if stop is not None:
@@ -249,6 +263,8 @@ def _why_not(out: Path, name: str, trouble: str | None) -> str | None:
     folder = out / "runs" / name
     if (folder / RESULT).exists():
         return None
+    if other := holder(folder):
+        return f"is being done by {other}"
     return read_failure(folder) or f"was not begun{f', {trouble}' if trouble else ''}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..stop import FirstSignal
+from ..stop import NOTICES, FirstSignal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """That ask an ablation, or one of its runs, to stop."""
@@ -49,7 +49,8 @@ def heeded() -> list[signal.Signals]:
 
 
 def handle(handler: Any) -> dict[signal.Signals, Any]:
-    """Have `SIGNALS` handled, but for those that are ignored.
+    """Have `SIGNALS` handled, but for those that are ignored, and the notices of a cluster that
+    somebody handles already, such as submitit.
 
     Outside the main thread none can be.
 
@@ -58,7 +59,8 @@ def handle(handler: Any) -> dict[signal.Signals, Any]:
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in heeded()}
+    notices = [number for number in NOTICES if callable(signal.getsignal(number))]
+    return {number: signal.signal(number, handler) for number in (*heeded(), *notices)}
 
 
 def leave_to_the_pool() -> None:

@@ -19,6 +19,7 @@ from preceptor.train import loop
 from preceptor.train.ablate import job
 from preceptor.train.ablate.stopping import SIGNALS, PoolStop
 from preceptor.train.checkpoint import Checkpoints
+from preceptor.train.claim import claimed
 from preceptor.train.loop import train
 from safetensors.torch import load_file
 
@@ -215,6 +216,53 @@ def test_in_a_step_of_slurm_the_signal_is_not_sent_twice(in_place_of_a_run, monk
     with pytest.raises(SystemExit):
         job.run_apart(folder)
     assert sent == []
+
+
+@pytest.mark.parametrize("step", [None, "0"])
+def test_a_notice_goes_to_who_handles_it_after_the_run_has_saved(
+    in_place_of_a_run, monkeypatch, step
+):
+    """As submitit does, which then submits the job again; Slurm tells the run as well."""
+    saved = []
+
+    def again(number, frame):
+        saved.append((folder / "got").exists())
+        raise SystemExit(7)
+
+    before = signal.signal(signal.SIGUSR2, again)
+    both = [
+        "os.kill(os.getppid(), signal.SIGTERM)",
+        "os.kill(os.getpid(), signal.SIGUSR2)",
+    ]
+    program = [
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})",
+        *(both if step else []),
+        "os.kill(os.getppid(), signal.SIGUSR2)",
+        "got.write_text(str(int(signal.sigwait({signal.SIGUSR2}))))",
+    ]
+    folder = in_place_of_a_run("\n".join(program))
+    if step is not None:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+    try:
+        with pytest.raises(SystemExit, match="7"):
+            job.run_apart(folder)
+        assert signal.getsignal(signal.SIGUSR2) is again
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert saved == [True]
+    assert (folder / "got").read_text() == str(int(signal.SIGUSR2))
+
+
+def test_a_run_that_is_being_done_is_left_to_who_does_it(ablate, tmp_path, capsys):
+    runs = tmp_path / "out/runs"
+    with claimed(runs / "regression-vit"):
+        assert job.run_apart(runs / "regression-vit").startswith("is being done by process ")
+        assert ablate("align: [regression], spaces: [vit, vit/cls]") == 1
+    told = capsys.readouterr()
+    assert "regression-vit is being done by process " in told.out
+    assert "1 of 2 runs failed (regression-vit: is being done by process " in told.err
+    assert not (runs / "regression-vit" / job.FAILURE).exists()
+    assert (runs / "regression-vit_cls" / job.RESULT).exists()
 
 
 @pytest.mark.parametrize("step", [None, "0"])

@@ -1,0 +1,111 @@
+"""A folder that one process works in at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning_fabric import Fabric
+
+from ..errors import ConfigError
+
+NAME = ".claim"
+"""The file that is locked while a process works in its folder, and says which does."""
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[str | None]:
+    """Work in a folder alone; it is free again when the process ends, however it does.
+
+    The folder is made where it is not there. A file system without locks keeps nobody out; over NFS
+    the machines see each other's where it has locks.
+
+    Yields:
+        None, or who works in it already: then it is not this process's.
+
+    Raises:
+        ConfigError: the folder cannot be made or written to.
+    """
+    made = not folder.exists()
+    path = folder / NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd, holder = _locked(path)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written to: {error.strerror}") from error
+    try:
+        if holder is None:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, _ourselves().encode(), 0)
+        yield holder
+    finally:
+        if holder is None:
+            path.unlink(missing_ok=True)  # while it is locked: who comes next makes another
+            if made:
+                with contextlib.suppress(OSError):  # something is in it
+                    folder.rmdir()
+        os.close(fd)
+
+
+def holder(folder: Path) -> str | None:
+    """Who works in a folder, if anybody does.
+
+    Raises:
+        ConfigError: as `claimed`.
+    """
+    if not (folder / NAME).exists():
+        return None
+    with claimed(folder) as found:
+        return found
+
+
+@contextlib.contextmanager
+def training_alone(fabric: Fabric, folder: Path) -> Iterator[None]:
+    """Have all processes of a run refuse a folder that another run is being trained in.
+
+    Raises:
+        ConfigError: one is; or as `claimed`.
+    """
+    with contextlib.ExitStack() as stack:
+        found: str | ConfigError | None = None
+        if fabric.global_rank == 0:
+            try:
+                found = stack.enter_context(claimed(folder))
+                if found is not None:
+                    found = ConfigError(
+                        f"{folder} is being worked in by {found}: wait for it or stop it, or "
+                        "choose another out=..."
+                    )
+            except ConfigError as error:
+                found = error
+        found = fabric.broadcast(found)
+        if isinstance(found, ConfigError):
+            raise found
+        yield
+
+
+def _locked(path: Path) -> tuple[int, str | None]:
+    """The file, open, and None where it is locked now, or what the process that has it says."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = os.pread(fd, 1000, 0).decode(errors="replace")
+            return fd, said or "another process"
+        except OSError:  # no locks here
+            return fd, None
+        if os.fstat(fd).st_nlink:  # not removed between opening and locking
+            return fd, None
+        os.close(fd)
+
+
+def _ourselves() -> str:
+    job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    number = "_".join(job) if all(job) else os.environ.get("SLURM_JOB_ID")  # type: ignore[arg-type]
+    of_slurm = f", Slurm's job {number}" if number else ""
+    return f"process {os.getpid()} on {socket.gethostname()}{of_slurm}"
