@@ -15,6 +15,8 @@ from ..errors import ConfigError
 
 NAME = ".claim"
 """The file that is locked while a process works in its folder, and says which does."""
+_open: set[int] = set()
+"""Files of the folders that are this process's."""
 
 
 @contextlib.contextmanager
@@ -34,33 +36,43 @@ def claimed(folder: Path) -> Iterator[str | None]:
     path = folder / NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        fd, holder = _locked(path)
+        fd, other = _locked(path)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written to: {error.strerror}") from error
+    if other is not None:
+        os.close(fd)
+        yield other
+        return
+    _open.add(fd)
     try:
-        if holder is None:
+        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(fd, 0)
             os.pwrite(fd, _ourselves().encode(), 0)
-        yield holder
+        yield None
     finally:
-        if holder is None:
-            path.unlink(missing_ok=True)  # while it is locked: who comes next makes another
-            if made:
-                with contextlib.suppress(OSError):  # something is in it
-                    folder.rmdir()
+        path.unlink(missing_ok=True)  # while it is locked: who comes next makes another
+        if made:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+        _open.discard(fd)
         os.close(fd)
 
 
 def holder(folder: Path) -> str | None:
-    """Who works in a folder, if anybody does.
-
-    Raises:
-        ConfigError: as `claimed`.
-    """
-    if not (folder / NAME).exists():
+    """Who works in a folder, if anybody does."""
+    try:
+        fd = os.open(folder / NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # nobody does
         return None
-    with claimed(folder) as found:
-        return found
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _said(fd)
+    except OSError:  # no locks here
+        return None
+    finally:
+        os.close(fd)
+    return None  # its process was killed
 
 
 @contextlib.contextmanager
@@ -95,13 +107,25 @@ def _locked(path: Path) -> tuple[int, str | None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = os.pread(fd, 1000, 0).decode(errors="replace")
-            return fd, said or "another process"
+            return fd, _said(fd)
         except OSError:  # no locks here
             return fd, None
         if os.fstat(fd).st_nlink:  # not removed between opening and locking
             return fd, None
         os.close(fd)
+
+
+def _said(fd: int) -> str:
+    return os.pread(fd, 1000, 0).decode(errors="replace") or "another process"
+
+
+def _close_in_child() -> None:
+    """A lock lasts until all that inherited it have ended, and workers outlive a killed run."""
+    while _open:
+        os.close(_open.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _ourselves() -> str:

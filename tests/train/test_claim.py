@@ -77,6 +77,30 @@ def test_who_works_in_a_folder_is_told_and_a_killed_one_does_no_longer(tmp_path:
                 assert other is None
 
 
+def test_workers_that_outlive_a_killed_process_hold_nothing(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from preceptor.train.claim import claimed\n"
+        "with claimed(Path(sys.argv[1])):\n"
+        "    worker = os.fork()\n"
+        "    if worker:\n        print(worker, flush=True)\n"
+        "    sys.stdin.read()\n"
+        "    os._exit(0)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    worker = int(process.stdout.readline())
+    assert holder(tmp_path) is not None
+    process.kill()
+    process.wait()
+    os.kill(worker, 0)  # it is there
+    assert holder(tmp_path) is None
+    process.communicate()
+
+
 def test_nothing_stays_behind(tmp_path: Path) -> None:
     with claimed(tmp_path / "new"):
         assert (tmp_path / "new" / NAME).exists()
