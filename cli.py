@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+        _say(_overview())
         return 0
     if arguments[0] in ("-V", "--version"):
         print(f"preceptor {__version__}")
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{', '.join(VERBS)} (preceptor --help)"
             )
         if any(option in ("-h", "--help") for option in options):
-            print(_help(name, options))
+            _say(_help(name, options))
             return 0
         options = readable(options)
         check_options(name, options)
@@ -170,6 +170,16 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
 
 
 # -- texts -----------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    """Print a text; whoever reads it may have seen enough before its end, as head has."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
+        os.close(nowhere)
 
 
 def _overview() -> str:

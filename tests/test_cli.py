@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,16 @@ def test_import_and_help_do_not_import_torch() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'timm', 'zarr', 'hydra')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_help_need_not_be_read_to_its_end(words: list[str]) -> None:
+    there, end = os.pipe()
+    os.close(there)
+    with os.fdopen(end, "wb") as unread:
+        command = [sys.executable, "-m", "preceptor", *words]
+        done = subprocess.run(command, stdout=unread, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_package_is_a_program() -> None:

@@ -129,7 +129,9 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _ourselves() -> str:
-    job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    number = "_".join(job) if all(job) else os.environ.get("SLURM_JOB_ID")  # type: ignore[arg-type]
-    of_slurm = f", Slurm's job {number}" if number else ""
+    array, task, job = (
+        os.environ.get(f"SLURM_{name}") for name in ("ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_ID")
+    )
+    job = f"{array}_{task}" if array and task else job
+    of_slurm = f", Slurm's job {job}" if job else ""
     return f"process {os.getpid()} on {socket.gethostname()}{of_slurm}"
