@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from .labels import Task
 MAP = "map"
 """The readout of protocols that read tokens on a grid: the student's own tokens."""
 _ROWS = 1024
+_VERSIONS = {name: version(name) for name in ("torch", "timm", "Pillow")}
+"""What a student's features depend on beside weights and images."""
 
 Wanted = tuple[str, Corruption | None]
 """A readout, of the images as they are (None) or corrupted."""
@@ -329,7 +332,7 @@ def cached_run(
             "interpolation": options["interpolation"],
             "device": fabric.device.type,
             "precision": str(fabric.strategy.precision.precision),
-            "torch": str(torch.__version__),
+            "versions": _VERSIONS,
         }
 
     held: dict[Wanted, Array] = {}

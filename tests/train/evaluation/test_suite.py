@@ -16,7 +16,7 @@ from preceptor.cache.convert import convert_store
 from preceptor.errors import ConfigError, DataError
 from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_model
-from preceptor.train.evaluation import Features, Score, Targets, build_suite, over_seeds
+from preceptor.train.evaluation import Features, Score, Targets, build_suite, features, over_seeds
 from preceptor.train.evaluation.corruptions import Corruption
 from preceptor.train.evaluation.features import (
     LabelledRows,
@@ -159,6 +159,15 @@ def test_other_weights_are_other_features(whole, runs, tmp_path):
     shutil.copy(f"{runs[1]}/student.safetensors", copy / "student.safetensors")
     found = again(f"students=[{copy}]", "with_floor=false", "protocols=[knn]", "readouts=[pooled]")
     assert found["features"]["computed"] == 2
+
+
+@pytest.mark.parametrize("library", ["torch", "timm", "Pillow"])
+def test_what_another_version_computed_is_computed_again(whole, runs, monkeypatch, library):
+    _, again, _ = whole
+    one = (f"students=[{runs[0]}]", "with_floor=false", "protocols=[knn]", "readouts=[pooled]")
+    assert again(*one)["features"]["computed"] == 0
+    monkeypatch.setitem(features._VERSIONS, library, "another")
+    assert again(*one)["features"]["computed"] == 2
 
 
 def test_nothing_is_kept_where_nothing_is_to_be_kept(whole, tmp_path):
