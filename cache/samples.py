@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -331,6 +332,7 @@ class _Lists:
         self.offsets: list[NDArray[np.int64]] = []
         self.sizes: list[NDArray[np.int64]] = []
         self._kept = KeptLists()
+        self._given_up = threading.Event()
         self._seen: dict[str, int] = {}
         self._unpacked = 0
 
@@ -349,10 +351,13 @@ class _Lists:
             return
         with ThreadPoolExecutor(PARALLEL) as pool:
             shards = list(pool.map(at, paths))  # one that is missing is told before any is walked
-            yield from pool.map(walk, shards)
+            try:
+                yield from pool.map(walk, shards)
+            finally:
+                self._given_up.set()  # else a damaged shard, or Ctrl-C, waits for the other walks
 
     def _list(self, shard: TarShard) -> ShardList:
-        return list_shard(shard, list(self.members), kept=self._kept)
+        return list_shard(shard, list(self.members), kept=self._kept, given_up=self._given_up)
 
     def add_shard(self, shard: TarShard, found: ShardList | None) -> None:
         if found is None:

@@ -128,28 +128,38 @@ class KeptLists:
             raise
 
 
-def list_shard(shard: TarShard, members: Sequence[str] = (), *, kept: KeptLists) -> ShardList:
+def list_shard(
+    shard: TarShard,
+    members: Sequence[str] = (),
+    *,
+    kept: KeptLists,
+    given_up: threading.Event | None = None,
+) -> ShardList:
     """The samples of a shard: as they are kept, or by walking its headers.
 
     Args:
         shard: unpacked, if it was compressed.
         members: further kinds whose places are wanted; lists with them are not kept.
         kept: where lists are looked for and kept.
+        given_up: set by another thread when nobody waits for the list any more.
 
     Raises:
+        InterruptedError: it was given up.
         DataError: it is damaged; a sample has no image, two images, two members of one kind, or a
             label that is no class number.
     """
     keeps = not members and shard.packed is None
     found = kept.get(shard) if keeps else None
     if found is None:
-        found = _walk(shard, members)
+        found = _walk(shard, members, given_up)
         if keeps:
             kept.keep(shard, found)
     return found
 
 
-def _walk(shard: TarShard, kinds: Sequence[str]) -> ShardList:
+def _walk(
+    shard: TarShard, kinds: Sequence[str], given_up: threading.Event | None = None
+) -> ShardList:
     keys: list[str] = []
     rows: list[tuple[int, int, int]] = []
     members: dict[str, list[tuple[int, int]]] = {kind: [] for kind in kinds}
@@ -174,6 +184,8 @@ def _walk(shard: TarShard, kinds: Sequence[str]) -> ShardList:
     with io.BytesIO(shard.plain) if shard.plain is not None else shard.open() as file:
         key, own, label = None, dict[str, tarfile.TarInfo](), -1
         for found, kind, member in tars.members(shard.path, file):
+            if given_up is not None and given_up.is_set():
+                raise InterruptedError(f"listing {shard.path} was given up")
             if found != key:
                 add(key, own, label)
                 key, own, label = found, {}, -1

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import tarfile
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from preceptor.cache import remote_shard
+from preceptor.cache import remote_shard, tars
 from preceptor.cache.remote import RemoteSource
 from preceptor.cache.samples import SampleIndex
 from preceptor.cache.shard_list import KeptLists, list_shard
@@ -97,6 +98,27 @@ def test_a_bucket_gives_what_the_disk_gives(folder: Path) -> None:
     for theirs, ours in zip(local.images(order), remote.images(order), strict=True):
         assert (np.asarray(theirs) == np.asarray(ours)).all()
     assert remote.permuted(5).keys == local.permuted(5).keys
+
+
+def test_a_damaged_shard_is_told_without_waiting_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, walked, many = threading.Event(), 0, 1_000_000
+
+    def members(path: str, file: Any) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+        nonlocal walked
+        if path.endswith("images-0.tar"):
+            assert begun.wait(60)
+            raise DataError(f"shard {path} is damaged")
+        for number in range(many):
+            yield str(number), "png", tarfile.TarInfo()
+            begun.set()
+            walked += 1
+
+    monkeypatch.setattr(tars, "members", members)
+    with pytest.raises(DataError, match=r"images-0\.tar is damaged"):
+        SampleIndex.from_shards(ADDRESS)
+    assert walked < many
 
 
 def test_a_list_is_kept_and_no_shard_is_walked_again(
