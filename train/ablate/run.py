@@ -21,7 +21,7 @@ from ..claim import holder
 from ..evaluation.run import prepare as check_evaluation
 from ..settings import check_settings
 from .figure import draw
-from .job import EVAL, RESULT, TRAIN, enter, launched, raise_for, read_failure, read_result
+from .job import EVAL, LOG, RESULT, TRAIN, enter, launched, raise_for, read_failure, read_result
 from .plan import ENCODING, SEED, PlannedRun, baseline_of, option, plan_runs
 from .stopping import PoolStop, forget_stop
 from .table import Outcome, compare, print_table, write_tables
@@ -229,9 +229,17 @@ def _launch(names: Sequence[str], folder: Path) -> str | None:
         raise RuntimeError("an ablation runs under Hydra")
     sweep = f"job=choice({','.join(map(repr, names))})"
     overrides = [*own.overrides.hydra, *own.overrides.task]
-    stop = PoolStop(folder) if "joblib" in str(own.launcher.get("_target_")) else None
+    launcher = str(own.launcher.get("_target_"))
+    stop = PoolStop(folder) if "joblib" in launcher else None
+    submits = "submitit" in launcher
     trouble = None
     forget_stop(folder)
+    if submits:
+        print(
+            f"{len(names)} job(s) are submitted and waited for; what each does is in "
+            f"{folder}/NAME/{LOG}",
+            flush=True,
+        )
     try:
         if stop is not None:
             # A process that never had a run would heed the signals that `PoolStop` handles.
@@ -245,7 +253,7 @@ def _launch(names: Sequence[str], folder: Path) -> str | None:
                 with_log_configuration=False,
             )
     except KeyboardInterrupt:
-        if "submitit" in str(own.launcher.get("_target_")):
+        if submits:
             print(
                 "what was submitted stays in the queue: squeue lists it, scancel ends it (begun "
                 "runs are saved), and the same command collects what it leaves",

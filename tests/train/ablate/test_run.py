@@ -22,6 +22,8 @@ from preceptor.train.checkpoint import Checkpoints
 from preceptor.train.claim import claimed
 from preceptor.train.loop import train
 from safetensors.torch import load_file
+from submitit import LocalExecutor
+from submitit.helpers import Checkpointable
 
 
 @pytest.fixture
@@ -251,6 +253,46 @@ def test_a_notice_goes_to_who_handles_it_after_the_run_has_saved(
         signal.signal(signal.SIGUSR2, before)
     assert saved == [True]
     assert (folder / "got").read_text() == str(int(signal.SIGUSR2))
+
+
+def test_runs_are_given_to_submitit(ablate, tmp_path, capsys):
+    assert ablate("align: [regression]", "hydra/launcher=submitit_local") == 0
+    assert f"1 job(s) are submitted and waited for; what each does is in {tmp_path}/out/runs/" in (
+        capsys.readouterr().out
+    )
+    assert (tmp_path / "out/runs/regression" / job.RESULT).exists()
+
+
+class Run(Checkpointable):
+    """What submitit is given: a run whose process is another program."""
+
+    def __call__(self, folder: Path, program: str) -> str | None:
+        sys.executable = program
+        return job.run_apart(folder)
+
+
+def test_submitit_submits_a_run_that_has_saved_again(tmp_path):
+    """With its own processes in place of Slurm's jobs."""
+    program, folder = tmp_path / "program", tmp_path / "run"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys\nfrom pathlib import Path\n"
+        "folder = Path(sys.argv[-1])\n"
+        "if (folder / 'saved').exists():\n"
+        "    (folder / 'result.json').write_text('{}')\n"
+        "    sys.exit()\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n"
+        "os.kill(os.getppid(), signal.SIGUSR2)\n"
+        "signal.sigwait({signal.SIGUSR2})\n"
+        "(folder / 'saved').touch()\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    executor = LocalExecutor(tmp_path / "jobs", max_num_timeout=1)
+    executor.update_parameters(timeout_min=60)  # so that the notice is of another job's coming
+    submitted = executor.submit(Run(), folder, str(program))
+    assert submitted.result() is None
+    assert (folder / "saved").exists()
+    assert (folder / job.RESULT).exists()
+    assert not (folder / job.FAILURE).exists()
 
 
 def test_a_run_that_is_being_done_is_left_to_who_does_it(ablate, tmp_path, capsys):
