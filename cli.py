@@ -127,10 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"there is no command {name!r}{closest(name, VERBS)}; the commands are "
                 f"{', '.join(VERBS)} (preceptor --help)"
             )
+        options = readable(options)
         if any(option in ("-h", "--help") for option in options):
             _say(_help(name, options))
             return 0
-        options = readable(options)
         check_options(name, options)
         _run_under_hydra(name, options)
     except PreceptorError as error:

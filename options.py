@@ -24,6 +24,8 @@ _MAY_BE_NULL = ("recipe.steps", "recipe.epochs", "recipe.images_a_step", "data.s
 images."""
 _SIZE = re.compile(r"teachers\.[^.]+\.size")
 """Of a teacher: a side, [height, width], or null for the network's own; the teacher checks it."""
+_HOME = re.compile(r"(?<=[=\[,:\s'\"])~(?=/)")
+"""The user's folder, where a word of a command line or a part of a list begins with it."""
 _MAY_BE_LISTS = ("align.write_back", "align.depths", "knn.k", "knn.temperature")
 """Options of a stated kind that take a list of that kind too."""
 
@@ -342,11 +344,12 @@ def readable(options: Sequence[str]) -> list[str]:
     """Options as Hydra reads them: flags before key=value pairs, and ranges of shards quoted.
 
     The quotes of `data.shards='x-{000..146}.tar'` are taken off by the shell, and to Hydra bare
-    braces are a dictionary.
+    braces are a dictionary. ~/ is the user's folder, which a shell leaves alone within a word.
     """
     flags: list[str] = []
     pairs: list[str] = []
-    rest = iter(options)
+    home = os.path.expanduser("~")
+    rest = (_HOME.sub(lambda _: home, option) for option in options)
     for option in rest:
         if not option.startswith("-"):
             key, _, value = option.partition("=")

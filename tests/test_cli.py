@@ -257,6 +257,28 @@ def test_ranges_of_shards_need_no_quotes_of_their_own(given: str, expected: str)
     assert readable([given]) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("cache=~/store", "cache=/home/me/store"),
+        ("data.shards=~/x-{0..3}.tar", "data.shards='/home/me/x-{0..3}.tar'"),
+        ("students=[~/a,~/b]", "students=[/home/me/a,/home/me/b]"),
+        ("train={data.shards: '~/a.tar'}", "train={data.shards: '/home/me/a.tar'}"),
+        ("--config-dir=~/own", "--config-dir=/home/me/own"),
+        ("~teachers.clip_b16", "~teachers.clip_b16"),
+        ("data.shards=https://a.org/~me/x.tar", "data.shards=https://a.org/~me/x.tar"),
+        ("data.shards=https://a.org/~/x.tar", "data.shards=https://a.org/~/x.tar"),
+        ("cache=/a~/store", "cache=/a~/store"),
+    ],
+)
+def test_the_folder_of_the_user_is_found_within_an_option(
+    given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves ~ alone there, and a folder of that name is not what anybody means."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert readable([given]) == [expected]
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_example_of_every_verb_is_accepted(verb: str) -> None:
     words = shlex.split(VERBS[verb].example)
