@@ -255,8 +255,13 @@ def choose_views(
     return views, told
 
 
-def join(cache: Cache, index: SampleIndex) -> tuple[NDArray[np.int64], list[str]]:
+def join(
+    cache: Cache, index: SampleIndex, option: str = "data.shards"
+) -> tuple[NDArray[np.int64], list[str]]:
     """For every row of the store the position of its image, and the keys that have no row.
+
+    Args:
+        option: what named the images, for messages.
 
     Raises:
         DataError: rows have no image, or a label that is not the image's; how many, and some.
@@ -269,7 +274,7 @@ def join(cache: Cache, index: SampleIndex) -> tuple[NDArray[np.int64], list[str]
         stored = len(set(cache.keys))
         raise DataError(
             f"{len(missing):,} of the {stored:,} images that the store was made from are not in "
-            f"data.shards ({len(index):,} images), such as {examples}: name the shards that were "
+            f"{option} ({len(index):,} images), such as {examples}: name the shards that were "
             "extracted"
         )
     ours, theirs = index.labels[samples], np.asarray(cache.labels)
@@ -281,7 +286,7 @@ def join(cache: Cache, index: SampleIndex) -> tuple[NDArray[np.int64], list[str]
             for key, row in sorted(named.items())[:3]
         )
         raise DataError(
-            f"{len(named):,} images of data.shards have another label than in the store, such as "
+            f"{len(named):,} images of {option} have another label than in the store, such as "
             f"{examples}: they are other images of the same names, or labels were numbered anew"
         )
     used = np.zeros(len(index), bool)

@@ -79,15 +79,18 @@ class LabelledRows:
         tasks: Sequence[Task] = (Task("class", "classification", "cls"),),
         *,
         max_pixels: int | None = None,
+        option: str = "data.shards",
     ) -> LabelledRows:
         """Open a store and its images.
 
         Args:
             tasks: whose labels to read; without any, every image is taken.
             max_pixels: a larger label map is refused.
+            option: what named the images, for messages.
 
         Raises:
-            StoreError, DataError: either cannot be used, or no image has a label for some task.
+            StoreError, DataError: either cannot be used, they are not of the same images, or no
+                image has a label for some task.
         """
         store = Cache.open(cache)
         members = dict.fromkeys(task.member for task in tasks if task.member)
@@ -97,7 +100,7 @@ class LabelledRows:
         rows = np.flatnonzero(first & np.asarray(store.valid, dtype=bool))
         if not len(rows):
             raise DataError(f"{cache}: no image has tokens, so nothing can be scored")
-        samples = join(store, index)[0][rows] if members else rows
+        samples = join(store, index, option)[0][rows]
         limit = {} if max_pixels is None else {"max_pixels": max_pixels}
         truths = {task.name: task.read(store, index, rows, samples, **limit) for task in tasks}
         kept = np.zeros(len(rows), dtype=bool)

@@ -139,8 +139,14 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
     suite = _suite(config)
     tasks = _tasks(config, suite)
     train, test = (
-        LabelledRows.open(side.cache, plain(side.shards), tasks, max_pixels=config.max_pixels)
-        for side in (config.train, config.test)
+        LabelledRows.open(
+            config[side].cache,
+            plain(config[side].shards),
+            tasks,
+            max_pixels=config.max_pixels,
+            option=f"{side}.shards",
+        )
+        for side in ("train", "test")
     )
     if any(task.label == "cls" for task in tasks):
         check_same_classes(train.index, test.index)

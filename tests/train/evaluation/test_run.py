@@ -12,7 +12,7 @@ import torch
 from preceptor.cache import Cache
 from preceptor.errors import ConfigError, DataError
 from preceptor.train.evaluation.features import LabelledRows, teacher_features
-from preceptor.train.evaluation.run import evaluate
+from preceptor.train.evaluation.run import evaluate, prepare
 from preceptor.train.evaluation.runs import Run, distinct_names
 from preceptor.train.loop import train
 from sklearn.neighbors import KNeighborsClassifier
@@ -34,6 +34,15 @@ def test_teacher_features_are_the_stored_descriptors(bed):
     by_hand = codes.codes[:, 0].double() * codes.scales.double()
     by_hand = by_hand * cache["vit/cls"].std + cache["vit/cls"].mean
     torch.testing.assert_close(found["vit/cls"].double(), by_hand, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_other_images_than_the_store_s_are_refused_by_their_option(
+    eval_config, test_bed, bed, side
+):
+    other = {"train": test_bed, "test": bed}[side]
+    with pytest.raises(DataError, match=rf"the store was made from are not in {side}\.shards"):
+        prepare(eval_config(f"{side}.shards={other.shards}"))
 
 
 def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, test_bed, tmp_path):
