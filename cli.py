@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -135,11 +136,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_under_hydra(name, options)
     except PreceptorError as error:
         print(f"preceptor {name}: {error}", file=sys.stderr)
-        return 1
+        return _failed(1)
     except KeyboardInterrupt:
         print(f"preceptor {name}: interrupted", file=sys.stderr)
-        return 130
+        return _failed(130)
+    except Exception:
+        traceback.print_exc()
+        return _failed(1)
     return 0
+
+
+def _failed(status: int) -> int:
+    """The exit status, for those that nothing holds; see `engine.abandon`."""
+    if (engine := sys.modules.get(f"{__package__}.engine")) is not None:
+        engine.abandon(status)
+    return status
 
 
 def _run_under_hydra(name: str, options: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -83,6 +84,19 @@ def _leave() -> None:
     group = torch.distributed
     if group.is_initialized() and group.get_backend() == "gloo":
         group.destroy_process_group()
+
+
+def abandon(status: int) -> None:
+    """End this process at once, where it has failed and others wait for it through NCCL.
+
+    Leaving NCCL in good order waits for the others, who wait for this one's part of a collective:
+    the run would hang until their patience ends, instead of being ended by torchrun or Slurm.
+    """
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_backend() == "nccl":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def gathered(fabric: Fabric, value: T) -> list[T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,12 @@ class ViewBatch:
     pixels: dict[Geometry, Tensor]
     problems: list[str]
     unread: str | None = None
+
+    def pin_memory(self) -> ViewBatch:
+        """With its pixels in pinned memory; what `DataLoader` calls, which passes by what has no
+        such method."""
+        pixels = {geometry: pixels.pin_memory() for geometry, pixels in self.pixels.items()}
+        return replace(self, pixels=pixels)
 
 
 class ViewDataset(Dataset[ViewBatch]):

@@ -44,7 +44,7 @@ from ..options import plain
 from ..pixels import normalise
 from ..progress import ProgressLine
 from .calibration import calibrate
-from .images import ViewBatch, ViewDataset, batched, geometry, stored_pixels, view_batches
+from .images import Geometry, ViewBatch, ViewDataset, batched, geometry, stored_pixels, view_batches
 from .teachers import OPTIONS, Teacher, closest, load_teacher
 from .teachers.base import refuse_other_shapes
 
@@ -159,16 +159,20 @@ class TeacherRunner:
             TeacherError: a teacher gives other spaces or shapes than it states.
         """
         found: dict[str, Tensor] = {}
+        sent: dict[Geometry, Tensor] = {}  # teachers of one geometry share the copy
         for teacher in self.teachers:
             if only is not None and teacher.name not in only:
                 continue
             prepared = teacher.preprocessing
-            pixels = batch.pixels[geometry(prepared)]
+            shape = geometry(prepared)
+            pixels = batch.pixels[shape]
             if not len(pixels):
                 for space in teacher.spaces:
                     found[f"{teacher.name}/{space.name}"] = torch.empty(0, space.tokens, space.dim)
                 continue
-            inputs = normalise(pixels, prepared.mean, prepared.std, self.fabric.device)
+            if shape not in sent:
+                sent[shape] = pixels.to(self.fabric.device, non_blocking=True)
+            inputs = normalise(sent[shape], prepared.mean, prepared.std, self.fabric.device)
             with self.fabric.autocast():
                 spaces = teacher(inputs)
             refuse_other_shapes(teacher, spaces, len(pixels))

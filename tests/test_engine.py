@@ -66,6 +66,29 @@ def test_other_numbers_of_workers_are_refused(workers):
         decoders(workers)
 
 
+@pytest.mark.parametrize("error", ["ConfigError('no')", "ValueError('no')", "KeyboardInterrupt"])
+def test_who_has_failed_among_others_of_nccl_does_not_wait_for_them(tmp_path, error):
+    """NCCL's leave, at the interpreter's end, waits for processes that wait for this one."""
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import atexit, threading; from unittest import mock; from preceptor import cli, engine\n"
+        "from preceptor.errors import ConfigError\n"
+        "atexit.register(threading.Event().wait)\n"
+        "group = engine.torch.distributed\n"
+        "with (\n"
+        f"    mock.patch.object(cli.Verb, 'run', side_effect={error}),\n"
+        "    mock.patch.object(group, 'is_initialized', return_value=True),\n"
+        "    mock.patch.object(group, 'get_backend', return_value='nccl'),\n"
+        "):\n"
+        "    cli.main(['info', 'cache=x'])\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == (130 if error == "KeyboardInterrupt" else 1)
+    assert {"ConfigError('no')": "info: no\n", "KeyboardInterrupt": "interrupted\n"}.get(
+        error, "ValueError: no\n"
+    ) in done.stderr
+
+
 def test_processes_wait_as_long_as_they_are_told(tmp_path):
     """The default group of two processes has the time that was asked for."""
     script = tmp_path / "wait.py"

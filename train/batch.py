@@ -44,10 +44,10 @@ def to_device(batch: TrainBatch, device: torch.device) -> tuple[Tensor, dict[str
     their grid is wanted.
     """
     targets: dict[str, Target] = {}
+    regions = None if batch.regions is None else batch.regions.to(device, non_blocking=True)
     for name, tokens in batch.tokens.items():
         moved = tokens.to(device, non_blocking=True)
-        if batch.regions is not None and name in batch.grids:
-            regions = batch.regions.to(device, non_blocking=True)
+        if regions is not None and name in batch.grids:
             targets[name] = crop_tokens(moved.standardised(), batch.grids[name], regions)
         elif moved.encoding == "int8" and moved.scales is not None:
             targets[name] = Codes(moved.codes, moved.scales)

@@ -122,8 +122,11 @@ def crop_tokens(tokens: Tensor, grid: tuple[int, int], regions: Tensor) -> Tenso
     count, _, dim = tokens.shape
     rows, columns = grid
     maps = tokens.transpose(1, 2).reshape(count, dim, rows, columns)
-    scale = regions.new_tensor([columns, rows, columns, rows])
+    # Number by number: a tensor of them would be a copy that the device has to be waited for.
+    scaled = torch.stack(
+        [regions[:, side] * cells for side, cells in enumerate((columns, rows, columns, rows))], 1
+    )
     numbers = torch.arange(count, device=tokens.device, dtype=tokens.dtype).unsqueeze(1)
-    boxes = torch.cat([numbers, (regions * scale).to(tokens.dtype)], dim=1)
+    boxes = torch.cat([numbers, scaled.to(tokens.dtype)], dim=1)
     found: Tensor = roi_align(maps, boxes, grid, sampling_ratio=1, aligned=True)
     return found.flatten(2).transpose(1, 2)

@@ -43,7 +43,7 @@ class TrainData:
         workers: processes that decode images (threads, where the store holds the pixels); 0
             decodes in the thread that prepares batches.
         rank, world: this process among those that share the rows.
-        pin: pinned memory, for copies to a CUDA device beside its work.
+        pin: pinned memory, for copies to a CUDA device that nobody waits for.
         first_views: how many of the stored views of an image to use; None for all.
         on_damaged: "stop" raises what is wrong with a damaged shard or image when it is met;
             "skip" gives the place of a damaged row to a sound one of the same batch, so that

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
 from .alignment import Alignment, AlignmentOutput, Target
 from .students import Student, StudentOutput
+
+
+class Targets:
+    """Standardised targets [B, N, D] by space, in a shell that Fabric does not look into.
+
+    It would round what it finds among a module's arguments to the lower precision of ``mixed``
+    ones: targets, and the scales of codes, before a loss that is computed in float32.
+    """
+
+    def __init__(self, by_space: Mapping[str, Target]) -> None:
+        self.by_space = by_space
+
+    @classmethod
+    def of(cls, by_space: Mapping[str, Target], fabric: Fabric) -> Targets:
+        """As stored where precision is mixed, else of the one precision that all is computed in."""
+        precision = fabric.strategy.precision
+        mixed = isinstance(precision, MixedPrecision)
+        return cls(by_space if mixed else precision.convert_input(by_space))
 
 
 class Distiller(nn.Module):
@@ -26,10 +46,10 @@ class Distiller(nn.Module):
         self.watched = False
         self.seen: tuple[StudentOutput, AlignmentOutput] | None = None
 
-    def forward(self, pixels: Tensor, targets: Mapping[str, Target]) -> AlignmentOutput:
-        """Normalised pixels [B, 3, H, W] and standardised targets [B, N, D] per space."""
+    def forward(self, pixels: Tensor, targets: Targets) -> AlignmentOutput:
+        """What the alignment says of normalised pixels [B, 3, H, W] and their targets."""
         features = self.alignment.run_student(self.student, pixels)
-        output: AlignmentOutput = self.alignment(features, targets)
+        output: AlignmentOutput = self.alignment(features, targets.by_space)
         if self.watched:
             self.seen = (features, output)
         # Fabric lets gradients of what it returns be taken by itself alone.

@@ -39,7 +39,7 @@ from .claim import training_alone
 from .crops import random_crop, taught
 from .data import TrainData
 from .diagnosis import Diagnosis
-from .distiller import Distiller, check_gradients
+from .distiller import Distiller, Targets, check_gradients
 from .logs import Logs
 from .meter import FiniteWatch, Meter
 from .monitor import KnnMonitor
@@ -185,7 +185,7 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
 
     with (
         Logs(log, out, plain(config), first=first, active=rank_zero) as logs,
-        StopRequest(fabric) as stop,
+        StopRequest(fabric, PATIENCE) as stop,
         contextlib.closing(batches),
         line if rank_zero else contextlib.nullcontext(),
     ):
@@ -201,7 +201,7 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
                 more = micro + 1 < accumulate
                 with fabric.no_backward_sync(module, enabled=more and world > 1):
                     pixels, targets = to_device(batch, fabric.device)
-                    output: AlignmentOutput = module(pixels, targets)
+                    output: AlignmentOutput = module(pixels, Targets.of(targets, fabric))
                     if distiller.seen is not None:
                         logs.log(diagnosis.sample(done, distiller.seen), done)
                         distiller.watched, distiller.seen = False, None

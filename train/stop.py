@@ -7,6 +7,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterable
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -63,12 +64,13 @@ class StopRequest(FirstSignal):
     Where several processes train together, all of them stop after the same step when any was asked.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Fabric, patience: timedelta | None = None) -> None:
+        """`patience`: how long a process waits for the others; None for the half hour of torch."""
         super().__init__((*SIGNALS, *NOTICES))
         self._group: Any = None
         if fabric.world_size > 1:
             # On the CPU, so that asking each other never waits for a device.
-            self._group = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo", timeout=patience)
 
     def agreed(self) -> bool:
         """Whether any process of the run was asked to stop; call it on all after every step."""

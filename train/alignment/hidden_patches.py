@@ -107,7 +107,8 @@ class HiddenPatches(nn.Module):
             prediction, target = alignment.matched(space, said, targets[space])
             mask = output.mask
             if alignment.match == "teacher":
-                cells = alignment.grids[module_key(space)](mask.unsqueeze(-1).float())
+                with torch.autocast(mask.device.type, enabled=False):  # it would round the halves
+                    cells = alignment.grids[module_key(space)](mask.unsqueeze(-1).float())
                 mask = cells.squeeze(-1) > 0.5
             loss = token_loss(prediction, target, mask)
             yield Term(f"{space}:masked", alignment.spaces[space].teacher, self.weight, loss)

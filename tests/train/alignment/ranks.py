@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from preceptor.engine import launch
 from preceptor.train.alignment import build_alignment
 from preceptor.train.alignment.base import Space
-from preceptor.train.distiller import Distiller
+from preceptor.train.distiller import Distiller, Targets
 from preceptor.train.students import build_student
 from safetensors.torch import save_file
 from torch import Tensor
@@ -96,7 +96,8 @@ def main(folder: Path) -> None:
         losses = []
         for step in range(STEPS):
             optimizer.zero_grad()
-            loss = module(*half(batch(step), fabric.global_rank)).loss
+            pixels, targets = half(batch(step), fabric.global_rank)
+            loss = module(pixels, Targets.of(targets, fabric)).loss
             losses.append(loss.detach())
             fabric.backward(loss)
             if step + 1 < STEPS:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from preceptor.train.distiller import Distiller
+from preceptor.train.distiller import Distiller, Targets
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -59,7 +59,8 @@ def one_process(
                 torch.manual_seed(number)
             torch.set_default_dtype(torch.float64)  # as Fabric does, and draws depend on it
             try:
-                loss = distiller(*own[number]).loss
+                pixels, targets = own[number]
+                loss = distiller(pixels, Targets(targets)).loss
             finally:
                 torch.set_default_dtype(torch.float32)
             (loss / len(own)).backward()

@@ -1,0 +1,35 @@
+"""What workers hand to the process that runs the teachers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from preceptor.cache import RowBatch
+from preceptor.extract.images import ViewBatch
+from torch.utils.data._utils.pin_memory import pin_memory
+
+
+def test_a_loader_pins_the_pixels_of_views(monkeypatch):
+    """`DataLoader` passes by what has no method of its own for it, without a word."""
+    pinned = []
+
+    def pin(self, device=None):
+        pinned.append(self.data_ptr())
+        return self.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    shapes = {((4, 4), "bicubic"): 3, ((2, 6), "bilinear"): 5}
+    pixels = {
+        (size, how): torch.full((2, 3, *size), value, dtype=torch.uint8)
+        for (size, how), value in shapes.items()
+    }
+    rows = RowBatch(["a"], *(np.zeros((1, width)) for width in (1, 2, 4, 1, 1)))
+    batch = ViewBatch(rows, pixels, ["a"], "b")
+    found = pin_memory(batch)
+    assert sorted(pinned) == sorted(tensor.data_ptr() for tensor in pixels.values())
+    assert found.pixels.keys() == pixels.keys()
+    for geometry, tensor in found.pixels.items():
+        assert torch.equal(tensor, pixels[geometry])
+        assert tensor.data_ptr() not in pinned
+    assert found.rows is rows
+    assert (found.problems, found.unread) == (["a"], "b")
