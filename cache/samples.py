@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import DamagedImageError, DataError
 from ..progress import counting
@@ -283,8 +283,11 @@ class SampleIndex:
         except (DamagedImageError, MemoryError):
             raise
         except Exception as error:  # decoders of damaged bytes raise anything at all
+            why = str(error)
+            if isinstance(error, UnidentifiedImageError):  # names an object in memory
+                why = f"they are no {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
             raise DamagedImageError(
-                f"image {self.where(i)} ({len(data):,} bytes) cannot be decoded: {error}; "
+                f"image {self.where(i)} ({len(data):,} bytes) cannot be decoded: {why}; "
                 "replace it, or let the extraction skip corrupt images"
             ) from error
 

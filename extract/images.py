@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +21,12 @@ from .teachers import Preprocessing
 
 Geometry = tuple[tuple[int, int], str]
 """Input size (height, width) and interpolation: what teachers must share to share pixels."""
+
+
+PREFETCHED = 2
+"""Batches that every worker decodes ahead."""
+SHARED_MEMORY = "/dev/shm"
+"""Where workers leave them, on Linux."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,30 @@ def view_batches(dataset: ViewDataset, workers: int, *, pin: bool) -> Iterator[V
     """The dataset's batches in order, decoded ahead by `workers` processes (0: in this one)."""
     options: dict[str, Any] = {}
     if workers:
+        _check_shared_memory(dataset, workers)
         start = dataset.index.start_method
-        options = {"prefetch_factor": 2, "multiprocessing_context": start}
+        options = {"prefetch_factor": PREFETCHED, "multiprocessing_context": start}
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, **options)
     return iter(loader)
+
+
+def _check_shared_memory(dataset: ViewDataset, workers: int) -> None:
+    """Refuse more workers than shared memory has room for: one that finds none hands over nothing,
+    and who waits for its batch would wait for ever.
+
+    Raises:
+        ConfigError: names both sizes, and how many workers there is room for.
+    """
+    rows = max(map(len, dataset.batches), default=0)
+    each = PREFETCHED * rows * sum(3 * height * width for (height, width), _ in dataset.geometries)
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
+    if free is not None and workers * each > free:
+        raise ConfigError(
+            f"workers={workers}: their batches take up to {workers * each / 2**20:,.0f} MiB of "
+            f"shared memory and {SHARED_MEMORY} has {free / 2**20:,.0f} MiB free: say "
+            f"workers={free // each} or a smaller batch_size, or give the container more "
+            "(docker run --shm-size=8g)"
+        )
 
 
 def stored_pixels(options: DictConfig | None) -> PixelSpec | None:

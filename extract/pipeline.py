@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -88,6 +89,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
     if fabric.global_rank == 0:
         calibrate(StoreWriter.open_or_create(config.cache, plan), runner, config)
     fabric.barrier()
+    check_same_folder(fabric, config.cache)
     writer = StoreWriter.open_or_create(config.cache, plan)
     done = gathered(fabric, (runner.fill(writer), runner.rows_extracted))
     summary: dict[str, Any] = {}
@@ -104,6 +106,31 @@ def extract(config: DictConfig) -> dict[str, Any]:
             + (f"; {summary['rows_invalid']} invalid rows" if summary["rows_invalid"] else "")
         )
     return summary
+
+
+def check_same_folder(fabric: Fabric, path: str) -> None:
+    """Refuse a store that is not one folder for all processes: each machine would fill its own.
+
+    A collective.
+
+    Raises:
+        ConfigError: on every process, with those that do not see what the first one writes.
+    """
+    if fabric.world_size == 1:
+        return
+    token = fabric.broadcast(f".seen-{uuid.uuid4().hex}")
+    mark = Path(path) / token
+    if fabric.global_rank == 0:
+        mark.touch()
+    fabric.barrier()
+    blind = [rank for rank, sees in enumerate(gathered(fabric, mark.exists())) if not sees]
+    if fabric.global_rank == 0:
+        mark.unlink()
+    if blind:
+        raise ConfigError(
+            f"cache={path} is another folder for process {', '.join(map(str, blind))} than for "
+            "process 0: on several machines it must be one that they share"
+        )
 
 
 class TeacherRunner:

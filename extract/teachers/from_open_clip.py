@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...checkpoints import read_checkpoint
 from ...errors import TeacherError
 from .base import Preprocessing, closest
-from .network import NetworkTeacher, Offer, Tap, size_pair, taps_from
+from .network import NetworkTeacher, Offer, Tap, check_whole_patches, size_pair, taps_from
 from .weights import first_sentence, hub_or_cache
 
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -23,8 +23,8 @@ class OpenClipTeacher(NetworkTeacher):
     """The image tower of an open_clip model; the text tower is dropped.
 
     Final tokens are those of the last block after the tower's last normalisation, as the tower
-    itself returns them with ``output_tokens``; ``embedding`` is its projected output, not yet of
-    unit length.
+    itself returns them with ``output_tokens``; of a tower that pools by attention (CoCa) those of
+    the last block as they are. ``embedding`` is its projected output, not yet of unit length.
     """
 
     def __init__(
@@ -118,7 +118,8 @@ def load(
     """The teacher ``open_clip:ARCH/PRETRAINED``, or ``open_clip:ARCH`` with a local ``checkpoint``.
 
     A checkpoint holds the whole model. PRETRAINED then says which preprocessing and activation
-    the weights were trained with, and may be left out where the architecture's own are meant.
+    the weights were trained with, and may be left out where all weights of the architecture that
+    open_clip knows agree in them, or else the architecture's own are meant.
 
     Raises:
         TeacherError: there is no such architecture or tag, or the weights cannot be had or do not
@@ -137,10 +138,12 @@ def load(
             f"teacher {name}: source {source!r} names {'unknown' if tag else 'no'} weights of "
             f"{architecture}; known: {tags}"
         )
+    if not tag:
+        config = _common(architecture)
     options: dict[str, Any] = {
         "precision": "fp32",
         "force_quick_gelu": bool(config.get("quick_gelu", False)),
-        "force_image_size": None if size is None else size_pair(size),
+        "force_image_size": _image_size(name, architecture, size),
         "force_preprocess_cfg": {key: config[key] for key in _PREPROCESSING if key in config},
         "require_pretrained": True,
     }
@@ -156,7 +159,41 @@ def load(
                 f"teacher {name}: checkpoint {checkpoint} does not fit open_clip:{architecture}: "
                 f"{text[:400]}"
             ) from error
+    if size is not None and size_pair(size) != _own_size(architecture):
+        check_whole_patches(name, getattr(model.visual, "trunk", model.visual), size_pair(size))
     return OpenClipTeacher(name, model.visual, source, spaces)
+
+
+def _own_size(architecture: str) -> tuple[int, int]:
+    return size_pair(open_clip.get_model_config(architecture)["vision_cfg"].get("image_size", 224))
+
+
+def _common(architecture: str) -> dict[str, Any]:
+    """The preprocessing and activation of all known weights of an architecture; {} if they differ,
+    or there are none."""
+    found = []
+    for tag in list_pretrained_tags_by_model(architecture):
+        config = get_pretrained_cfg(architecture, tag)
+        found.append({key: config.get(key) for key in (*_PREPROCESSING, "quick_gelu")})
+    if not found or any(config != found[0] for config in found):
+        return {}
+    return {key: value for key, value in found[0].items() if value is not None}
+
+
+def _image_size(
+    teacher: str, architecture: str, size: int | tuple[int, int] | None
+) -> int | tuple[int, int] | None:
+    """A size as open_clip takes it: its ResNets know squares alone."""
+    if size is None:
+        return None
+    height, width = size_pair(size)
+    if height == width:
+        return height
+    if isinstance(open_clip.get_model_config(architecture)["vision_cfg"].get("layers"), list):
+        raise TeacherError(
+            f"teachers.{teacher}.size: {architecture} takes squares, not {height} x {width} pixels"
+        )
+    return height, width
 
 
 def _from_hub(teacher: str, architecture: str, tag: str, options: dict[str, Any]) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ...checkpoints import read_checkpoint
 from ...errors import TeacherError
 from .base import Preprocessing, closest
-from .network import NetworkTeacher, Offer, Tap, size_pair, taps_from
+from .network import NetworkTeacher, Offer, Tap, check_whole_patches, size_pair, taps_from
 from .weights import first_sentence, hub_or_cache
 
 _ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -78,7 +79,10 @@ class TimmTeacher(NetworkTeacher):
         )
 
     def _set_size(self, size: tuple[int, int]) -> None:
-        if size == self._native or not hasattr(self.network, "set_input_size"):
+        if size == self._native:
+            return
+        check_whole_patches(self.name, self.network, size)
+        if not hasattr(self.network, "set_input_size"):
             return
         try:
             self._timm.set_input_size(img_size=size)
@@ -211,6 +215,25 @@ def _from_hub(teacher: str, model: str) -> nn.Module:
             ) from error
 
 
+@contextlib.contextmanager
+def _missing_keys() -> Iterator[list[str]]:
+    """What networks built meanwhile did not find in their state: timm does not load all of them
+    strictly, and would leave the rest as it was drawn."""
+    load, missing = nn.Module.load_state_dict, list[str]()
+
+    def told(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        found = load(module, *arguments, **options)
+        # Florence's DaViTs come without that norm, and timm means a fresh one.
+        missing.extend(key for key in found.missing_keys if not key.startswith("head.norm."))
+        return found
+
+    nn.Module.load_state_dict = told  # type: ignore[method-assign, assignment]
+    try:
+        yield missing
+    finally:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]
+
+
 def _from_file(teacher: str, model: str, checkpoint: str) -> nn.Module:
     """The network with every one of its weights from a file, whatever classifier that has."""
     state = read_checkpoint(checkpoint, TeacherError)
@@ -220,23 +243,29 @@ def _from_file(teacher: str, model: str, checkpoint: str) -> nn.Module:
     weight = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
     widths = [config.get("num_classes"), None if weight is None else len(weight), 0]
     problem: Exception | None = None
+    lacking: list[str] = []
     for classes in dict.fromkeys(width for width in widths if width is not None):
         try:
-            # timm loads strictly, and translates the checkpoints of a network's authors.
-            return timm.create_model(
-                model,
-                pretrained=True,
-                num_classes=classes,
-                pretrained_cfg_overlay={
-                    "state_dict": dict(state),
-                    "num_classes": classes,
-                    "label_offset": 0,
-                    "custom_load": False,
-                },
-            )
+            # timm translates the checkpoints of a network's authors.
+            with _missing_keys() as lacking:
+                network = timm.create_model(
+                    model,
+                    pretrained=True,
+                    num_classes=classes,
+                    pretrained_cfg_overlay={
+                        "state_dict": dict(state),
+                        "num_classes": classes,
+                        "label_offset": 0,
+                        "custom_load": False,
+                    },
+                )
+            if not lacking:
+                return network
         except Exception as error:  # a mismatch shows as any of several exceptions
             problem = problem or error
     lines = str(problem).strip().splitlines()
+    if problem is None:
+        lines = [f"it lacks {len(lacking)} of its weights, such as {', '.join(lacking[:3])}"]
     raise TeacherError(
         f"teacher {teacher}: checkpoint {checkpoint} does not fit timm:{model}: "
         f"{' '.join(line.strip() for line in lines[:2])[:400]}"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 from preceptor.cache import RowBatch
-from preceptor.extract.images import ViewBatch
+from preceptor.errors import ConfigError
+from preceptor.extract import images
+from preceptor.extract.images import ViewBatch, ViewDataset, view_batches
 from torch.utils.data._utils.pin_memory import pin_memory
 
 
@@ -33,3 +39,19 @@ def test_a_loader_pins_the_pixels_of_views(monkeypatch):
         assert tensor.data_ptr() not in pinned
     assert found.rows is rows
     assert (found.problems, found.unread) == (["a"], "b")
+
+
+def test_more_workers_than_shared_memory_has_room_for_are_refused(monkeypatch):
+    """A worker that finds none hands over nothing, and its batch is waited for without end."""
+    monkeypatch.setattr(images, "SHARED_MEMORY", "/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20))
+    geometries = [((512, 512), "bicubic"), ((224, 224), "bicubic"), ((224, 224), "bicubic")]
+    dataset = ViewDataset(None, None, geometries, [range(64), range(64, 96)], 1)
+    with pytest.raises(
+        ConfigError, match=r"workers=4: .* 458 MiB .* has 64 MiB free: say workers=0"
+    ):
+        view_batches(dataset, 4, pin=False)
+    view_batches(dataset, 0, pin=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=230 * 2**20))
+    with pytest.raises(ConfigError, match="say workers=2 or"):
+        view_batches(dataset, 4, pin=False)

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 from preceptor.errors import TeacherError
-from preceptor.extract.teachers import load_teacher
+from preceptor.extract.teachers import from_open_clip, load_teacher
 from preceptor.tests.extract.random_networks import images, randomised
 from torch import nn
 
@@ -98,7 +98,9 @@ def test_open_clip_resnet_tower(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "rn.pt")
     spaces = {"map": {}, "stem": {"take": "tokens", "block": 0}, "embedding": {}}
     path = str(tmp_path / "rn.pt")
-    teacher = load_teacher("t", "open_clip:RN-test", checkpoint=path, spaces=spaces)
+    teacher = load_teacher("t", "open_clip:RN-test", checkpoint=path, spaces=spaces, size=64)
+    with pytest.raises(TeacherError, match="RN-test takes squares, not 64 x 96 pixels"):
+        load_teacher("t", "open_clip:RN-test", checkpoint=path, size=(64, 96))
     pixels = images(teacher)
     found = teacher(pixels)
     visual = model.visual
@@ -109,3 +111,12 @@ def test_open_clip_resnet_tower(tmp_path: Path) -> None:
     assert torch.allclose(found["map"], final.flatten(2).transpose(1, 2), atol=1e-5)
     assert torch.allclose(found["stem"], stem.flatten(2).transpose(1, 2), atol=1e-5)
     assert torch.allclose(found["embedding"][:, 0], embedding, atol=1e-5)
+
+
+def test_weights_without_a_tag_have_what_all_tags_of_the_architecture_have() -> None:
+    """A checkpoint of SigLIP would be shown images as OpenAI's are normalised."""
+    for name in ("ViT-B-16-SigLIP", "PE-Core-T-16-384"):
+        assert from_open_clip._common(name)["mean"] == (0.5, 0.5, 0.5)
+    assert from_open_clip._common("RN50")["quick_gelu"] is True
+    assert from_open_clip._common("ViT-B-32") == {}  # OpenAI's has another activation
+    assert from_open_clip._common(CLIP) == {}

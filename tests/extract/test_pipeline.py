@@ -384,3 +384,30 @@ def test_keys_that_cannot_be_stored_are_named_before_any_work(key: str) -> None:
     index = SimpleNamespace(keys=["fine", key], where=lambda row: f"number {row}")
     with pytest.raises(DataError, match="number 1 is not UTF-8"):
         key_room(index)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_machines_must_share_the_folder_of_a_store(tmp_path: Path, shared: bool) -> None:
+    """Each would extract everything, and the first find at the end that most is not there."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os, sys; from pathlib import Path; import preceptor\n"
+        "from omegaconf import OmegaConf\n"
+        "from preceptor.engine import launch; from preceptor.errors import ConfigError\n"
+        "from preceptor.extract.pipeline import check_same_folder\n"
+        "engine = Path(preceptor.__file__).parent / 'configs' / 'engine' / 'cpu.yaml'\n"
+        "fabric = launch(OmegaConf.load(engine))\n"
+        f"folder = Path(__file__).parent / ('both' if {shared} else str(fabric.global_rank))\n"
+        "folder.mkdir(exist_ok=True)\n"
+        "told = 'nothing'\n"
+        "try: check_same_folder(fabric, str(folder))\n"
+        "except ConfigError as error: told = str(error)\n"
+        "Path(__file__).with_suffix(f'.{fabric.global_rank}').write_text(told)\n"
+    )
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = subprocess.run([sys.executable, *run, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        told = script.with_suffix(f".{rank}").read_text()
+        assert told == "nothing" if shared else "another folder for process 1 than" in told
+    assert not list(tmp_path.glob("*/.seen-*"))

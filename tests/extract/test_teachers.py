@@ -340,6 +340,25 @@ def test_sizes_that_a_network_refuses(checkpoints: dict[str, Path]) -> None:
         load_teacher("t", "timm:test_vit", checkpoint=path, size=65)
 
 
+def test_pixels_that_no_patch_sees_are_refused(checkpoints: dict[str, Path]) -> None:
+    path = str(checkpoints["test_vit"])
+    told = (
+        r"teachers\.t\.size: 72 x 64 pixels are no whole patches of 16 x 16; say 64 x 64 or 80 x 64"
+    )
+    with pytest.raises(TeacherError, match=told):
+        load_teacher("t", "timm:test_vit", checkpoint=path, size=(72, 64))
+
+
+def test_a_network_that_timm_loads_in_part_is_refused_too(checkpoints: dict[str, Path]) -> None:
+    """Of some timm takes any file, and leaves at random whatever that lacks."""
+    path, name = str(checkpoints["resnet10t"]), "vit_base_patch16_siglip_gap_224"
+    told = (
+        rf"resnet10t\.safetensors does not fit timm:{name}: it lacks \d+ of its weights, such as "
+    )
+    with pytest.raises(TeacherError, match=told):
+        load_teacher("t", f"timm:{name}", checkpoint=path)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

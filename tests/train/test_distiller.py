@@ -15,7 +15,7 @@ from preceptor.train.alignment.hidden_patches import HiddenPatches
 
 @pytest.fixture
 def targets_seen(monkeypatch):
-    """The targets of every step: before they are handed to the module, and as alignments get them."""
+    """The targets of every step: as they are handed to the module, and as alignments get them."""
     given, got = [], []
     to_device, forward = loop.to_device, Alignment.forward
 
