@@ -42,7 +42,7 @@ from preceptor.extract.pipeline import extract, load_teachers
 from preceptor.train.alignment import ALIGNMENTS, build_alignment
 from preceptor.train.batch import normalise, to_device
 from preceptor.train.data import AHEAD, TrainData
-from preceptor.train.distiller import Distiller
+from preceptor.train.distiller import Distiller, Targets
 from preceptor.train.loading import decoded, prefetched
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.students import IMAGENET_MEAN, IMAGENET_STD, Student, build_student
@@ -126,8 +126,14 @@ def images_only(bed: Bed, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     labels = np.asarray(bed.cache.labels)
     orders = [[(int(row), 0) for row in part] for part in rows]
     images = decoded(bed.views, orders, bed.workers)
-    joined = ((p, torch.from_numpy(labels[r])) for p, r in zip(images, rows, strict=True))
-    return prefetched(joined, AHEAD)
+    pin = bed.fabric.device.type == "cuda"  # as `cached` has them
+
+    def joined() -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, part in zip(images, rows, strict=True):
+            of_part = torch.from_numpy(labels[part])
+            yield (pixels.pin_memory(), of_part.pin_memory()) if pin else (pixels, of_part)
+
+    return prefetched(joined(), AHEAD)
 
 
 def plain(bed: Bed) -> Rival:
@@ -137,8 +143,8 @@ def plain(bed: Bed) -> Rival:
 
     def step(batch: tuple[Tensor, Tensor]) -> Tensor:
         pixels = normalise(batch[0], bed.fabric.device)
-        logits = module(pixels)
-        loss = functional.cross_entropy(logits.float(), batch[1].to(logits.device))
+        labels = batch[1].to(pixels.device, non_blocking=True)
+        loss = functional.cross_entropy(module(pixels).float(), labels)
         return update(bed, module, optimizer, loss)
 
     return lambda steps: images_only(bed, steps), step
@@ -158,7 +164,8 @@ def cached(bed: Bed, align: str) -> Rival:
 
     def step(batch: Any) -> Tensor:
         pixels, targets = to_device(batch, bed.fabric.device)
-        return update(bed, module, optimizer, module(pixels, targets).loss)
+        given = Targets.of(targets, bed.fabric)
+        return update(bed, module, optimizer, module(pixels, given).loss)
 
     return lambda steps: data.batches(0, steps), step
 
@@ -192,7 +199,8 @@ def online(bed: Bed, align: str) -> Rival:
                 for name, tokens in teacher(pixels * scale + shift).items():
                     mean, std = units[f"{teacher.name}/{name}"]
                     targets[f"{teacher.name}/{name}"] = (tokens.float() - mean) / std
-        return update(bed, module, optimizer, module(pixels, targets).loss)
+        given = Targets.of(targets, bed.fabric)
+        return update(bed, module, optimizer, module(pixels, given).loss)
 
     return lambda steps: images_only(bed, steps), step
 
