@@ -53,8 +53,8 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
     """
     if not isinstance(recipe.optimizer_options, DictConfig):
         raise ConfigError(
-            f"recipe.optimizer_options={recipe.optimizer_options}: expected options by name, such "
-            "as '{betas: [0.9, 0.98]}'"
+            f"recipe.optimizer_options={recipe.optimizer_options}: expected options by name, as "
+            "in '+recipe.optimizer_options.betas=[0.9,0.98]'"
         )
     options = plain(recipe.optimizer_options)
     if fused and recipe.optimizer in FUSED:

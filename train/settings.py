@@ -78,6 +78,10 @@ def check_settings(config: DictConfig) -> None:
         _check_number(recipe, f"recipe.{key}", positive=True)
     for key in ("warmup", "layer_decay", "ema", "min_lr"):
         _check_number(recipe, f"recipe.{key}")
+    if recipe.min_lr > recipe.lr:
+        raise ConfigError(
+            f"recipe.min_lr={recipe.min_lr} is above recipe.lr={recipe.lr}, which falls to it"
+        )
     for key in ("clip", "weight_decay"):
         if recipe[key] is not None:
             _check_number(recipe, f"recipe.{key}")

@@ -318,6 +318,7 @@ def test_half_precision_resumes_with_its_gradient_scale(
         ("recipe.color_jitter=null", "recipe.color_jitter=None: expected strengths by name"),
         ("student.size=null", r"student.size=None: expected pixels, a whole number or \[height"),
         ("student.size=[32]", r"student.size=\[32\]: expected pixels"),
+        ("recipe.min_lr=0.1", r"recipe.min_lr=0.1 is above recipe.lr=0\.\d+, which falls to it"),
         ("seed=-1", "seed=-1: expected a number from 0 up"),
         ("align.spaces=[clip]", "does not hold; there are vit/patch, vit/cls"),
         ("engine.precision=float8", "engine: "),
