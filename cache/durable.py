@@ -238,7 +238,16 @@ def write_whole(path: Path, raw: bytes | memoryview) -> None:
     Raises:
         StoreError: it cannot be written, or the device fails; no temporary file is left.
     """
-    staged = Staged(path, [raw])
+    write_whole_of(path, [raw])
+
+
+def write_whole_of(path: Path, buffers: Iterable[Any]) -> None:
+    """As `write_whole`, of the buffers one after the other.
+
+    Raises:
+        StoreError: it cannot be written, or the device fails; no temporary file is left.
+    """
+    staged = Staged(path, buffers)
     try:
         staged.verify()
         staged.publish()

@@ -9,7 +9,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -310,10 +309,6 @@ class Suite:
     @property
     def reads_grids(self) -> bool:
         return any(protocol.on_grid for protocol in self.protocols.values())
-
-    @cached_property
-    def needs_corrupted(self) -> bool:
-        return any(protocol.needs_corrupted for protocol in self.protocols.values())
 
     def check(self, truths: Sequence[Truth]) -> None:
         """Refuse protocols without a task of theirs, and tasks that they cannot use.

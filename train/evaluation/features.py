@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,9 @@ MAP = "map"
 _ROWS = 1024
 _VERSIONS = {name: version(name) for name in ("torch", "timm", "Pillow")}
 """What a student's features depend on beside weights and images."""
+
+Room = Callable[[Sequence[int]], Array]
+"""Makes an empty float32 array of a shape."""
 
 Wanted = tuple[str, Corruption | None]
 """A readout, of the images as they are (None) or corrupted."""
@@ -227,6 +229,10 @@ def quarters(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return pooled.flatten(2).transpose(1, 2).flatten(1)
 
 
+def _in_memory(shape: Sequence[int]) -> Array:
+    return np.empty(shape, dtype=np.float32)
+
+
 def run_student(
     fabric: Fabric,
     student: Student,
@@ -239,16 +245,14 @@ def run_student(
     interpolation: str,
     max_pixels: int | None,
     title: str,
-    files: Path | None = None,
+    room: Room = _in_memory,
 ) -> dict[Wanted, Array]:
     """Features of a frozen student in one pass over the images, float32 [n, K] or [n, N, C].
 
     Images are decoded once; every corruption is applied to the stored view at the student's size.
 
     Args:
-        files: a folder for the features of corrupted images, which are then mapped from there: of
-            15 corruptions at 5 severities they are 75 times those of the images. None holds them
-            in memory.
+        room: where the features go: memory, or `FeatureCache.room`.
 
     Raises:
         DataError: the images are not those of the store.
@@ -273,27 +277,12 @@ def run_student(
                         if key[1] == corruption:
                             part = reader.readouts[key[0]](output).float().cpu().numpy()
                             if key not in found:
-                                apart = files if corruption is not None else None
-                                name = f"{len(found)}.npy"
-                                file = None if apart is None else apart / name
-                                found[key] = _room(part, len(images.rows), file)
+                                # Filled part by part: joining parts would hold everything twice.
+                                found[key] = room((len(images.rows), *part.shape[1:]))
                             found[key][done : done + len(part)] = part
             done += len(pixels)
             line.advance(len(pixels))
     return {key: found[key] for key in wanted}
-
-
-def _room(part: Array, images: int, file: Path | None = None) -> Array:
-    """An empty array for the features of all images, which the first part has the shape of; in
-    memory, or mapped from a new file.
-
-    Filled part by part, since joining parts would hold everything twice.
-    """
-    shape = (images, *part.shape[1:])
-    if file is None:
-        return np.empty(shape, dtype=np.float32)
-    mapped: Array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-    return mapped
 
 
 def _corrupted(corruption: Corruption, pixels: Tensor, rows: NDArray[np.int64]) -> Tensor:
@@ -315,8 +304,8 @@ def cached_run(
 ) -> Mapping[Wanted, Array]:
     """`run_student` for what the feature cache lacks.
 
-    Features of corrupted images are left in the cache, which must have a folder for them, and read
-    from there one at a time, whenever they are asked for.
+    Features are left in the cache and mapped from there whenever they are asked for: all readouts
+    of all images, and of all their corruptions, are more than a machine's memory.
 
     Args:
         weights: JSON that determines the student and its readouts.
@@ -338,28 +327,13 @@ def cached_run(
             "versions": _VERSIONS,
         }
 
-    held: dict[Wanted, Array] = {}
-    missing = []
-    for key in wanted:
-        features = kept.get(identity(key), len(images.rows))
-        if features is None:
-            missing.append(key)
-        elif key[1] is None:
-            held[key] = features
+    missing = [key for key in wanted if kept.get(identity(key), len(images.rows)) is None]
     if missing:
         prepare()
-        with kept.aside() as files:
-            made = run_student(fabric, student, reader, images, missing, files=files, **options)
-            for key in missing:
-                features = made.pop(key)
-                kept.put(identity(key), features)
-                if key[1] is None:
-                    held[key] = features
-
-    def read(key: Wanted) -> Array:
-        return held[key] if key in held else kept.read(identity(key), len(images.rows))
-
-    return OnDemand(wanted, read)
+        made = run_student(fabric, student, reader, images, missing, room=kept.room, **options)
+        for key in missing:
+            kept.put(identity(key), made.pop(key))
+    return OnDemand(wanted, lambda key: kept.read(identity(key), len(images.rows)))
 
 
 def teacher_features(images: LabelledRows) -> Iterator[tuple[str, Tensor]]:
@@ -385,13 +359,13 @@ def space_features(
     Args:
         readout: ``mean`` of the tokens [n, D], ``spatial`` (see `quarters`) [n, 4 D], or ``map``,
             the tokens themselves [n, N, D].
-        kept: where the result is kept.
+        kept: where the result is kept, and mapped from. None holds it in memory.
     """
     source = images.cache[space]
     identity = {**images.teacher_identity(source.spec.teacher), "space": space, "readout": readout}
-    if readout == MAP:
-        kept = None  # the store itself is where they are kept, and takes less room
-    if kept is not None and (found := kept.get(identity, len(images.rows))) is not None:
+    # Of maps the store itself is where they are kept, and takes less room.
+    keeps = kept is not None and readout != MAP
+    if kept is not None and keeps and (found := kept.get(identity, len(images.rows))) is not None:
         return found
     grid = source.spec.grid
 
@@ -403,14 +377,18 @@ def space_features(
             return quarters(tokens, grid)
         return tokens
 
+    room: Room = _in_memory if kept is None else kept.room
     features: Array | None = None
-    for start in range(0, len(images.rows), _ROWS):
-        rows = images.rows[start : start + _ROWS]
-        part = reduced(source.decode(source.read(rows))).float().cpu().numpy()
-        if features is None:
-            features = _room(part, len(images.rows))
-        features[start : start + len(part)] = part
+    with ProgressLine(f"{space}, {readout}", len(images.rows), "images") as line:
+        for start in range(0, len(images.rows), _ROWS):
+            rows = images.rows[start : start + _ROWS]
+            part = reduced(source.decode(source.read(rows))).float().cpu().numpy()
+            if features is None:
+                features = room((len(images.rows), *part.shape[1:]))
+            features[start : start + len(part)] = part
+            line.advance(len(part))
     assert features is not None
-    if kept is not None:
-        kept.put(identity, features)
-    return features
+    if kept is None or not keeps:
+        return features
+    kept.put(identity, features)
+    return kept.read(identity, len(images.rows))

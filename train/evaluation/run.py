@@ -78,7 +78,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"out: {out} cannot be made: {error.strerror or error}") from error
     rows = []
-    with _feature_cache(config, suite) as kept:
+    with _feature_cache(config) as kept:
         if "cka" in suite.protocols:
             spaces = {name: space_features(test, name, "mean", kept) for name in test.cache.spaces}
             truths.append(Spaces("spaces", spaces))
@@ -205,15 +205,15 @@ def _write_resamples(path: Path, rows: Sequence[Row]) -> None:
 
 
 @contextmanager
-def _feature_cache(config: DictConfig, suite: Suite) -> Iterator[FeatureCache]:
-    """Where features are kept; where none shall be, those of corrupted images are for as long as
-    they are read, since they are too many to be held in memory."""
+def _feature_cache(config: DictConfig) -> Iterator[FeatureCache]:
+    """Where features are kept; where none shall be, they are for as long as they are read, since
+    they may be too many to be held in memory."""
     with ExitStack() as stack:
         folder = config.features
-        if folder is None and suite.needs_corrupted:
+        if folder is None:
             aside = TemporaryDirectory(prefix="features-", dir=config.out)
             folder = stack.enter_context(aside)
-        yield FeatureCache(None if folder is None else Path(folder))
+        yield FeatureCache(Path(folder))
 
 
 def _widths(config: DictConfig) -> list[int | None]:
