@@ -15,10 +15,11 @@ from ..cache.convert import copy_calibration
 from ..cache.statistics import SAMPLE_ROWS, CalibrationSums, calibration, prediction_weights
 from ..errors import ConfigError, DataError, StoreError
 from ..progress import ProgressLine
-from .images import ViewBatch, batched
+from .finite import Computed, StoredRows
+from .images import batched
 
 if TYPE_CHECKING:
-    from .pipeline import TeacherRunner
+    from .runner import TeacherRunner
 
 
 def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -> None:
@@ -42,15 +43,19 @@ def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) ->
         )
     rows = sample_rows(writer.plan.rows, int(config.calibration.images), int(config.seed))
 
+    lists = batched(rows, runner.batch_size)
+    stored = StoredRows(writer)
+
     def tokens() -> Iterator[Mapping[str, Tensor]]:
         problems: list[str] = []
         with ProgressLine("calibrate", len(rows), "rows") as line:
-            for batch in runner.batches(batched(rows, runner.batch_size)):
-                problems += batch.problems
-                found = runner.tokens(batch, teachers)
-                _refuse_not_finite(found, batch)
-                yield found
-                line.advance(len(batch.rows.keys))
+            for numbers, batch in zip(lists, runner.batches(lists), strict=True):
+                found = Computed.of(numbers, batch, runner.tokens(batch, teachers)).settled(
+                    runner.index, stored, views=runner.policy.count, skip=runner.skip_corrupt
+                )
+                problems += found.batch.problems
+                yield found.tokens
+                line.advance(len(numbers))
         if len(problems) == len(rows):
             raise DataError(
                 f"no image of the calibration's sample of {len(rows)} can be used, the first for "
@@ -60,18 +65,6 @@ def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) ->
 
     for space, found in measure(specs, tokens()).items():
         writer.calibrate(space, **found)
-
-
-def _refuse_not_finite(tokens: Mapping[str, Tensor], batch: ViewBatch) -> None:
-    keys = np.asarray(batch.rows.keys)[batch.rows.valid]
-    for space, values in tokens.items():
-        bad = ~torch.isfinite(values).flatten(1).all(1)
-        if bad.any():
-            key = str(keys[bad.cpu().numpy()][0])
-            raise DataError(
-                f"{space}: tokens of {key!r} are not finite: check the image and the teacher's "
-                "precision"
-            )
 
 
 def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: str) -> None:

@@ -27,12 +27,12 @@ from .calibration import calibrate
 from .images import stored_pixels
 from .pipeline import (
     PATIENCE,
-    TeacherRunner,
     keep_summary,
     load_teachers,
     teacher_record,
     teachers_precision,
 )
+from .runner import TeacherRunner
 
 _SHOWN = 20
 

@@ -57,6 +57,18 @@ def massive() -> Awkward:
     return Awkward(lambda x: x * torch.where(torch.arange(DIM) % 7 == 3, 1e4, 1e-2))
 
 
+class Contrast(Tiny):
+    """Divides by the span of an image's pixels, which is zero for a blank one."""
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        span = pixels.flatten(1).amax(1) - pixels.flatten(1).amin(1)
+        return {name: x / span[:, None, None] for name, x in super().__call__(pixels).items()}
+
+
+def contrast() -> Contrast:
+    return Contrast(DIM, 0)
+
+
 class Mistaken(Tiny):
     """Gives other spaces than it states."""
 
