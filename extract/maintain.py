@@ -23,7 +23,7 @@ from ..cache.writer import remove_unit
 from ..engine import gathered, launch, one_first, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
-from .calibration import calibrate
+from .calibration import calibrate, check_calibration
 from .images import stored_pixels
 from .pipeline import (
     PATIENCE,
@@ -145,6 +145,8 @@ def add(config: DictConfig) -> dict[str, Any]:
     names = [record.name for record in records] + ([] if pixels is None else [PIXELS])
     present = {teacher.name: teacher for teacher in writer.plan.teachers}
     _refuse_pending(writer, names)
+    new = [space for record in records if record.name not in present for space in record.spaces]
+    check_calibration(config.calibration, records, new)
     with one_first(fabric):
         index, policy = _images(config, writer.plan, quiet=not first)
     for record in records:
@@ -342,11 +344,16 @@ def _refuse_pending(writer: StoreWriter, names: Sequence[str]) -> None:
 def _damage(report: VerifyReport, kept: str) -> str:
     shown = "; ".join(str(problem) for problem in report.problems[:_SHOWN])
     more = len(report.problems) - _SHOWN
-    return (
+    told = (
         f"{report.store} is not whole: {shown}{f' and {more} more' if more > 0 else ''}. "
-        f"{kept[0].upper()}{kept[1:]}; run `preceptor repair cache={report.store} data.shards=... "
-        "teachers=...`"
+        f"{kept[0].upper()}{kept[1:]}; "
     )
+    if report.unfinished:
+        return told + (
+            "what there is of it is sound: finish it with the `preceptor extract` (or `preceptor "
+            f"add`) cache={report.store} and the options that it was begun with"
+        )
+    return told + f"run `preceptor repair cache={report.store} data.shards=... teachers=...`"
 
 
 def _listed(shards: Sequence[tuple[str, int]]) -> str:

@@ -28,6 +28,7 @@ from ..cache import (
     ViewPolicy,
     class_sorted,
 )
+from ..cache.manifest import MANIFEST
 from ..cache.rows import is_text
 from ..cache.samples import list_samples
 from ..cache.source import local_path
@@ -36,7 +37,7 @@ from ..engine import gathered, launch, one_first, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
 from ..options import plain
-from .calibration import calibrate
+from .calibration import calibrate, check_calibration
 from .images import stored_pixels
 from .runner import TeacherRunner
 from .teachers import OPTIONS, Teacher, closest, load_teacher
@@ -79,6 +80,8 @@ def extract(config: DictConfig) -> dict[str, Any]:
     )
     runner = TeacherRunner(fabric, teachers, index, policy, config)
     if fabric.global_rank == 0:
+        if not (local_path(config.cache, "writing") / MANIFEST).exists():
+            check_calibration(config.calibration, plan.teachers, list(plan.spaces.values()))
         calibrate(StoreWriter.open_or_create(config.cache, plan), runner, config)
     fabric.barrier()
     check_same_folder(fabric, config.cache)
