@@ -13,7 +13,7 @@ import resource
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob
@@ -249,15 +249,45 @@ def is_remote(path: str) -> bool:
     return bool(found) and scheme in SCHEMES
 
 
-def members(path: str, file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """(key, kind, header) of the members that WebDataset would read, in their order."""
+@dataclass(frozen=True)
+class Passed:
+    """Members of tars that are passed by, since they are links or no regular files.
+
+    Attributes:
+        count: how many.
+        first: name of the first one.
+    """
+
+    count: int = 0
+    first: str = ""
+
+    def and_then(self, later: Passed) -> Passed:
+        """Those of both."""
+        return Passed(self.count + later.count, self.first if self.count else later.first)
+
+
+NOTHING_PASSED = Passed()
+
+
+def members(
+    path: str, file: IO[bytes], passed: Callable[[Passed], object] | None = None
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, kind, header) of the members that WebDataset would read, in their order.
+
+    Args:
+        passed: told of every member that is neither a regular file nor a folder.
+    """
     from webdataset.tariterators import base_plus_ext  # imports torch
 
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else millions of headers stay
-                if not member.isreg() or _is_metadata(member.name):
+                if _is_metadata(member.name) or member.isdir():
+                    continue
+                if not member.isreg():
+                    if passed is not None:
+                        passed(Passed(1, member.name))
                     continue
                 if member.issparse():
                     raise DataError(f"member {member.name!r} of shard {path} is stored sparse")
