@@ -6,6 +6,7 @@ so there is nothing to synchronise but the calibration before and the statistics
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import uuid
@@ -28,6 +29,7 @@ from ..cache import (
     ViewPolicy,
     class_sorted,
 )
+from ..cache.encodings import encoding as find_encoding
 from ..cache.manifest import MANIFEST
 from ..cache.rows import is_text
 from ..cache.samples import list_samples
@@ -41,6 +43,7 @@ from .calibration import calibrate, check_calibration
 from .images import stored_pixels
 from .runner import TeacherRunner
 from .teachers import OPTIONS, Teacher, closest, load_teacher
+from .teachers.base import named
 
 TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 PATIENCE = timedelta(days=7)
@@ -187,15 +190,25 @@ def teachers_precision(engine: DictConfig) -> str:
 
 
 def teacher_record(teacher: Teacher, options: DictConfig, precision: str) -> TeacherRecord:
-    """What the manifest keeps of a teacher: its spaces, their encoding, and its identity."""
-    encoding = options.get("encoding") or "int8"
+    """What the manifest keeps of a teacher: its spaces, their encoding, and its identity.
+
+    Raises:
+        TeacherError: there is no such encoding, or a teacher of the user's own has no identity that
+            is JSON.
+    """
+    encoding = str(options.get("encoding") or "int8")
+    with named(teacher.name, "encoding"):
+        find_encoding(encoding)
+    with named(teacher.name, doing="its identity()" if teacher.own_code else None):
+        identity = dict(teacher.identity())
+        json.dumps(identity, allow_nan=False)
     return TeacherRecord(
         name=teacher.name,
         spaces=tuple(
             SpaceSpec(teacher.name, space.name, space.tokens, space.dim, space.grid, encoding)
             for space in teacher.spaces
         ),
-        identity={**teacher.identity(), "precision": precision},
+        identity={**identity, "precision": precision},
     )
 
 

@@ -21,7 +21,7 @@ from ..progress import ProgressLine
 from .finite import Computed, StoredRows
 from .images import Geometry, ViewBatch, ViewDataset, batched, geometry, view_batches
 from .teachers import Teacher
-from .teachers.base import refuse_other_shapes
+from .teachers.base import named, refuse_other_shapes
 
 
 class TeacherRunner:
@@ -44,7 +44,9 @@ class TeacherRunner:
         self.skip_corrupt = config.on_corrupt == "skip"
         self.rows_extracted = 0
         for teacher in teachers:
-            teacher.to(fabric.device)
+            doing = f"its move to {fabric.device}" if teacher.own_code else None
+            with named(teacher.name, doing=doing):
+                teacher.to(fabric.device)
 
     def batches(
         self, rows: Iterable[Sequence[int]], pixels: PixelSpec | None = None
@@ -91,9 +93,10 @@ class TeacherRunner:
             if shape not in sent:
                 sent[shape] = pixels.to(self.fabric.device, non_blocking=True)
             inputs = normalise(sent[shape], prepared.mean, prepared.std, self.fabric.device)
-            with self.fabric.autocast():
+            doing = f"its network, for {len(pixels)} images," if teacher.own_code else None
+            with self.fabric.autocast(), named(teacher.name, doing=doing):
                 spaces = teacher(inputs)
-            refuse_other_shapes(teacher, spaces, len(pixels))
+                refuse_other_shapes(teacher, spaces, len(pixels))
             for name, tokens in spaces.items():
                 found[f"{teacher.name}/{name}"] = tokens.float()
         return found
