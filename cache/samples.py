@@ -113,6 +113,8 @@ class SampleIndex:
             left_out = ""
             if count := lists.passed.count:
                 left_out = f"; {count:,} of the members are links or no regular files"
+            if folders and (named := tars.names_of_tars(paths[0], lists.ignored)):
+                left_out = f"; of the tars in it write their names: data.shards='{named}'"
             raise DataError(f"no sample in {_several(paths)}; expected {wanted}{left_out}")
         return cls(
             keys=lists.keys,

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -185,7 +185,8 @@ def _walk(
             raise DataError(
                 f"sample {key!r} in shard {shard.path} has "
                 f"{'images ' + ' and '.join(images) if images else 'no image'} "
-                f"(members: {', '.join(own)}); expected exactly one of {', '.join(IMAGE_KINDS)}"
+                f"(members: {', '.join([*own][:8])}{', ...' if len(own) > 8 else ''}); expected "
+                f"exactly one of {', '.join(IMAGE_KINDS)}{'' if images else _dotted(key, own)}"
             )
         image = own[images[0]]
         keys.append(key)
@@ -210,6 +211,19 @@ def _walk(
         add(key, own, label)
     labels, offsets, sizes = np.array(rows, np.int64).reshape(-1, 3).T.copy()
     return ShardList(keys, labels, offsets, sizes, members, passed)
+
+
+def _dotted(key: str, kinds: Iterable[str]) -> str:
+    """What to do where a name has more dots than the one before its extension."""
+    for kind in kinds:
+        stem, _, extension = kind.rpartition(".")
+        if extension in IMAGE_KINDS:
+            other = f"{key}_{stem.replace('.', '_')}.{extension}"
+            return (
+                f". In WebDataset's tars a key ends at the first dot of the name: instead of "
+                f"{key}.{kind} write {other}, and so its label"
+            )
+    return ""
 
 
 def _label(path: str, file: IO[bytes], key: str, member: tarfile.TarInfo) -> int:

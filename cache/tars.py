@@ -9,11 +9,12 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import resource
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob
@@ -34,6 +35,7 @@ _COMPRESSED: dict[bytes, Any] = {
     b"BZh": bz2.open,
 }
 _BLOCK = tarfile.BLOCKSIZE
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _UNPACKING = threading.Lock()
 
 
@@ -229,6 +231,32 @@ def expand_shards(
                 f"({known}); download or mount it first"
             )
     return paths
+
+
+def names_of_tars(folder: str, files: Iterable[str]) -> str | None:
+    """How ``data.shards`` names the tars of a folder, such as ``folder/train-{000..127}.tar``; None
+    where it has none.
+
+    Args:
+        files: paths below the folder; of several folders those in the first one are named.
+    """
+    found = sorted(name for name in files if name.endswith(_TARS))
+    if not found:
+        return None
+    within = os.path.dirname(found[0])
+    own = [os.path.basename(name) for name in found if os.path.dirname(name) == within]
+    place = os.path.join(folder, within, "") if within else os.path.join(folder, "")
+    if len(own) == 1:
+        return place + own[0]
+    numbered = [re.fullmatch(r"(.*?)(\d+)(\.[a-z.]+)", name) for name in own]
+    parts = [match.groups() for match in numbered if match]
+    if len(parts) == len(own) and len({(before, after) for before, _, after in parts}) == 1:
+        (before, first, after), last = parts[0], parts[-1][1]
+        run = [f"{int(first) + step:0{len(first)}}" for step in range(len(own))]
+        if [number for _, number, _ in parts] == run:
+            return f"{place}{before}{{{first}..{last}}}{after}"
+    kinds = sorted({next(kind for kind in _TARS if name.endswith(kind)) for name in own})
+    return f"{place}*{kinds[0]}"
 
 
 def _refuse_address(path: str) -> None:
