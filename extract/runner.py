@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..cache import PixelSpec, SampleIndex, StoreWriter, ViewPolicy
 from ..cache.commit_thread import CommitThread
 from ..cache.plan import PIXELS
+from ..cache.room import bytes_to_come, lack_of_room
 from ..cache.shard_writer import ShardWriter
 from ..engine import decoders
 from ..errors import ConfigError, DataError
@@ -109,7 +111,10 @@ class TeacherRunner:
         """
         rank, world = self.fabric.global_rank, self.fabric.world_size
         # One list is shared out: who looked late would miss what the others have committed by then.
-        pending = self.fabric.broadcast(writer.pending() if rank == 0 else [])[rank::world]
+        whole = self.fabric.broadcast(writer.pending() if rank == 0 else [])
+        if rank == 0 and (lack := lack_of_room(writer.path, bytes_to_come(writer.plan, whole))):
+            print(f"warning: {lack}", file=sys.stderr)
+        pending = whole[rank::world]
         rows, problems = writer.plan.rows, list[str]()
         # Batches never cross a shard and always start at its first row: a shard's bytes do not
         # depend on where an earlier run was stopped.
