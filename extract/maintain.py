@@ -20,7 +20,7 @@ from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path
 from ..cache.writer import remove_unit
-from ..engine import gathered, launch, one_first, refuse_several
+from ..engine import launch, one_first, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
 from .calibration import calibrate, check_calibration
@@ -33,6 +33,7 @@ from .pipeline import (
     teachers_precision,
 )
 from .runner import TeacherRunner
+from .turns import await_calibration, shares_of_all
 
 _SHOWN = 20
 
@@ -171,10 +172,10 @@ def add(config: DictConfig) -> dict[str, Any]:
     runner = TeacherRunner(fabric, teachers, index, policy, _options(config))
     if first:
         calibrate(writer, runner, config)
-    fabric.barrier()
+    await_calibration(fabric)
     writer = StoreWriter.open(root)
     runner.fill(writer)
-    extracted = sum(gathered(fabric, runner.rows_extracted))
+    extracted = sum(shares_of_all(fabric, runner.rows_extracted))
     if not first:
         return {}
     writer.finish()

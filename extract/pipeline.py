@@ -44,6 +44,7 @@ from .images import stored_pixels
 from .runner import TeacherRunner
 from .teachers import OPTIONS, Teacher, closest, load_teacher
 from .teachers.base import named
+from .turns import await_calibration, shares_of_all
 
 TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 PATIENCE = timedelta(days=7)
@@ -86,10 +87,10 @@ def extract(config: DictConfig) -> dict[str, Any]:
         if not (local_path(config.cache, "writing") / MANIFEST).exists():
             check_calibration(config.calibration, plan.teachers, list(plan.spaces.values()))
         calibrate(StoreWriter.open_or_create(config.cache, plan), runner, config)
-    fabric.barrier()
+    await_calibration(fabric)
     check_same_folder(fabric, config.cache)
     writer = StoreWriter.open_or_create(config.cache, plan)
-    done = gathered(fabric, (runner.fill(writer), runner.rows_extracted))
+    done = shares_of_all(fabric, (runner.fill(writer), runner.rows_extracted))
     summary: dict[str, Any] = {}
     if fabric.global_rank == 0:
         writer.finish()
