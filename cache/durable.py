@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from .waiting import waiting
 
 TEMPORARY = ".tmp"
 _BLOCK = 8 << 20
@@ -96,7 +97,11 @@ def directory_lock(path: Path) -> Iterator[None]:
 
 def _lock(fd: int, path: Path) -> None:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with waiting(f"waiting for another process that holds {path}"):
+                fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError as error:
         raise StoreError(
             f"{path} cannot be locked ({error.strerror}), and without locks two writers could mix "

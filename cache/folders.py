@@ -81,7 +81,8 @@ def list_folder(path: str, kinds: Sequence[str]) -> Listing:
 
     Raises:
         DataError: it cannot be listed, images lie beside class folders, a class folder has none,
-            a link leads back to a folder above it, or a name is not UTF-8.
+            it is the folder above those with the class folders, a link leads back to a folder above
+            it, or a name is not UTF-8.
     """
     root = path.rstrip("/") or "/"
     own, classes = _entries(root)
@@ -107,6 +108,7 @@ def list_folder(path: str, kinds: Sequence[str]) -> Listing:
             f"({', '.join(kinds)}): fill or remove it, for classes are numbered in the order of "
             "their names"
         )
+    _refuse_folder_above(path, [name for label, name, _ in images if label >= 0])
     images.sort(key=lambda image: (image[0], image[1]))
     split = [os.path.splitext(name) for _, name, _ in images]
     try:
@@ -127,6 +129,26 @@ def list_folder(path: str, kinds: Sequence[str]) -> Listing:
         np.array([state.st_mtime_ns for state in states], np.int64),
     )
     return Listing(folder, sizes, [label for label, _, _ in images], ignored)
+
+
+def _refuse_folder_above(path: str, names: Sequence[str]) -> None:
+    """Refuse class folders such as ``train`` and ``val``: none holds an image itself, and one holds
+    several folders of them. One folder in each, such as ``images``, is a habit of some data sets.
+
+    Args:
+        names: of images in class folders, their paths below ``path``.
+    """
+    parts = [name.split("/") for name in names]
+    within = {(first, second) for first, second, *rest in parts if rest}
+    tops = sorted({first for first, *_ in parts})
+    if within and all(len(part) > 2 for part in parts) and len(within) > len(tops):
+        example = max(tops, key=lambda top: sum(first == top for first, _ in within))
+        shown = ", ".join(tops[:4]) + (", ..." if len(tops) > 4 else "")
+        raise DataError(
+            f"the folders in {path} ({shown}) would be the classes, and they hold no images but "
+            f"folders of them: name the folder that holds the class folders, such as "
+            f"{os.path.join(path, example)}"
+        )
 
 
 def _is_image(name: str, kinds: Sequence[str]) -> bool:

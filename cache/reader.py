@@ -132,7 +132,7 @@ class Cache:
 
     @property
     def valid(self) -> np.ndarray:
-        """bool ``[rows]``; False where the image was corrupt and there are no tokens."""
+        """bool ``[rows]``; False where the image was left out and there are no tokens."""
         return self._store.valid
 
     @cached_property

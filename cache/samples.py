@@ -13,7 +13,6 @@ import hashlib
 import io
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,10 +26,11 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import DamagedImageError, DataError
 from ..progress import counting
 from . import tars
-from .folders import Folder, list_folder
+from .folders import Folder
 from .remote_shard import PARALLEL, RemoteTarShard
-from .shard_list import IMAGE_KINDS, KeptLists, ShardList, list_shard
-from .tars import TarShard
+from .shard_list import IMAGE_KINDS
+from .tars import NOTHING_PASSED, Passed, TarShard
+from .walk import Walk
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
@@ -53,6 +53,7 @@ class SampleIndex:
             where a sample has none.
         order: what put the samples in this order, for the record.
         ignored: files of a folder that are no images by their extension.
+        passed: members of tars that are no regular files.
     """
 
     keys: list[str]
@@ -64,6 +65,7 @@ class SampleIndex:
     _size: NDArray[np.int64]
     _members: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    passed: Passed = NOTHING_PASSED
 
     @classmethod
     def from_shards(
@@ -91,7 +93,7 @@ class SampleIndex:
                 or as for ``folders.list_folder``.
         """
         paths = tars.expand_shards(shards)
-        lists = _Lists(members)
+        lists = Walk(members)
         folders = [path for path in paths if os.path.isdir(path)]
         if folders and len(paths) > 1:
             raise DataError(
@@ -108,7 +110,12 @@ class SampleIndex:
                 progress(number + 1, len(paths))
         if not lists.keys:
             wanted = f"images ({', '.join(IMAGE_KINDS)})" if folders else "members such as key.jpg"
-            raise DataError(f"no sample in {_several(paths)}; expected {wanted}")
+            left_out = ""
+            if count := lists.passed.count:
+                left_out = f"; {count:,} of the members are links or no regular files"
+            if folders and (named := tars.names_of_tars(paths[0], lists.ignored)):
+                left_out = f"; of the tars in it write their names: data.shards='{named}'"
+            raise DataError(f"no sample in {_several(paths)}; expected {wanted}{left_out}")
         return cls(
             keys=lists.keys,
             labels=np.concatenate(lists.labels),
@@ -124,6 +131,7 @@ class SampleIndex:
                 for kind, found in lists.members.items()
             },
             ignored=tuple(lists.ignored),
+            passed=lists.passed,
         )
 
     def __len__(self) -> int:
@@ -310,7 +318,8 @@ def list_samples(
     *,
     quiet: bool = False,
 ) -> SampleIndex:
-    """`SampleIndex.from_shards`, with a progress line where there are many shards.
+    """`SampleIndex.from_shards`, with a progress line where there are many shards, and warnings of
+    what was passed by.
 
     Args:
         quiet: show none; of several processes one is enough.
@@ -320,88 +329,28 @@ def list_samples(
     """
     least = sys.maxsize if quiet else _MANY_SHARDS
     with counting("list shards", "shards", least=least) as show:
-        return SampleIndex.from_shards(shards, show, members)
+        index = SampleIndex.from_shards(shards, show, members)
+    for warning in () if quiet else passed_by(index):
+        print(f"warning: {warning}", file=sys.stderr)
+    return index
 
 
-class _Lists:
-    """What the walk over the shards has gathered so far."""
-
-    def __init__(self, members: Sequence[str] = ()) -> None:
-        self.members: dict[str, list[tuple[int, int]]] = {kind: [] for kind in members}
-        self.shards: list[TarShard | Folder] = []
-        self.ignored: list[str] = []
-        self.keys: list[str] = []
-        self.labels: list[NDArray[np.int64]] = []
-        self.offsets: list[NDArray[np.int64]] = []
-        self.sizes: list[NDArray[np.int64]] = []
-        self._kept = KeptLists()
-        self._given_up = threading.Event()
-        self._seen: dict[str, int] = {}
-        self._unpacked = 0
-
-    def walked(self, paths: Sequence[str]) -> Iterator[tuple[TarShard, ShardList | None]]:
-        """Every shard with its list; without, where it has to be unpacked first. Remote ones are
-        walked many at a time."""
-
-        def at(path: str) -> TarShard:
-            return RemoteTarShard.at(path) if tars.is_remote(path) else TarShard.at(path)
-
-        def walk(shard: TarShard) -> tuple[TarShard, ShardList | None]:
-            return shard, self._list(shard) if shard.packed is None else None
-
-        if not any(map(tars.is_remote, paths)):
-            yield from map(walk, map(at, paths))
-            return
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            shards = list(pool.map(at, paths))  # one that is missing is told before any is walked
-            try:
-                yield from pool.map(walk, shards)
-            finally:
-                self._given_up.set()  # else a damaged shard, or Ctrl-C, waits for the other walks
-
-    def _list(self, shard: TarShard) -> ShardList:
-        return list_shard(shard, list(self.members), kept=self._kept, given_up=self._given_up)
-
-    def add_shard(self, shard: TarShard, found: ShardList | None) -> None:
-        if found is None:
-            shard.plain = shard.unpack(tars.MAX_UNPACKED - self._unpacked)
-            self._unpacked += len(shard.plain)
-            found = self._list(shard)
-        for key in found.keys:
-            if key in self._seen:
-                before = [*self.shards, shard][self._seen[key]]
-                raise DataError(
-                    f"key {key!r} in shard {shard.path} occurs before, in shard {before.path}; "
-                    "keys must be unique"
-                )
-            self._seen[key] = len(self.shards)
-        self.shards.append(shard)
-        shard.samples = len(found.keys)
-        self.keys += found.keys
-        self.labels.append(found.labels)
-        self.offsets.append(found.offsets)
-        self.sizes.append(found.sizes)
-        for kind, places in self.members.items():
-            places += found.members[kind]
-
-    def add_folder(self, path: str) -> None:
-        listing = list_folder(path, IMAGE_KINDS)
-        folder = listing.folder
-        self.shards.append(folder)
-        for stem, kind in zip(folder.stems, folder.kinds, strict=True):
-            if stem in self._seen:
-                raise DataError(
-                    f"folder {path} has two images {stem!r} (one is {kind}): keys are paths "
-                    "without their extension and must be unique"
-                )
-            self._seen[stem] = 0
-        self.keys = list(folder.stems)
-        self.labels.append(np.asarray(listing.labels, np.int64))
-        self.sizes.append(np.asarray(listing.sizes, np.int64))
-        self.offsets.append(np.arange(len(self.keys)))
-        self.members = {kind: [(0, -1)] * len(self.keys) for kind in self.members}
-        self.ignored = listing.ignored
-        folder.samples = len(self.keys)
+def passed_by(index: SampleIndex) -> list[str]:
+    """What of the shards is not in the index though it may be meant to be, a sentence each."""
+    found = []
+    if index.passed.count:
+        found.append(
+            f"{index.passed.count:,} members of the tars are links or no regular files and are "
+            f"left out, such as {index.passed.first!r}: write the tars with what the links lead to "
+            "(tar -h)"
+        )
+    lacking = np.flatnonzero(index.labels < 0)
+    if 0 < len(lacking) < len(index):
+        found.append(
+            f"{len(lacking):,} of {len(index):,} images have no label though others have, such as "
+            f"{index.where(int(lacking[0]))}: the tars lack their .cls"
+        )
+    return found
 
 
 def _several(paths: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from . import tars
-from .tars import TarShard
+from .tars import NOTHING_PASSED, Passed, TarShard
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 MAX_LABEL_BYTES = 64
@@ -35,7 +35,7 @@ FOLDER = "PRECEPTOR_SHARD_LISTS"
 SETTLED = 10 * 10**9
 """Nanoseconds since a shard's last change after which its list is kept. What is written within one
 tick of the file system's clock after the walk would otherwise go unnoticed."""
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -47,6 +47,7 @@ class ShardList:
         labels: int64 [len], the class, or -1 where a sample has none.
         offsets, sizes: int64 [len], where its image lies in the archive.
         members: of further kinds, (offset, size) by sample; (0, -1) where it has none.
+        passed: members of the archive that are no regular files.
     """
 
     keys: list[str]
@@ -54,6 +55,7 @@ class ShardList:
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     members: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    passed: Passed = NOTHING_PASSED
 
 
 class KeptLists:
@@ -76,11 +78,13 @@ class KeptLists:
                 names = found["keys"].tobytes().decode("utf-8", "surrogateescape")
                 keys = names.split("\0") if names else []
                 columns = [found[name] for name in ("labels", "offsets", "sizes")]
+                count, _, first = found["passed"].tobytes().partition(b"\0")
+                passed = Passed(int(count), first.decode("utf-8", "surrogateescape"))
         except Exception:  # none is there, or damaged bytes: those raise anything at all
             return None
         if any(column.shape != (len(keys),) or column.dtype != np.int64 for column in columns):
             return None
-        return ShardList(keys, *columns)
+        return ShardList(keys, columns[0], columns[1], columns[2], passed=passed)
 
     def keep(self, shard: TarShard, found: ShardList) -> None:
         """Keep the list of a shard that has not changed of late. Warns once where it cannot be."""
@@ -96,6 +100,10 @@ class KeptLists:
             labels=found.labels,
             offsets=found.offsets,
             sizes=found.sizes,
+            passed=np.frombuffer(
+                f"{found.passed.count}\0{found.passed.first}".encode("utf-8", "surrogateescape"),
+                np.uint8,
+            ),
         )
         try:
             self._write(self._file(folder, shard), packed.getbuffer())
@@ -163,6 +171,11 @@ def _walk(
     keys: list[str] = []
     rows: list[tuple[int, int, int]] = []
     members: dict[str, list[tuple[int, int]]] = {kind: [] for kind in kinds}
+    passed = NOTHING_PASSED
+
+    def pass_by(one: Passed) -> None:
+        nonlocal passed
+        passed = passed.and_then(one)
 
     def add(key: str | None, own: dict[str, tarfile.TarInfo], label: int) -> None:
         if key is None:
@@ -172,7 +185,8 @@ def _walk(
             raise DataError(
                 f"sample {key!r} in shard {shard.path} has "
                 f"{'images ' + ' and '.join(images) if images else 'no image'} "
-                f"(members: {', '.join(own)}); expected exactly one of {', '.join(IMAGE_KINDS)}"
+                f"(members: {', '.join([*own][:8])}{', ...' if len(own) > 8 else ''}); expected "
+                f"exactly one of {', '.join(IMAGE_KINDS)}{'' if images else _dotted(key, own)}"
             )
         image = own[images[0]]
         keys.append(key)
@@ -183,7 +197,7 @@ def _walk(
 
     with io.BytesIO(shard.plain) if shard.plain is not None else shard.open() as file:
         key, own, label = None, dict[str, tarfile.TarInfo](), -1
-        for found, kind, member in tars.members(shard.path, file):
+        for found, kind, member in tars.members(shard.path, file, pass_by):
             if given_up is not None and given_up.is_set():
                 raise InterruptedError(f"listing {shard.path} was given up")
             if found != key:
@@ -196,7 +210,20 @@ def _walk(
                 label = _label(shard.path, file, found, member)
         add(key, own, label)
     labels, offsets, sizes = np.array(rows, np.int64).reshape(-1, 3).T.copy()
-    return ShardList(keys, labels, offsets, sizes, members)
+    return ShardList(keys, labels, offsets, sizes, members, passed)
+
+
+def _dotted(key: str, kinds: Iterable[str]) -> str:
+    """What to do where a name has more dots than the one before its extension."""
+    for kind in kinds:
+        stem, _, extension = kind.rpartition(".")
+        if extension in IMAGE_KINDS:
+            other = f"{key}_{stem.replace('.', '_')}.{extension}"
+            return (
+                f". In WebDataset's tars a key ends at the first dot of the name: instead of "
+                f"{key}.{kind} write {other}, and so its label"
+            )
+    return ""
 
 
 def _label(path: str, file: IO[bytes], key: str, member: tarfile.TarInfo) -> int:

@@ -9,11 +9,12 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import resource
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob
@@ -34,6 +35,7 @@ _COMPRESSED: dict[bytes, Any] = {
     b"BZh": bz2.open,
 }
 _BLOCK = tarfile.BLOCKSIZE
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _UNPACKING = threading.Lock()
 
 
@@ -231,6 +233,32 @@ def expand_shards(
     return paths
 
 
+def names_of_tars(folder: str, files: Iterable[str]) -> str | None:
+    """How ``data.shards`` names the tars of a folder, such as ``folder/train-{000..127}.tar``; None
+    where it has none.
+
+    Args:
+        files: paths below the folder; of several folders those in the first one are named.
+    """
+    found = sorted(name for name in files if name.endswith(_TARS))
+    if not found:
+        return None
+    within = os.path.dirname(found[0])
+    own = [os.path.basename(name) for name in found if os.path.dirname(name) == within]
+    place = os.path.join(folder, within, "") if within else os.path.join(folder, "")
+    if len(own) == 1:
+        return place + own[0]
+    numbered = [re.fullmatch(r"(.*?)(\d+)(\.[a-z.]+)", name) for name in own]
+    parts = [match.groups() for match in numbered if match]
+    if len(parts) == len(own) and len({(before, after) for before, _, after in parts}) == 1:
+        (before, first, after), last = parts[0], parts[-1][1]
+        run = [f"{int(first) + step:0{len(first)}}" for step in range(len(own))]
+        if [number for _, number, _ in parts] == run:
+            return f"{place}{before}{{{first}..{last}}}{after}"
+    kinds = sorted({next(kind for kind in _TARS if name.endswith(kind)) for name in own})
+    return f"{place}*{kinds[0]}"
+
+
 def _refuse_address(path: str) -> None:
     if path.startswith("http") and any(character in path for character in "?#"):
         raise DataError(f"shard {path!r}: addresses with ? or # cannot be read")
@@ -249,15 +277,45 @@ def is_remote(path: str) -> bool:
     return bool(found) and scheme in SCHEMES
 
 
-def members(path: str, file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """(key, kind, header) of the members that WebDataset would read, in their order."""
+@dataclass(frozen=True)
+class Passed:
+    """Members of tars that are passed by, since they are links or no regular files.
+
+    Attributes:
+        count: how many.
+        first: name of the first one.
+    """
+
+    count: int = 0
+    first: str = ""
+
+    def and_then(self, later: Passed) -> Passed:
+        """Those of both."""
+        return Passed(self.count + later.count, self.first if self.count else later.first)
+
+
+NOTHING_PASSED = Passed()
+
+
+def members(
+    path: str, file: IO[bytes], passed: Callable[[Passed], object] | None = None
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, kind, header) of the members that WebDataset would read, in their order.
+
+    Args:
+        passed: told of every member that is neither a regular file nor a folder.
+    """
     from webdataset.tariterators import base_plus_ext  # imports torch
 
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else millions of headers stay
-                if not member.isreg() or _is_metadata(member.name):
+                if _is_metadata(member.name) or member.isdir():
+                    continue
+                if not member.isreg():
+                    if passed is not None:
+                        passed(Passed(1, member.name))
                     continue
                 if member.issparse():
                     raise DataError(f"member {member.name!r} of shard {path} is stored sparse")

@@ -159,8 +159,9 @@ class _Work:
                 raw = (self._root / name).read_bytes()
             except OSError as error:
                 missing.append(shard)
-                state = "" if done else ": the shard was not extracted yet"
-                problems.append(Problem(name, f"{_unread(error)}{state}", unit, shard))
+                pending = done is None and isinstance(error, FileNotFoundError)
+                state = ": the shard was not extracted yet" if pending else ""
+                problems.append(Problem(name, f"{_unread(error)}{state}", unit, shard, pending))
                 continue
             try:
                 commit = Commit.from_bytes(raw, name)
@@ -177,9 +178,8 @@ class _Work:
                 self._jobs.append((unit, shard, spec, commit.files[path]))
                 self.total += commit.files[path].bytes
         if done is None and not missing:
-            problems.append(
-                Problem(completion_name(unit), "is missing: the unit was not finished", unit)
-            )
+            why = "is missing: the unit was not finished"
+            problems.append(Problem(completion_name(unit), why, unit, pending=True))
         self.files = len(self._jobs)
         return problems
 

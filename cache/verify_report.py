@@ -24,12 +24,14 @@ class Problem:
         why: the rest of the sentence.
         unit: ``rows`` or a teacher; None where the file belongs to none.
         shard: the shard to extract again; None where the file is mended without images.
+        pending: nothing is damaged; an extraction that was begun has not come so far.
     """
 
     file: str
     why: str
     unit: str | None = None
     shard: int | None = None
+    pending: bool = False
 
     def __str__(self) -> str:
         where = "" if self.shard is None else f"shard {self.shard} of {self.unit}: "
@@ -60,6 +62,11 @@ class VerifyReport:
     @property
     def whole(self) -> bool:
         return not self.problems
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether nothing is wrong but that an extraction was begun and is not finished."""
+        return bool(self.problems) and all(problem.pending for problem in self.problems)
 
     @property
     def shards(self) -> list[tuple[str, int]]:

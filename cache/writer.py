@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import StoreError
 from ..version import __version__
@@ -33,6 +34,7 @@ from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec, StorePlan, TeacherRecord, 
 from .shard_writer import PARTIAL, ShardWriter
 from .source import local_path
 from .spare import SPARE, write_twice
+from .stored_valid import stored_valid
 
 
 class StoreWriter:
@@ -206,6 +208,11 @@ class StoreWriter:
             for shard in committed(self.path, unit)
             if is_whole(self.path, self.manifest, self._layout, unit, shard)
         }
+
+    def stored_valid(self, shard: int) -> NDArray[np.bool_] | None:
+        """Which rows of a shard are valid, bool ``[rows]``, as its committed units have it; None:
+        none of them can tell yet. See :func:`stored_valid.stored_valid`."""
+        return stored_valid(self.path, self.manifest, shard)
 
     def shard(self, shard: int, units: Sequence[str]) -> ShardWriter:
         """A context that takes the rows of one shard for some units; see :class:`ShardWriter`.

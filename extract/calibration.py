@@ -10,47 +10,50 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from ..cache import Cache, SpaceSpec, StoreWriter
+from ..cache import Cache, SpaceSpec, StoreWriter, TeacherRecord
 from ..cache.convert import copy_calibration
 from ..cache.statistics import SAMPLE_ROWS, CalibrationSums, calibration, prediction_weights
 from ..errors import ConfigError, DataError, StoreError
 from ..progress import ProgressLine
-from .images import ViewBatch, batched
+from .finite import Computed, StoredRows
+from .images import batched
 
 if TYPE_CHECKING:
-    from .pipeline import TeacherRunner
+    from .runner import TeacherRunner
 
 
 def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) -> None:
     """Freeze the standardisation of the spaces that have none yet: measured, or another store's.
 
     Raises:
-        ConfigError: `calibration.images` is not positive.
+        ConfigError, StoreError: as `check_calibration`.
         DataError: no image of the sample can be used, or a teacher's tokens are not finite.
-        StoreError: `calibration.store` lacks a space, or has it of another teacher.
     """
     specs = writer.uncalibrated
     if not specs:
         return
+    check_calibration(config.calibration, writer.plan.teachers, specs)
     if config.calibration.store is not None:
-        _borrow_calibration(writer, specs, str(config.calibration.store))
+        other = Cache.open(str(config.calibration.store))
+        for spec in specs:
+            copy_calibration(other, writer, spec)
         return
     teachers = sorted({spec.teacher for spec in specs})
-    if config.calibration.images < 1:
-        raise ConfigError(
-            f"calibration.images={config.calibration.images}: expected a positive number"
-        )
     rows = sample_rows(writer.plan.rows, int(config.calibration.images), int(config.seed))
+
+    lists = batched(rows, runner.batch_size)
+    stored = StoredRows(writer)
 
     def tokens() -> Iterator[Mapping[str, Tensor]]:
         problems: list[str] = []
         with ProgressLine("calibrate", len(rows), "rows") as line:
-            for batch in runner.batches(batched(rows, runner.batch_size)):
-                problems += batch.problems
-                found = runner.tokens(batch, teachers)
-                _refuse_not_finite(found, batch)
-                yield found
-                line.advance(len(batch.rows.keys))
+            for numbers, batch in zip(lists, runner.batches(lists), strict=True):
+                found = Computed.of(numbers, batch, runner.tokens(batch, teachers)).settled(
+                    runner.index, stored, views=runner.policy.count, skip=runner.skip_corrupt
+                )
+                problems += found.batch.problems
+                yield found.tokens
+                line.advance(len(numbers))
         if len(problems) == len(rows):
             raise DataError(
                 f"no image of the calibration's sample of {len(rows)} can be used, the first for "
@@ -62,34 +65,40 @@ def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) ->
         writer.calibrate(space, **found)
 
 
-def _refuse_not_finite(tokens: Mapping[str, Tensor], batch: ViewBatch) -> None:
-    keys = np.asarray(batch.rows.keys)[batch.rows.valid]
-    for space, values in tokens.items():
-        bad = ~torch.isfinite(values).flatten(1).all(1)
-        if bad.any():
-            key = str(keys[bad.cpu().numpy()][0])
-            raise DataError(
-                f"{space}: tokens of {key!r} are not finite: check the image and the teacher's "
-                "precision"
-            )
+def check_calibration(
+    options: DictConfig, teachers: Sequence[TeacherRecord], specs: Sequence[SpaceSpec]
+) -> None:
+    """Refuse options that cannot calibrate some spaces, before a store is begun for them.
 
+    Args:
+        options: the group ``calibration``.
+        teachers: of the spaces.
 
-def _borrow_calibration(writer: StoreWriter, specs: Sequence[SpaceSpec], path: str) -> None:
+    Raises:
+        ConfigError: `calibration.images` is not positive.
+        StoreError: `calibration.store` lacks a space, or has it of another teacher.
+    """
+    if not specs:
+        return
+    if options.store is None:
+        if not isinstance(options.images, int) or options.images < 1:
+            raise ConfigError(f"calibration.images={options.images}: expected a positive number")
+        return
+    path = str(options.store)
     other = Cache.open(path)
+    identities = {teacher.name: teacher.identity for teacher in teachers}
     for spec in specs:
         if spec.id not in other.spaces:
             raise StoreError(
                 f"calibration.store={path} has no space {spec.id}; it has {', '.join(other.spaces)}"
             )
-        theirs = other.manifest.plan.teacher(spec.teacher).identity
-        ours = writer.plan.teacher(spec.teacher).identity
+        theirs, ours = other.plan.teacher(spec.teacher).identity, identities[spec.teacher]
         for part in (theirs.keys() | ours.keys()) - {"versions", "precision", "converted"}:
             if theirs.get(part) != ours.get(part):
                 raise StoreError(
                     f"calibration.store={path} was made by another {spec.teacher}: its {part} is "
                     f"{theirs.get(part)} there and {ours.get(part)} here"
                 )
-        copy_calibration(other, writer, spec)
 
 
 def sample_rows(rows: int, wanted: int, seed: int) -> list[int]:

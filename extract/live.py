@@ -15,7 +15,7 @@ from ..cache.report import AT_ONCE, fidelity, first_percentile, relative
 from ..errors import DataError
 from ..progress import ProgressLine
 from .images import batched
-from .pipeline import TeacherRunner
+from .runner import TeacherRunner
 
 _SHOWN = 8  # unreadable images that are named
 _ROUNDING = 2.0**-21  # of float32, in a teacher that sums in another order

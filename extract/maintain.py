@@ -20,19 +20,20 @@ from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path
 from ..cache.writer import remove_unit
-from ..engine import gathered, launch, one_first, refuse_several
+from ..engine import launch, one_first, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
-from .calibration import calibrate
+from .calibration import calibrate, check_calibration
 from .images import stored_pixels
 from .pipeline import (
     PATIENCE,
-    TeacherRunner,
     keep_summary,
     load_teachers,
     teacher_record,
     teachers_precision,
 )
+from .runner import TeacherRunner
+from .turns import await_calibration, shares_of_all
 
 _SHOWN = 20
 
@@ -145,6 +146,8 @@ def add(config: DictConfig) -> dict[str, Any]:
     names = [record.name for record in records] + ([] if pixels is None else [PIXELS])
     present = {teacher.name: teacher for teacher in writer.plan.teachers}
     _refuse_pending(writer, names)
+    new = [space for record in records if record.name not in present for space in record.spaces]
+    check_calibration(config.calibration, records, new)
     with one_first(fabric):
         index, policy = _images(config, writer.plan, quiet=not first)
     for record in records:
@@ -169,10 +172,10 @@ def add(config: DictConfig) -> dict[str, Any]:
     runner = TeacherRunner(fabric, teachers, index, policy, _options(config))
     if first:
         calibrate(writer, runner, config)
-    fabric.barrier()
+    await_calibration(fabric)
     writer = StoreWriter.open(root)
     runner.fill(writer)
-    extracted = sum(gathered(fabric, runner.rows_extracted))
+    extracted = sum(shares_of_all(fabric, runner.rows_extracted))
     if not first:
         return {}
     writer.finish()
@@ -342,11 +345,16 @@ def _refuse_pending(writer: StoreWriter, names: Sequence[str]) -> None:
 def _damage(report: VerifyReport, kept: str) -> str:
     shown = "; ".join(str(problem) for problem in report.problems[:_SHOWN])
     more = len(report.problems) - _SHOWN
-    return (
+    told = (
         f"{report.store} is not whole: {shown}{f' and {more} more' if more > 0 else ''}. "
-        f"{kept[0].upper()}{kept[1:]}; run `preceptor repair cache={report.store} data.shards=... "
-        "teachers=...`"
+        f"{kept[0].upper()}{kept[1:]}; "
     )
+    if report.unfinished:
+        return told + (
+            "what there is of it is sound: finish it with the `preceptor extract` (or `preceptor "
+            f"add`) cache={report.store} and the options that it was begun with"
+        )
+    return told + f"run `preceptor repair cache={report.store} data.shards=... teachers=...`"
 
 
 def _listed(shards: Sequence[tuple[str, int]]) -> str:

@@ -6,24 +6,21 @@ so there is nothing to synchronise but the calibration before and the statistics
 
 from __future__ import annotations
 
-import contextlib
+import json
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
-from torch import Tensor
 
 from ..cache import (
     Cache,
-    PixelSpec,
     SampleIndex,
     SpaceSpec,
     StorePlan,
@@ -32,22 +29,22 @@ from ..cache import (
     ViewPolicy,
     class_sorted,
 )
-from ..cache.commit_thread import CommitThread
-from ..cache.plan import PIXELS
+from ..cache.encodings import encoding as find_encoding
+from ..cache.manifest import MANIFEST
 from ..cache.rows import is_text
 from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify_report import write_beside
-from ..engine import decoders, gathered, launch, one_first, precision
+from ..engine import gathered, launch, one_first, precision
 from ..errors import ConfigError, DataError, StoreError
 from ..measure import peak_memory_mb
 from ..options import plain
-from ..pixels import normalise
-from ..progress import ProgressLine
-from .calibration import calibrate
-from .images import Geometry, ViewBatch, ViewDataset, batched, geometry, stored_pixels, view_batches
+from .calibration import calibrate, check_calibration
+from .images import stored_pixels
+from .runner import TeacherRunner
 from .teachers import OPTIONS, Teacher, closest, load_teacher
-from .teachers.base import refuse_other_shapes
+from .teachers.base import named
+from .turns import await_calibration, shares_of_all
 
 TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 PATIENCE = timedelta(days=7)
@@ -87,11 +84,13 @@ def extract(config: DictConfig) -> dict[str, Any]:
     )
     runner = TeacherRunner(fabric, teachers, index, policy, config)
     if fabric.global_rank == 0:
+        if not (local_path(config.cache, "writing") / MANIFEST).exists():
+            check_calibration(config.calibration, plan.teachers, list(plan.spaces.values()))
         calibrate(StoreWriter.open_or_create(config.cache, plan), runner, config)
-    fabric.barrier()
+    await_calibration(fabric)
     check_same_folder(fabric, config.cache)
     writer = StoreWriter.open_or_create(config.cache, plan)
-    done = gathered(fabric, (runner.fill(writer), runner.rows_extracted))
+    done = shares_of_all(fabric, (runner.fill(writer), runner.rows_extracted))
     summary: dict[str, Any] = {}
     if fabric.global_rank == 0:
         writer.finish()
@@ -131,118 +130,6 @@ def check_same_folder(fabric: Fabric, path: str) -> None:
             f"cache={path} is another folder for process {', '.join(map(str, blind))} than for "
             "process 0: on several machines it must be one that they share"
         )
-
-
-class TeacherRunner:
-    """Runs every teacher over the views of given rows, on the device Fabric chose."""
-
-    def __init__(
-        self,
-        fabric: Fabric,
-        teachers: Sequence[Teacher],
-        index: SampleIndex,
-        policy: ViewPolicy,
-        config: DictConfig,
-    ) -> None:
-        self.fabric, self.teachers = fabric, teachers
-        self.index, self.policy = index, policy
-        self.batch_size, self.workers = int(config.batch_size), decoders(config.workers)
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: expected a positive number")
-        self.max_pixels = int(config.data.max_pixels)
-        self.skip_corrupt = config.on_corrupt == "skip"
-        self.rows_extracted = 0
-        for teacher in teachers:
-            teacher.to(fabric.device)
-
-    def batches(
-        self, rows: Iterable[Sequence[int]], pixels: PixelSpec | None = None
-    ) -> Iterable[ViewBatch]:
-        """Decode the given lists of rows; a damaged image stops the run unless skipping is on, one
-        that cannot be read always does.
-
-        Args:
-            pixels: a further geometry, beside those of the teachers.
-        """
-        geometries = [geometry(teacher.preprocessing) for teacher in self.teachers]
-        if pixels is not None:
-            geometries.append((pixels.size, pixels.interpolation))
-        dataset = ViewDataset(self.index, self.policy, geometries, list(rows), self.max_pixels)
-        pin = self.fabric.device.type == "cuda"
-        for batch in view_batches(dataset, self.workers, pin=pin):
-            if batch.unread is not None:
-                raise DataError(batch.unread)
-            if batch.problems and not self.skip_corrupt:
-                raise DataError(
-                    f"{batch.problems[0]} (on_corrupt=skip leaves such images out and counts them)"
-                )
-            yield batch
-
-    @torch.inference_mode()
-    def tokens(self, batch: ViewBatch, only: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Every space `teacher/name` of a batch's valid rows as float32 [v, N, D] on the device.
-
-        Raises:
-            TeacherError: a teacher gives other spaces or shapes than it states.
-        """
-        found: dict[str, Tensor] = {}
-        sent: dict[Geometry, Tensor] = {}  # teachers of one geometry share the copy
-        for teacher in self.teachers:
-            if only is not None and teacher.name not in only:
-                continue
-            prepared = teacher.preprocessing
-            shape = geometry(prepared)
-            pixels = batch.pixels[shape]
-            if not len(pixels):
-                for space in teacher.spaces:
-                    found[f"{teacher.name}/{space.name}"] = torch.empty(0, space.tokens, space.dim)
-                continue
-            if shape not in sent:
-                sent[shape] = pixels.to(self.fabric.device, non_blocking=True)
-            inputs = normalise(sent[shape], prepared.mean, prepared.std, self.fabric.device)
-            with self.fabric.autocast():
-                spaces = teacher(inputs)
-            refuse_other_shapes(teacher, spaces, len(pixels))
-            for name, tokens in spaces.items():
-                found[f"{teacher.name}/{name}"] = tokens.float()
-        return found
-
-    def fill(self, writer: StoreWriter) -> list[str]:
-        """Extract this process's share of the pending shards; returns the damaged images' names.
-
-        A shard is written and read back while the teachers run for the next one.
-        The first process shows how far its own share is: shares are equal to a shard.
-        """
-        rank, world = self.fabric.global_rank, self.fabric.world_size
-        # One list is shared out: who looked late would miss what the others have committed by then.
-        pending = self.fabric.broadcast(writer.pending() if rank == 0 else [])[rank::world]
-        rows, problems = writer.plan.rows, list[str]()
-        # Batches never cross a shard and always start at its first row: a shard's bytes do not
-        # depend on where an earlier run was stopped.
-        lists = [
-            batched(range(first, min(first + writer.plan.shard_rows, rows)), self.batch_size)
-            for first in (shard * writer.plan.shard_rows for shard, _ in pending)
-        ]
-        total = sum(len(batch) for batches in lists for batch in batches)
-        pixels = writer.plan.pixels if any(PIXELS in units for _, units in pending) else None
-        stream = iter(self.batches((batch for batches in lists for batch in batches), pixels))
-        line = ProgressLine("extract" if world == 1 else f"extract, 1 of {world}", total, "rows")
-        with line if rank == 0 else contextlib.nullcontext(), CommitThread() as commits:
-            for (shard, units), batches in zip(pending, lists, strict=True):
-                out = writer.shard(shard, units)
-                for _ in batches:
-                    batch = next(stream)
-                    shown = None
-                    if pixels is not None and PIXELS in units:
-                        views = batch.pixels[pixels.size, pixels.interpolation]
-                        shown = views.permute(0, 2, 3, 1).numpy()
-                    out.append(batch.rows, self.tokens(batch, units), shown)
-                    problems += batch.problems
-                    self.rows_extracted += len(batch.rows.keys)
-                    if rank == 0:
-                        line.advance(len(batch.rows.keys))
-                commits.commit(out)
-        return problems
 
 
 def keep_summary(store: str | Path, what: str, summary: Mapping[str, Any]) -> None:
@@ -304,15 +191,25 @@ def teachers_precision(engine: DictConfig) -> str:
 
 
 def teacher_record(teacher: Teacher, options: DictConfig, precision: str) -> TeacherRecord:
-    """What the manifest keeps of a teacher: its spaces, their encoding, and its identity."""
-    encoding = options.get("encoding") or "int8"
+    """What the manifest keeps of a teacher: its spaces, their encoding, and its identity.
+
+    Raises:
+        TeacherError: there is no such encoding, or a teacher of the user's own has no identity that
+            is JSON.
+    """
+    encoding = str(options.get("encoding") or "int8")
+    with named(teacher.name, "encoding"):
+        find_encoding(encoding)
+    with named(teacher.name, doing="its identity()" if teacher.own_code else None):
+        identity = dict(teacher.identity())
+        json.dumps(identity, allow_nan=False)
     return TeacherRecord(
         name=teacher.name,
         spaces=tuple(
             SpaceSpec(teacher.name, space.name, space.tokens, space.dim, space.grid, encoding)
             for space in teacher.spaces
         ),
-        identity={**teacher.identity(), "precision": precision},
+        identity={**identity, "precision": precision},
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import TeacherError
-from .base import Preprocessing, SpaceShape, Teacher, closest
+from .base import Preprocessing, SpaceShape, Teacher, closest, named
 
 OPTIONS = ("source", "size", "checkpoint", "encoding", "spaces")
 """What a configuration may say of a teacher."""
@@ -17,6 +17,8 @@ LOADERS = {  # scheme of a source: module here whose load() understands it, impo
     "open_clip": "from_open_clip",
     "call": "from_callable",
 }
+FORMS = {"timm": "NAME", "open_clip": "ARCH/PRETRAINED", "call": "module:function"}
+"""What follows the scheme, for messages."""
 
 
 def load_teacher(
@@ -47,14 +49,16 @@ def load_teacher(
         )
     scheme = source.partition(":")[0]
     if scheme not in LOADERS or not source.partition(":")[2]:
-        raise TeacherError(
-            f"teacher {name}: source {source!r} is none of timm:NAME, open_clip:ARCH/PRETRAINED, "
-            "call:module:function"
-        )
+        forms = ", ".join(f"{known}:{FORMS.get(known, '...')}" for known in LOADERS)
+        raise TeacherError(f"teacher {name}: source {source!r} is none of {forms}")
     if not name or any(sign in name for sign in "/\\.") or name != name.strip():
         raise TeacherError(f"teacher {name!r}: a name has no dot, slash or space around it")
     loader = importlib.import_module(f".{LOADERS[scheme]}", __name__)
-    return loader.load(name, source, size=size, spaces=spaces, checkpoint=checkpoint)
+    with named(name, "source" if checkpoint is None else "checkpoint"):
+        teacher: Teacher = loader.load(
+            name, source, size=size, spaces=spaces, checkpoint=checkpoint
+        )
+    return teacher
 
 
 __all__ = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...cache.views import INTERPOLATIONS
-from ...errors import TeacherError
+from ...errors import PreceptorError, TeacherError, first_line
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class SpaceShape:
 class Teacher(ABC):
     """A frozen pretrained network.
 
+    ``own_code`` is set by the adapter of the user's own functions: what such a teacher raises is no
+    bug of this package.
+
     Attributes:
         name: of the teacher, as in the configuration and the store.
         preprocessing: what ``__call__`` expects of its input.
@@ -86,6 +91,7 @@ class Teacher(ABC):
     name: str
     preprocessing: Preprocessing
     spaces: tuple[SpaceShape, ...]
+    own_code = False
 
     @abstractmethod
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -105,6 +111,38 @@ class Teacher(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Teacher:
         """Moves the weights and returns the teacher itself."""
+
+
+@contextlib.contextmanager
+def named(teacher: str, option: str = "source", *, doing: str | None = None) -> Iterator[None]:
+    """Errors of the block name the teacher and its option; what they were is kept as their cause.
+
+    Args:
+        doing: what the user's own code does in the block, so that whatever it raises is told; None:
+            it has none there, and other errors than ours are bugs.
+
+    Raises:
+        TeacherError: instead of them.
+    """
+    try:
+        yield
+    except PreceptorError as error:
+        if f"teacher {teacher}" in str(error) or f"teachers.{teacher}" in str(error):
+            raise
+        raise TeacherError(f"teachers.{teacher}.{option}: {error}") from error
+    except Exception as error:
+        if doing is None:
+            raise
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename != __file__ and "site-packages" not in frame.filename
+        ]
+        where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+        raise TeacherError(
+            f"teachers.{teacher}.{option}: {doing} failed: {type(error).__name__}: "
+            f"{first_line(error)}{where}"
+        ) from error
 
 
 def refuse_other_shapes(teacher: Teacher, given: Mapping[str, Tensor], rows: int) -> None:

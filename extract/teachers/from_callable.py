@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import PreceptorError, TeacherError
-from .base import Teacher, closest
+from ...errors import TeacherError
+from .base import Preprocessing, SpaceShape, Teacher, closest, named
 
 
 def load(
@@ -47,7 +47,8 @@ def load(
         )
     options: dict[str, Any] = {"size": size, "spaces": spaces, "checkpoint": checkpoint}
     options = {key: value for key, value in options.items() if value is not None}
-    parameters = inspect.signature(function).parameters
+    with named(name, doing=f"looking at {target}"):
+        parameters = inspect.signature(function).parameters
     if "name" in parameters:
         options["name"] = name
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -57,17 +58,19 @@ def load(
             f"teacher {name}: {target} takes no {', '.join(unknown)}; "
             f"it takes {', '.join(parameters) or 'nothing'}"
         )
-    try:
+    with named(name, doing=target):
         teacher = function(**options)
-    except PreceptorError:
-        raise
-    except Exception as error:
-        raise TeacherError(
-            f"teacher {name}: {target} failed: {type(error).__name__}: {error}"
-        ) from error
     if not isinstance(teacher, Teacher):
         raise TeacherError(
             f"teacher {name}: {target} returned {type(teacher).__name__}, not a Teacher"
         )
-    teacher.name = name
+    with named(name, doing=f"the teacher that {target} returned"):
+        shapes = list(teacher.spaces)
+        known = isinstance(teacher.preprocessing, Preprocessing)
+    if not known or not shapes or not all(isinstance(shape, SpaceShape) for shape in shapes):
+        raise TeacherError(
+            f"teacher {name}: {target} returned one whose `preprocessing` is no Preprocessing, or "
+            "whose `spaces` are no SpaceShapes"
+        )
+    teacher.name, teacher.own_code = name, True
     return teacher

@@ -136,3 +136,27 @@ def test_images_that_change_or_go_are_named(root: Path) -> None:
     damaged = SampleIndex.from_shards(root)
     with pytest.raises(DataError, match=r"'b/10' in folder .*train .*cannot be decoded: [^<]*;"):
         damaged.image(damaged.keys.index("b/10"))
+
+
+def test_the_folder_above_those_of_the_classes_is_refused(root: Path, tmp_path: Path) -> None:
+    """Its labels would be those of train and val."""
+    (root / "a/x.y.png").unlink()
+    for name in ("one", "two"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "v.png").write_bytes(picture(3))
+    told = r"\(train, val\) would be the classes, .* name .*such as .*/train$"
+    with pytest.raises(DataError, match=told):
+        SampleIndex.from_shards(tmp_path)
+    assert sorted(set(SampleIndex.from_shards(root).labels.tolist())) == [0, 1, 2]
+    assert SampleIndex.from_shards(tmp_path / "val").labels.tolist() == [0, 1]
+
+
+def test_images_may_lie_in_one_folder_of_their_class(tmp_path: Path) -> None:
+    """As in Tiny ImageNet."""
+    for number, name in enumerate(("n01", "n02", "n02")):
+        folder = tmp_path / name / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(picture(number))
+    index = SampleIndex.from_shards(tmp_path)
+    theirs = ImageFolder(str(tmp_path))
+    assert index.labels.tolist() == [label for _, label in theirs.samples] == [0, 1, 1]

@@ -105,7 +105,7 @@ def test_a_damaged_shard_is_told_without_waiting_for_the_others(
 ) -> None:
     begun, walked, many = threading.Event(), 0, 1_000_000
 
-    def members(path: str, file: Any) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    def members(path: str, file: Any, passed: Any) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
         nonlocal walked
         if path.endswith("images-0.tar"):
             assert begun.wait(60)

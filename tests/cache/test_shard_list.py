@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 from preceptor.cache import tars
-from preceptor.cache.samples import SampleIndex
+from preceptor.cache.samples import SampleIndex, list_samples
 from preceptor.cache.shard_list import FOLDER, SETTLED
 
 OLD = time.time_ns() - 2 * SETTLED
@@ -40,9 +40,9 @@ def walks(monkeypatch):
     """Paths of the shards whose headers were walked."""
     seen, members = [], tars.members
 
-    def watched(path, file):
+    def watched(path, file, *rest):
         seen.append(path)
-        return members(path, file)
+        return members(path, file, *rest)
 
     monkeypatch.setattr(tars, "members", watched)
     return seen
@@ -166,3 +166,42 @@ def test_lists_can_be_forgone(tmp_path, monkeypatch, walks):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     listed([path])
     assert len(list((tmp_path / "cache" / "preceptor" / "shard_lists").iterdir())) == 1
+
+
+def test_what_is_passed_by_is_told_with_its_number_also_from_a_kept_list(
+    tmp_path, folder, walks, capsys
+):
+    paths = [tmp_path / "a.tar", tmp_path / "b.tar"]
+    for path, label in zip(paths, (b"3", None), strict=True):
+        with tarfile.open(path, "w") as tar:
+            kinds = {tarfile.DIRTYPE: "d", tarfile.SYMTYPE: "l.png", tarfile.FIFOTYPE: "f"}
+            for kind, name in kinds.items():  # a folder is nothing to tell of
+                member = tarfile.TarInfo(f"{path.stem}/{name}")
+                member.type, member.linkname = kind, "x.png"
+                tar.addfile(member)
+            for key in ("x", "y"):
+                parts = {"png": b"x"} | ({"cls": label} if label else {})
+                for kind, data in parts.items():
+                    member = tarfile.TarInfo(f"{path.stem}/{key}.{kind}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        os.utime(path, ns=(OLD, OLD))
+    for _ in range(2):
+        assert list_samples([str(path) for path in paths]).labels.tolist() == [3, 3, -1, -1]
+        told = capsys.readouterr().err
+        assert "warning: 4 members of the tars are links or no regular files" in told
+        assert "such as 'a/l.png'" in told
+        assert "2 of 4 images have no label though others have, such as 'b/x' in shard" in told
+        assert told.count("warning") == 2
+    assert len(walks) == 2
+    list_samples([str(path) for path in paths], quiet=True)
+    assert not capsys.readouterr().err
+
+
+def test_shards_without_any_labels_are_nothing_to_tell(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("x.png")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"x"))
+    assert list_samples(tmp_path / "a.tar").labels.tolist() == [-1]
+    assert not capsys.readouterr().err

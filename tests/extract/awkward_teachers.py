@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from preceptor.extract.teachers.base import Preprocessing
 from preceptor.tests.extract.tiny_teachers import Tiny
 from torch import Tensor
 
@@ -57,6 +59,18 @@ def massive() -> Awkward:
     return Awkward(lambda x: x * torch.where(torch.arange(DIM) % 7 == 3, 1e4, 1e-2))
 
 
+class Contrast(Tiny):
+    """Divides by the span of an image's pixels, which is zero for a blank one."""
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        span = pixels.flatten(1).amax(1) - pixels.flatten(1).amin(1)
+        return {name: x / span[:, None, None] for name, x in super().__call__(pixels).items()}
+
+
+def contrast() -> Contrast:
+    return Contrast(DIM, 0)
+
+
 class Mistaken(Tiny):
     """Gives other spaces than it states."""
 
@@ -83,3 +97,61 @@ def lacking() -> Mistaken:
 
 def generous() -> Mistaken:
     return Mistaken(lambda x: {**x, "map": x["patch"]})
+
+
+class Failing(Tiny):
+    """Raises where it is told to."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(DIM, 0)
+        self._where = where
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        if self._where == "output":
+            return [1]  # type: ignore[return-value]
+        return super().__call__(pixels[:, :2] if self._where == "call" else pixels)
+
+    def identity(self) -> dict[str, Any]:
+        if self._where == "identity":
+            raise KeyError("weights")
+        return {"weights": object()} if self._where == "json" else super().identity()
+
+    def to(self, device: torch.device | str) -> Failing:
+        if self._where == "to":
+            raise NotImplementedError
+        return self
+
+
+def fails_in_call() -> Failing:
+    return Failing("call")
+
+
+def fails_in_output() -> Failing:
+    return Failing("output")
+
+
+def fails_in_identity() -> Failing:
+    return Failing("identity")
+
+
+def fails_in_json() -> Failing:
+    return Failing("json")
+
+
+def fails_in_to() -> Failing:
+    return Failing("to")
+
+
+def fails_in_construction() -> Failing:
+    raise ZeroDivisionError("by nothing\nand more")
+
+
+def fails_in_preprocessing() -> Failing:
+    Preprocessing((0, 0), (0.5,) * 3, (0.25,) * 3, "bicubic")
+    return Failing("")
+
+
+def without_spaces() -> Failing:
+    teacher = Failing("")
+    teacher.spaces = ()
+    return teacher

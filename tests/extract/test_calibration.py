@@ -13,7 +13,7 @@ from preceptor.cache import Cache
 from preceptor.cli import main
 from preceptor.extract import calibration
 from preceptor.extract.images import ViewBatch
-from preceptor.extract.pipeline import TeacherRunner
+from preceptor.extract.runner import TeacherRunner
 from preceptor.tests.conftest import COUNT
 from preceptor.tests.extract.timm_store import corrupted, options
 
@@ -63,7 +63,10 @@ def test_what_is_no_number_in_the_calibration_is_told_with_its_image(
     monkeypatch.setattr(TeacherRunner, "tokens", overflowing)
     arguments = options(shards, teachers, tmp_path / "store", "calibration.images=11")
     assert main(["extract", *arguments]) == 1
-    assert "vit/patch: tokens of 'im004' are not finite" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "teacher vit gives tokens of space patch that are not finite for image 'im004'" in told
+    assert "s-0.tar, row 4 in shard 1 of the store" in told
+    assert "on_corrupt=skip" in told
 
 
 def test_a_calibration_without_one_sound_image_says_what_is_wrong_with_them(

@@ -1,0 +1,159 @@
+"""Teachers over the views of given rows: decoded, computed, and handed to the shards of a store."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
+from torch import Tensor
+
+from ..cache import PixelSpec, SampleIndex, StoreWriter, ViewPolicy
+from ..cache.commit_thread import CommitThread
+from ..cache.plan import PIXELS
+from ..cache.room import bytes_to_come, lack_of_room
+from ..cache.shard_writer import ShardWriter
+from ..engine import decoders
+from ..errors import ConfigError, DataError
+from ..pixels import normalise
+from ..progress import ProgressLine
+from .finite import Computed, StoredRows
+from .images import Geometry, ViewBatch, ViewDataset, batched, geometry, view_batches
+from .teachers import Teacher
+from .teachers.base import named, refuse_other_shapes
+
+
+class TeacherRunner:
+    """Runs every teacher over the views of given rows, on the device Fabric chose."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        teachers: Sequence[Teacher],
+        index: SampleIndex,
+        policy: ViewPolicy,
+        config: DictConfig,
+    ) -> None:
+        self.fabric, self.teachers = fabric, teachers
+        self.index, self.policy = index, policy
+        self.batch_size, self.workers = int(config.batch_size), decoders(config.workers)
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size}: expected a positive number")
+        self.max_pixels = int(config.data.max_pixels)
+        self.skip_corrupt = config.on_corrupt == "skip"
+        self.rows_extracted = 0
+        for teacher in teachers:
+            doing = f"its move to {fabric.device}" if teacher.own_code else None
+            with named(teacher.name, doing=doing):
+                teacher.to(fabric.device)
+
+    def batches(
+        self, rows: Iterable[Sequence[int]], pixels: PixelSpec | None = None
+    ) -> Iterable[ViewBatch]:
+        """Decode the given lists of rows; a damaged image stops the run unless skipping is on, one
+        that cannot be read always does.
+
+        Args:
+            pixels: a further geometry, beside those of the teachers.
+        """
+        geometries = [geometry(teacher.preprocessing) for teacher in self.teachers]
+        if pixels is not None:
+            geometries.append((pixels.size, pixels.interpolation))
+        dataset = ViewDataset(self.index, self.policy, geometries, list(rows), self.max_pixels)
+        pin = self.fabric.device.type == "cuda"
+        for batch in view_batches(dataset, self.workers, pin=pin):
+            if batch.unread is not None:
+                raise DataError(batch.unread)
+            if batch.problems and not self.skip_corrupt:
+                raise DataError(
+                    f"{batch.problems[0]} (on_corrupt=skip leaves such images out and counts them)"
+                )
+            yield batch
+
+    @torch.inference_mode()
+    def tokens(self, batch: ViewBatch, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Every space `teacher/name` of a batch's valid rows as float32 [v, N, D] on the device.
+
+        Raises:
+            TeacherError: a teacher gives other spaces or shapes than it states.
+        """
+        found: dict[str, Tensor] = {}
+        sent: dict[Geometry, Tensor] = {}  # teachers of one geometry share the copy
+        for teacher in self.teachers:
+            if only is not None and teacher.name not in only:
+                continue
+            prepared = teacher.preprocessing
+            shape = geometry(prepared)
+            pixels = batch.pixels[shape]
+            if not len(pixels):
+                for space in teacher.spaces:
+                    found[f"{teacher.name}/{space.name}"] = torch.empty(0, space.tokens, space.dim)
+                continue
+            if shape not in sent:
+                sent[shape] = pixels.to(self.fabric.device, non_blocking=True)
+            inputs = normalise(sent[shape], prepared.mean, prepared.std, self.fabric.device)
+            doing = f"its network, for {len(pixels)} images," if teacher.own_code else None
+            with self.fabric.autocast(), named(teacher.name, doing=doing):
+                spaces = teacher(inputs)
+                refuse_other_shapes(teacher, spaces, len(pixels))
+            for name, tokens in spaces.items():
+                found[f"{teacher.name}/{name}"] = tokens.float()
+        return found
+
+    def fill(self, writer: StoreWriter) -> list[str]:
+        """Extract this process's share of the pending shards; returns the damaged images' names.
+
+        A shard is written and read back while the teachers run for the next one.
+        The first process shows how far its own share is: shares are equal to a shard.
+        """
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        # One list is shared out: who looked late would miss what the others have committed by then.
+        whole = self.fabric.broadcast(writer.pending() if rank == 0 else [])
+        if rank == 0 and (lack := lack_of_room(writer.path, bytes_to_come(writer.plan, whole))):
+            print(f"warning: {lack}", file=sys.stderr)
+        pending = whole[rank::world]
+        rows, problems = writer.plan.rows, list[str]()
+        # Batches never cross a shard and always start at its first row: a shard's bytes do not
+        # depend on where an earlier run was stopped.
+        lists = [
+            batched(range(first, min(first + writer.plan.shard_rows, rows)), self.batch_size)
+            for first in (shard * writer.plan.shard_rows for shard, _ in pending)
+        ]
+        total = sum(len(batch) for batches in lists for batch in batches)
+        pixels = writer.plan.pixels if any(PIXELS in units for _, units in pending) else None
+        stream = iter(self.batches((batch for batches in lists for batch in batches), pixels))
+        line = ProgressLine("extract" if world == 1 else f"extract, 1 of {world}", total, "rows")
+        stored = StoredRows(writer)
+
+        def keep(out: ShardWriter, units: Sequence[str], computed: Computed) -> None:
+            found = computed.settled(
+                self.index, stored, views=self.policy.count, skip=self.skip_corrupt
+            )
+            shown = None
+            if pixels is not None and PIXELS in units:
+                views = found.batch.pixels[pixels.size, pixels.interpolation]
+                shown = views.permute(0, 2, 3, 1).numpy()
+            out.append(found.batch.rows, found.tokens, shown)
+            problems.extend(found.batch.problems)
+            self.rows_extracted += len(found.numbers)
+            if rank == 0:
+                line.advance(len(found.numbers))
+
+        with line if rank == 0 else contextlib.nullcontext(), CommitThread() as commits:
+            for (shard, units), batches in zip(pending, lists, strict=True):
+                out = writer.shard(shard, units)
+                before: Computed | None = None
+                for numbers in batches:
+                    batch = next(stream)
+                    computed = Computed.of(numbers, batch, self.tokens(batch, units))
+                    # the device is at these rows while those before them are looked at
+                    if before is not None:
+                        keep(out, units, before)
+                    before = computed
+                if before is not None:
+                    keep(out, units, before)
+                commits.commit(out)
+        return problems

@@ -1,0 +1,99 @@
+"""Stores that were begun and not finished, and commands that must not begin one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from preceptor.benchmarks.small_store import contents
+from preceptor.cache import Cache, StoreWriter
+from preceptor.cli import main
+from preceptor.errors import StoreError
+from preceptor.tests.extract.tiny_store import CALL, teachers
+
+
+@pytest.fixture
+def choice(tmp_path: Path) -> list[str]:
+    """The choices of teachers ``cnn``, ``vit`` and ``other``, of which each is one."""
+    folder = tmp_path / "configs" / "teachers"
+    folder.mkdir(parents=True)
+    for name, line in (("cnn", "cnn: cnn"), ("vit", "vit: vit"), ("other", "vit: other_vit")):
+        teacher, _, function = line.partition(": ")
+        (folder / f"{name}.yaml").write_text(f"{teacher}: {{source: '{CALL}:{function}'}}\n")
+    return ["--config-dir", str(folder.parent)]
+
+
+BEGIN = ("shard_rows=4", "group_rows=2", "on_corrupt=skip", "calibration.images=6")
+
+
+def arguments(store: Path, shards: str, *options: str) -> list[str]:
+    given = [f"cache={store}", f"data.shards='{shards}'", "batch_size=3", "workers=0", "engine=cpu"]
+    return [*given, *options]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("calibration.images=0", "calibration.images=0: expected a positive number"),
+        ("calibration.store={other}", "has no space vit/patch; it has"),
+        ("calibration.store={store}", "was made by another vit: its weights is"),
+    ],
+)
+def test_a_calibration_that_cannot_be_leaves_no_store_behind(
+    wrong: str, told: str, shards: str, store: Path, tmp_path: Path, choice: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Corrected, the command may well have another teacher, for which a begun one is no place."""
+    lacks = tmp_path / "lacks"
+    assert main(["extract", *choice, "teachers=cnn", *BEGIN, *arguments(lacks, shards)]) == 0
+    option, made = wrong.format(other=lacks, store=store), tmp_path / "made"
+    command = [*choice, "teachers=other", *BEGIN[:3], option, *arguments(made, shards)]
+    assert main(["extract", *command]) == 1
+    assert told in capsys.readouterr().err
+    assert not made.exists()
+    before = contents(lacks)
+    assert main(["add", *arguments(lacks, shards, teachers(vit="other_vit"), option)]) == 1
+    assert told in capsys.readouterr().err
+    assert contents(lacks) == before
+
+
+def test_verify_says_how_a_begun_store_is_finished(
+    shards: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = tmp_path / "begun"
+    StoreWriter.open_or_create(begun, Cache.open(store).plan)
+    assert main(["verify", f"cache={begun}"]) == 1
+    told = capsys.readouterr().err
+    assert "the shard was not extracted yet" in told
+    assert "preceptor extract" in told
+    assert "preceptor repair" not in told
+    for file in (store / "commits").glob("*/complete.json"):
+        file.unlink()
+        (store / "spare" / file.relative_to(store)).unlink()
+    assert main(["verify", f"cache={store}"]) == 1
+    told = capsys.readouterr().err
+    assert "preceptor repair" in told  # the moments of its shards are gone
+    (begun / "spaces/vit/zarr.json").unlink()
+    assert main(["verify", f"cache={begun}"]) == 1
+    assert "preceptor repair" in capsys.readouterr().err
+
+
+def test_verify_says_so_of_a_store_that_was_cut_short(
+    shards: str, tmp_path: Path, choice: list[str], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def cut(writer: StoreWriter) -> None:
+        raise StoreError("cut short")
+
+    path = tmp_path / "store"
+    command = ["extract", *choice, "teachers=vit", *BEGIN, *arguments(path, shards)]
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "finish", cut)
+        assert main(command) == 1
+    assert main(["verify", f"cache={path}"]) == 1
+    told = capsys.readouterr().err
+    assert "the unit was not finished" in told
+    assert "preceptor extract" in told
+    assert "preceptor repair" not in told
+    assert main(command) == 0
+    assert main(["verify", f"cache={path}"]) == 0

@@ -1,0 +1,72 @@
+"""Errors of teachers name the teacher and its option, whoever raised them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from preceptor.cli import main
+from preceptor.errors import TeacherError
+from preceptor.extract.pipeline import load_teachers, teacher_record
+from preceptor.extract.teachers import LOADERS, load_teacher
+from preceptor.tests.extract import awkward_teachers
+
+CALL = "call:preceptor.tests.extract.awkward_teachers"
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("fails_in_call", "its network, for 3 images, failed: RuntimeError: "),
+        ("fails_in_output", "its network, for 3 images, failed: AttributeError: "),
+        ("fails_in_identity", "its identity() failed: KeyError: 'weights'"),
+        ("fails_in_json", "its identity() failed: TypeError: Object of type object is not JSON"),
+        ("fails_in_to", "its move to cpu failed: NotImplementedError: NotImplementedError"),
+        ("fails_in_construction", "fails_in_construction failed: ZeroDivisionError: by nothing ("),
+        ("fails_in_preprocessing", "preprocessing: size=(0, 0); expected two positive numbers"),
+    ],
+)
+def test_what_a_teacher_of_ones_own_raises_is_told_with_its_name(
+    function: str, told: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "of_test.yaml").write_text(f"mine: {{source: '{CALL}:{function}'}}\n")
+    chosen = ["--config-dir", str(tmp_path), "teachers=of_test", "workers=0", "batch_size=3"]
+    more = [f"cache={tmp_path / 'store'}", f"data.shards='{shards}'", "engine=cpu"]
+    assert main(["extract", *chosen, *more]) == 1
+    message = capsys.readouterr().err
+    assert "teachers.mine.source: " in message
+    assert told in message
+
+
+def test_the_error_that_it_was_is_kept_with_the_line_of_the_users_code() -> None:
+    with pytest.raises(TeacherError) as caught:
+        load_teacher("mine", f"{CALL}:fails_in_construction")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    line = caught.value.__cause__.__traceback__.tb_next.tb_next.tb_lineno  # type: ignore
+    assert f"({awkward_teachers.__file__}, line {line})" in str(caught.value)
+
+
+def test_a_teacher_without_spaces_is_refused() -> None:
+    with pytest.raises(TeacherError, match=r"teacher mine: .*`spaces` are no SpaceShapes"):
+        load_teacher("mine", f"{CALL}:without_spaces")
+
+
+def test_encodings_and_checkpoints_are_told_with_their_teacher(tmp_path: Path) -> None:
+    options = OmegaConf.create({"mine": {"source": f"{CALL}:still", "encoding": "int9"}})
+    (teacher,) = load_teachers(options)
+    with pytest.raises(TeacherError, match=r"teachers\.mine\.encoding: there is no .*'int9'"):
+        teacher_record(teacher, options.mine, "32-true")
+    (tmp_path / "a.pth").write_bytes(b"no checkpoint")
+    for source in ("timm:test_vit", "open_clip:RN50/openai"):
+        for name in ("a.pth", "none.pth"):
+            with pytest.raises(TeacherError, match=rf"teachers\.mine\.checkpoint: .*{name}"):
+                load_teacher("mine", source, checkpoint=str(tmp_path / name))
+
+
+def test_every_scheme_is_named_where_there_is_none_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOADERS, "newest", "from_newest")
+    with pytest.raises(TeacherError) as caught:
+        load_teacher("mine", "torchvision:resnet50")
+    assert all(f"{scheme}:" in str(caught.value) for scheme in LOADERS)

@@ -1,0 +1,62 @@
+"""Which process of a launch tells that it waits, and for whom."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from preceptor.extract import turns
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is told, in order with what is waited for."""
+    found: list[str] = []
+
+    @contextlib.contextmanager
+    def recorded(what: str) -> Iterator[None]:
+        found.append(what)
+        yield
+        found.append("over")
+
+    def gathered(fabric: Any, value: int) -> list[int]:
+        found.append("gathered")
+        return [value] * fabric.world_size
+
+    monkeypatch.setattr(turns, "waiting", recorded)
+    monkeypatch.setattr(turns, "gathered", gathered)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "calibration", "shares"),
+    [
+        (1, {}, {}),
+        (2, {1: "process 1 waits for process 0"}, {0: "waits for that of process 1"}),
+        (8, {1: "processes 1 to 7 wait for"}, {0: "waits for those of processes 1 to 7"}),
+    ],
+)
+def test_one_process_tells_for_all(
+    world: int, calibration: dict[int, str], shares: dict[int, str], told: list[str]
+) -> None:
+    for rank in range(world):
+        fabric: Any = SimpleNamespace(
+            world_size=world, global_rank=rank, barrier=lambda: told.append("barrier")
+        )
+        turns.await_calibration(fabric)
+        expected = ["barrier"]
+        if rank in calibration:
+            assert calibration[rank] in told[0]
+            expected = [told[0], "barrier", "over"]
+        assert told == expected
+        told.clear()
+        assert turns.shares_of_all(fabric, 5) == [5] * world
+        expected = ["gathered"]
+        if rank in shares:
+            assert shares[rank] in told[0]
+            expected = [told[0], "gathered", "over"]
+        assert told == expected
+        told.clear()
