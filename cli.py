@@ -17,8 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import ConfigError, PreceptorError
-from .options import CONFIGS, check_options, closest, config_directories, readable
+from .errors import ConfigError, PreceptorError, first_line
+from .options import CONFIGS, check_options, closest, config_directories, from_home, readable
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -155,12 +155,16 @@ def _failed(status: int) -> int:
 
 def _run_under_hydra(name: str, options: Sequence[str]) -> None:
     import hydra
+    from hydra.errors import HydraException
 
     failure: list[PreceptorError] = []
+    begun = False
 
     def job(config: DictConfig) -> object:
+        nonlocal begun
+        begun = True
         try:
-            return VERBS[name].run(config)
+            return VERBS[name].run(from_home(config))
         except PreceptorError as error:
             # Hydra prints a traceback for whatever leaves a job; a told error is not a bug.
             failure.append(error)
@@ -176,6 +180,11 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
         if failure:
             raise failure[0] from None
         raise
+    except (HydraException, OSError) as error:
+        if begun:
+            raise
+        # Before any job: of options that begin with hydra, and of the folder of a sweep.
+        raise ConfigError(first_line(error)) from None
     finally:
         sys.argv = before
 

@@ -131,6 +131,77 @@ def test_a_mistyped_option_is_answered_with_the_valid_ones(
     assert len(message.strip().splitlines()) == 1
 
 
+def test_what_nothing_reads_is_refused_wherever_it_was_written(tmp_path: Path) -> None:
+    for group, text in {
+        "recipe/mine": "defaults: [short, _self_]\nlrr: 0.1\n",
+        "recipe/broken": "defaults: [short, _self_]\nlr: [0.1\n",
+        "student/mine": "{name: m, model: resnet18, size: 64, pretraind: true}\n",
+        "data/mine": "shards: x.tar\n",
+    }.items():
+        (tmp_path / group).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{group}.yaml").write_text(text)
+    for options, expected in {
+        ("recipe=mine",): r"'recipe\.lrr' \(did you mean recipe\.lr\?\) \(in recipe=mine\)",
+        ("recipe=short,mine", "-m"): r"'recipe\.lrr'",
+        ("student=mine",): r"'student\.pretraind' \(did you mean student\.pretrained\?\)",
+        ("data=mine",): "data=mine lacks max_pixels: .* 'defaults: \\[imagenet, _self_\\]'",
+        ("recipe=broken",): r"no YAML: .*broken\.yaml\", line 2",
+        ("+recipe.imags_a_step=4",): r"did you mean recipe\.images_a_step\?",
+        ("++recipe.imags_a_step=4",): r"did you mean recipe\.images_a_step\?",
+        ("+foo=1",): "no option 'foo'",
+        ("+keep.bst=knn",): r"did you mean keep\.best\?",
+        ("recipe.color_jitter={brightnes: 1}",): r"did you mean brightness\?\); it has .*solarize$",
+        ("~recipe.lr",): "~recipe.lr: .* cannot be taken away",
+        ("align=null",): "align=null: choose one of .*regression",
+        ("teachers.vit.size=4",): r"train has no option 'teachers': .*align\.spaces=",
+        ("recipe.crop.scale=[0.3,1]",): r"'\+recipe\.crop\.scale=\.\.\.' adds it",
+        ("student.options.drop_rate=0.1",): r"'\+student\.options\.drop_rate=\.\.\.' adds it",
+        ("student.size=null",): "expected a whole number",
+    }.items():
+        given = [f"--config-dir={tmp_path}", "cache=a", "data.shards=b", *options]
+        with pytest.raises(ConfigError, match=expected):
+            check_options("train", given)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "+recipe.images_a_step=512",
+        "+recipe.crop={scale: [0.3, 1]}",
+        "+recipe.optimizer_options.betas=[0.9,0.98]",
+        "+student.options.drop_rate=0.1",
+        "+align.weights.tv=2",
+        "student.size=[32,64]",
+    ],
+)
+def test_what_is_read_though_no_default_has_it_is_taken(option: str) -> None:
+    check_options("train", ["cache=a", "data.shards=b", "recipe=short", option])
+
+
+def test_folders_of_options_have_any_name_and_their_paths_begin_at_home(tmp_path: Path) -> None:
+    folder = tmp_path / "a=b, it's \\'c"
+    (folder / "student").mkdir(parents=True)
+    own = "{name: m, model: resnet18, size: 64, checkpoint: ~/w.pt}\n"
+    (folder / "student/mine.yaml").write_text(own)
+    given = ["--config-dir", str(folder), "student=mine", "cache=a", "data.shards=b"]
+    assert compose_options("train", given).student.checkpoint == os.path.expanduser("~/w.pt")
+
+
+def test_mistakes_in_hydra_s_own_options_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["eval", "students=[a]", *EVALUATED, "out='${seed}'"]
+    assert main([*given, "seed=0,1", "-m", "hydra.launcher.n_jbs=2"]) == 1
+    told = capsys.readouterr().err
+    assert "n_jbs" in told
+    assert "Traceback" not in told
+    (tmp_path / "file").touch()
+    assert main([*given, "seed=0,1", "-m", f"hydra.sweep.dir={tmp_path}/file/x"]) == 1
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/file/x" in told
+    assert "Traceback" not in told
+
+
 def test_a_store_with_pixels_is_enough_for_training() -> None:
     check_options("train", ["cache=a", "data.shards=null"])
 
@@ -158,6 +229,14 @@ def test_spaces_of_a_teacher_are_added_and_taken_away() -> None:
     with pytest.raises(ConfigError, match=rf"there is an option {of}\.cls: write it without"):
         check_options("extract", [*given, f"+{of}.cls={{norm: false}}"])
     changed = [f"+{of}.mid={{take: tokens, block: 5}}", f"~{of}.cls", "~teachers.clip_b16"]
+    with pytest.raises(ConfigError, match=rf"{of}=.* would keep cls, .*: say ~{of}\.cls to leave"):
+        check_options("extract", [*given, f"{of}={{patch: {{}}}}"])
+    with pytest.raises(ConfigError, match=rf"{of}=.* would keep patch, "):
+        check_options("extract", [*given, "teachers.dinov2_b={spaces: {cls: {}}}"])
+    only = compose_options("extract", [*given, f"{of}={{patch: {{}}}}", f"~{of}.cls"])
+    assert only.teachers.dinov2_b.spaces == {"patch": {}}
+    with pytest.raises(ConfigError, match=r"no option 'teachers\.nope'; valid"):
+        check_options("extract", [*given, "~teachers.nope"])
     teachers = compose_options("extract", [*given, *changed]).teachers
     assert list(teachers) == ["dinov2_b", "convnext_b"]
     assert teachers.dinov2_b.spaces == {"patch": {}, "mid": {"take": "tokens", "block": 5}}

@@ -1,0 +1,230 @@
+"""Options of a command: checked before Hydra runs it, composed, and as plain values.
+
+Mistakes are answered with what is valid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, first_line
+from .composition import Composer
+from .names import CONFIGS, check_key, check_keys, check_removal, closest
+from .values import check_value, values_of
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+_HOME = re.compile(r"(?<=[=\[,:\s'\"])~(?=/)")
+"""The user's folder, where a word of a command line or a part of a list begins with it."""
+
+__all__ = [
+    "CONFIGS",
+    "check_options",
+    "closest",
+    "compose_options",
+    "config_directories",
+    "from_home",
+    "plain",
+    "readable",
+]
+
+
+def check_options(name: str, options: Sequence[str]) -> None:
+    """Refuse a mistyped key, group choice or value, naming the valid ones.
+
+    Every value of a sweep is checked before its first job starts, and so are missing options and
+    jobs that would write to the same place.
+
+    Raises:
+        ConfigError: with the option that is wrong and what would be right.
+    """
+    texts = [option for option in options if not option.startswith("-")]
+    directories = config_directories(options)
+    texts = [text for text in texts if text not in directories]
+    for text in texts:
+        if "=" not in text and not text.startswith("~"):
+            raise ConfigError(f"{text!r} is not an option; options are written key=value")
+    overrides = [_parsed(text) for text in texts]
+    several = [item.input_line for item in overrides if item.is_sweep_override()]
+    if several and not {"-m", "--multirun"} & {*options}:
+        raise ConfigError(
+            f"{several[0]} is several values: say -m for a run with each; a list is written "
+            "key=[a,b], and text with a comma key=\"'a,b'\""
+        )
+    with Composer(name, directories) as composer:
+        composer.check_launcher(overrides)
+        own = [item for item in overrides if not item.key_or_group.startswith("hydra")]
+        for item in own:
+            check_key(name, item.key_or_group)
+            if item.is_delete():
+                check_removal(item.key_or_group)
+        groups = [item for item in own if composer.is_group(item.key_or_group)]
+        for item in groups:
+            for choice in values_of(item):
+                options_there = composer.options(item.key_or_group)
+                if choice is None:
+                    raise ConfigError(
+                        f"{item.key_or_group}=null: choose one of {', '.join(options_there)}"
+                    )
+                if isinstance(choice, str) and choice not in options_there:
+                    raise ConfigError(
+                        f"{item.key_or_group}={choice}: there is no such choice"
+                        f"{closest(choice, options_there)}; valid are {', '.join(options_there)}"
+                    )
+        # One composition for every value of every swept group, since groups bring their own keys.
+        fixed = [str(item.input_line) for item in groups if not item.is_sweep_override()]
+        base = composer.compose(fixed)
+        swept = [
+            composer.compose([*fixed, f"{group.key_or_group}={choice}"])
+            for group in groups
+            if group.is_sweep_override()
+            for choice in values_of(group)
+        ]
+        removed = [item.key_or_group for item in own if item.is_delete()]
+        for item in own:
+            if item not in groups:
+                check_value(item, swept or [base], removed)
+        sources = {item.key_or_group: str(item.input_line) for item in groups}
+        _check_whole(name, own, composer, sources)
+
+
+def _parsed(text: str) -> Override:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise ConfigError(
+            f"{text} cannot be read ({first_line(error)}): text with signs such as = ( # ~ , is "
+            "quoted for the shell and once more, as in key=\"'a=b'\""
+        ) from None
+
+
+def compose_options(name: str, options: Sequence[str]) -> DictConfig:
+    """The configuration that a command would be given, after `check_options`.
+
+    Raises:
+        ConfigError: an option is wrong.
+    """
+    check_options(name, options)
+    directories = config_directories(options)
+    with Composer(name, directories) as composer:
+        return from_home(
+            composer.compose(
+                [text for text in options if not text.startswith("-") and text not in directories]
+            )
+        )
+
+
+def from_home(config: DictConfig) -> DictConfig:
+    """The same configuration, its texts that begin with ~/ as paths of the user's folder.
+
+    On a command line `readable` has done so, files have them still.
+    """
+    from omegaconf import OmegaConf
+
+    def expand(path: str, part: Any) -> None:
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            at = f"{path}[{key}]" if path else str(key)
+            if isinstance(value, dict | list):
+                expand(at, value)
+            elif isinstance(value, str) and value.startswith("~/"):
+                OmegaConf.update(config, at, os.path.expanduser(value))
+
+    expand("", OmegaConf.to_container(config, resolve=False))
+    return config
+
+
+def plain(config: Any) -> Any:
+    """A configuration, or a part of one, as plain containers; another value as it is."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def _check_whole(
+    verb: str, overrides: Sequence[Override], composer: Composer, sources: Mapping[str, str]
+) -> None:
+    """Refuse options that nothing reads, that are still missing, and sweeps whose jobs would
+    overwrite each other.
+
+    Args:
+        sources: see `names.check_keys`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    fixed = [str(item.input_line) for item in overrides if not item.is_sweep_override()]
+    swept = [item for item in overrides if item.is_sweep_override() and item.is_choice_sweep()]
+    outputs: dict[str, str] = {}
+    for values in itertools.product(*(item.sweep_string_iterator() for item in swept)):
+        chosen = [f"{i.key_or_group}={v}" for i, v in zip(swept, values, strict=True)]
+        config = composer.compose([*fixed, *chosen])
+        check_keys(verb, OmegaConf.to_container(config, resolve=False), sources)  # type: ignore[arg-type]
+        try:
+            missing, out = sorted(OmegaConf.missing_keys(config)), config.get("out")
+        except OmegaConfBaseException as error:
+            raise ConfigError(
+                f"an option refers to what is not there: {first_line(error)}"
+            ) from None
+        if missing:
+            raise ConfigError(
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} required: say "
+                f"{' '.join(f'{key}=...' for key in missing)}"
+            )
+        job = " ".join(chosen)
+        if out is not None and out in outputs:
+            raise ConfigError(
+                f"the jobs {outputs[out]!r} and {job!r} of the sweep would both write to {out}; "
+                f"put what differs into the name, such as out='{out}-${{{swept[-1].key_or_group}}}'"
+            )
+        outputs[out] = job
+
+
+def readable(options: Sequence[str]) -> list[str]:
+    """Options as Hydra reads them: flags before key=value pairs, and ranges of shards quoted.
+
+    The quotes of `data.shards='x-{000..146}.tar'` are taken off by the shell, and to Hydra bare
+    braces are a dictionary. ~/ is the user's folder, which a shell leaves alone within a word.
+    """
+    flags: list[str] = []
+    pairs: list[str] = []
+    home = os.path.expanduser("~")
+    rest = (_HOME.sub(lambda _: home, option) for option in options)
+    for option in rest:
+        if not option.startswith("-"):
+            key, _, value = option.partition("=")
+            bare = value[:1] not in ("", "{", "[", "'", '"') and not {"$", "(", "'"} & set(value)
+            pairs.append(f"{key}='{value}'" if bare and {"{", "*"} & set(value) else option)
+            continue
+        flags.append(option)
+        if option in ("--config-dir", "-cd"):
+            flags += itertools.islice(rest, 1)
+    return [*flags, *pairs]
+
+
+def config_directories(options: Sequence[str]) -> list[str]:
+    """The folders of configuration groups that a command was given.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    found = []
+    for position, option in enumerate(options):
+        if option in ("--config-dir", "-cd"):
+            if position + 1 == len(options):
+                raise ConfigError(f"{option} needs a folder of configuration groups")
+            found.append(options[position + 1])
+        elif option.startswith("--config-dir="):
+            found.append(option.split("=", 1)[1])
+    for path in found:
+        if not os.path.isdir(path):
+            raise ConfigError(f"--config-dir {path}: there is no such folder")
+    return found
