@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checkpoints import read_checkpoint
 from ..errors import ConfigError, DataError, first_line
 from .stages import Backstage, Interaction, Stage, StageTokens, mask_pixels
+from .stem import expect
 
 WEIGHTS = "student.safetensors"
 """The timm model's weights in a run's folder."""
@@ -73,7 +74,8 @@ class Student(nn.Module):
 
     Args:
         name: timm model name, such as ``resnet50`` or ``vit_small_patch16_224``.
-        pretrained: start from timm's weights instead of random ones (needs the hub or its cache).
+        pretrained: start from timm's weights instead of random ones (needs the hub or its cache);
+            if they were trained on pixels of another normalisation, see `stem.expect`.
         checkpoint: start from the weights in this file instead, .safetensors or of torch.save; a
             classifier in it is left out. No code in it is run.
         size: side, or (height, width), of the input in pixels.
@@ -354,6 +356,9 @@ def _create(
         raise ConfigError(
             f"student {name} gives no intermediate features in timm; choose another backbone"
         )
+    if start["pretrained"]:
+        found = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        expect(model, **found, name=name, checkpoint=checkpoint, run=MODEL, size=size)
     return model
 
 
