@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints import read_checkpoint
 from ..errors import ConfigError, DataError, first_line
+from ..pixels import not_whole_patches
 from .stages import Backstage, Interaction, Stage, StageTokens, mask_pixels
 from .stem import expect
 
@@ -106,6 +107,8 @@ class Student(nn.Module):
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.model: Any = _create(name, pretrained, checkpoint, self.size, options)
+        if wrong := not_whole_patches(self.model, self.size):
+            raise ConfigError(f"student.size of {name}: {wrong}")
         self._norm = True
         with torch.no_grad():
             training, _ = self.model.training, self.model.eval()
