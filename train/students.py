@@ -124,6 +124,11 @@ class Student(nn.Module):
                     f"pixels: {first_line(error)}; set student.size (and student.options.img_size)"
                 ) from error
             self.model.train(training)
+        if output.pooled.ndim != 2:
+            raise ConfigError(
+                f"student {name} pools nothing, so that it gives no descriptor: drop "
+                "student.options.global_pool, or name one of its kinds, such as avg"
+            )
         self.grid = output.grid
         self.token_dim = output.tokens.shape[-1]
         self.pooled_dim = output.pooled.shape[-1]

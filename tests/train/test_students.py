@@ -72,6 +72,7 @@ def test_positions_are_not_decayed():
             {"size": (100, 64), "depth": 1},
             "student.size .* 100 x 64 pixels are no whole patches of 16 x 16; say 96 x 64 or 112 x",
         ),
+        ("vit_tiny_patch16_224", {"size": 32, "depth": 1, "global_pool": ""}, "drop .*global_pool"),
         ("swin_tiny_patch4_window7_224", {"size": 58, "embed_dim": 24}, "say 56 x 56 or 60 x 60"),
     ],
 )
