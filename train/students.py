@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoints import read_checkpoint
+from ..checkpoints import misfit, read_checkpoint
 from ..errors import ConfigError, DataError, first_line
 from ..pixels import not_whole_patches
 from .stages import Backstage, Interaction, Stage, StageTokens, mask_pixels
@@ -286,7 +286,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be loaded: {first_line(error)}") from error
+        raise DataError(f"{path} cannot be loaded: {misfit(error)}") from error
 
 
 @contextmanager
@@ -350,8 +350,7 @@ def _create(
     except Exception as error:  # a hub that is not there shows as any of several exceptions
         if checkpoint is not None:
             raise ConfigError(
-                f"student {name}: student.checkpoint={checkpoint} does not fit it: "
-                f"{first_line(error)}"
+                f"student {name}: student.checkpoint={checkpoint} does not fit it: {misfit(error)}"
             ) from error
         if pretrained:
             raise ConfigError(
