@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,27 @@ def read_checkpoint(path: str | Path, refused: type[PreceptorError]) -> dict[str
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise refused(f"checkpoint {path} holds no dictionary of tensors")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def misfit(error: BaseException) -> str:
+    """What does not fit, from torch's error of loading a state dict: counts and the first names.
+
+    Another error's first line.
+    """
+    text, parts = str(error), []
+    for kind, words in (("Missing", "lacks"), ("Unexpected", "has, and the network not,")):
+        if found := re.search(rf"{kind} key\(s\) in state_dict: (.*)", text):
+            names = re.findall('"([^"]+)"', found[1])
+            parts.append(f"it {words} {_counted(names)}")
+    if sizes := re.findall(
+        r"size mismatch for (\S+): copying a param with shape (?:torch\.Size\()?(\[[^\]]*\]).*?"
+        r"the shape in current model is (?:torch\.Size\()?(\[[^\]]*\])",
+        text,
+    ):
+        told = [f"{name} ({theirs} there, {ours} here)" for name, theirs, ours in sizes]
+        parts.append(f"sizes differ of {_counted(told)}")
+    return "; ".join(parts) or first_line(error)
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} tensor(s) ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning_fabric import Fabric
 
+from ..cache.manifest import MANIFEST
 from ..errors import ConfigError
 
 NAME = ".claim"
@@ -80,12 +81,17 @@ def training_alone(fabric: Fabric, folder: Path) -> Iterator[None]:
     """Have all processes of a run refuse a folder that another run is being trained in.
 
     Raises:
-        ConfigError: one is; or as `claimed`.
+        ConfigError: one is, or it is a store; or as `claimed`.
     """
     with contextlib.ExitStack() as stack:
         found: str | ConfigError | None = None
         if fabric.global_rank == 0:
             try:
+                if (folder / MANIFEST).exists():
+                    raise ConfigError(
+                        f"{folder} is a store of targets ({MANIFEST} is there), no place for a "
+                        "run: choose another out=..."
+                    )
                 found = stack.enter_context(claimed(folder))
                 if found is not None:
                     found = ConfigError(

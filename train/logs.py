@@ -209,6 +209,8 @@ class Logs:
 
 def check_loggers(names: Sequence[str]) -> None:
     """Raises ConfigError where a name is no logger's, or a logger's package is not installed."""
+    if isinstance(names, str):
+        raise ConfigError(f"log.to={names}: write a list, log.to=[{names}]")
     for name in names:
         if name not in LOGGERS:
             raise ConfigError(f"log.to={list(names)}: valid are {', '.join(LOGGERS)}")

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..options import plain
 from .alignment import Alignment
 from .students import Student
@@ -49,7 +49,8 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
             do not go with it.
 
     Raises:
-        ConfigError: timm has no such optimiser, or it does not take an option.
+        ConfigError: timm has no such optimiser, it does not take an option, needs what is not
+            there, or second derivatives.
     """
     if not isinstance(recipe.optimizer_options, DictConfig):
         raise ConfigError(
@@ -63,7 +64,7 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
     if recipe.layer_decay < 1 or recipe.alignment_lr != 1:
         parameters = _grouped(module, recipe)
     try:
-        return create_optimizer_v2(
+        found: Optimizer = create_optimizer_v2(
             parameters,
             opt=recipe.optimizer,
             lr=recipe.lr,
@@ -81,6 +82,16 @@ def build_optimizer(module: nn.Module, recipe: DictConfig, *, fused: bool = True
         raise ConfigError(
             f"recipe.optimizer_options={options}: {recipe.optimizer} does not take them: {error}"
         ) from error
+    except (AssertionError, ImportError) as error:  # timm asserts that CUDA and packages are there
+        raise ConfigError(
+            f"recipe.optimizer={recipe.optimizer} cannot be used here: {first_line(error)}"
+        ) from error
+    if getattr(found, "is_second_order", False):
+        raise ConfigError(
+            f"recipe.optimizer={recipe.optimizer} differentiates gradients once more, and training "
+            "keeps no graph of them: choose another, such as adamw"
+        )
+    return found
 
 
 def _grouped(module: Any, recipe: DictConfig) -> list[dict[str, Any]]:

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoints import read_checkpoint
+from ..checkpoints import misfit, read_checkpoint
 from ..errors import ConfigError, DataError, first_line
+from ..pixels import not_whole_patches
 from .stages import Backstage, Interaction, Stage, StageTokens, mask_pixels
+from .stem import expect
 
 WEIGHTS = "student.safetensors"
 """The timm model's weights in a run's folder."""
@@ -73,7 +75,8 @@ class Student(nn.Module):
 
     Args:
         name: timm model name, such as ``resnet50`` or ``vit_small_patch16_224``.
-        pretrained: start from timm's weights instead of random ones (needs the hub or its cache).
+        pretrained: start from timm's weights instead of random ones (needs the hub or its cache);
+            if they were trained on pixels of another normalisation, see `stem.expect`.
         checkpoint: start from the weights in this file instead, .safetensors or of torch.save; a
             classifier in it is left out. No code in it is run.
         size: side, or (height, width), of the input in pixels.
@@ -104,6 +107,8 @@ class Student(nn.Module):
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.model: Any = _create(name, pretrained, checkpoint, self.size, options)
+        if wrong := not_whole_patches(self.model, self.size):
+            raise ConfigError(f"student.size of {name}: {wrong}")
         self._norm = True
         with torch.no_grad():
             training, _ = self.model.training, self.model.eval()
@@ -119,6 +124,11 @@ class Student(nn.Module):
                     f"pixels: {first_line(error)}; set student.size (and student.options.img_size)"
                 ) from error
             self.model.train(training)
+        if output.pooled.ndim != 2:
+            raise ConfigError(
+                f"student {name} pools nothing, so that it gives no descriptor: drop "
+                "student.options.global_pool, or name one of its kinds, such as avg"
+            )
         self.grid = output.grid
         self.token_dim = output.tokens.shape[-1]
         self.pooled_dim = output.pooled.shape[-1]
@@ -276,7 +286,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be loaded: {first_line(error)}") from error
+        raise DataError(f"{path} cannot be loaded: {misfit(error)}") from error
 
 
 @contextmanager
@@ -340,8 +350,7 @@ def _create(
     except Exception as error:  # a hub that is not there shows as any of several exceptions
         if checkpoint is not None:
             raise ConfigError(
-                f"student {name}: student.checkpoint={checkpoint} does not fit it: "
-                f"{first_line(error)}"
+                f"student {name}: student.checkpoint={checkpoint} does not fit it: {misfit(error)}"
             ) from error
         if pretrained:
             raise ConfigError(
@@ -354,6 +363,9 @@ def _create(
         raise ConfigError(
             f"student {name} gives no intermediate features in timm; choose another backbone"
         )
+    if start["pretrained"]:
+        found = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        expect(model, **found, name=name, checkpoint=checkpoint, run=MODEL, size=size)
     return model
 
 

@@ -230,6 +230,11 @@ def choose_views(
         if crop is not None:
             why = "the store's are of whole views and recipe.crop cuts others"
     if open_index is None:
+        if crop is not None:  # no pixels that a store can hold would serve
+            raise ConfigError(
+                "data.shards is null and recipe.crop cuts boxes of the images themselves: name "
+                "the images with data.shards=..., or set recipe.crop=null"
+            )
         raise ConfigError(
             f"data.shards is null and the store's pixels cannot be used ({why}): name the images "
             f"with data.shards=..., or store pixels with `preceptor add cache={cache.location} "

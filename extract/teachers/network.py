@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TeacherError
+from ...pixels import not_whole_patches
 from .base import Preprocessing, SpaceShape, Teacher
 from .weights import first_sentence, weights_sha256
 
@@ -211,23 +211,8 @@ def check_whole_patches(name: str, network: Any, size: tuple[int, int]) -> None:
     Raises:
         TeacherError: names the next sizes that are whole.
     """
-    patch = getattr(getattr(network, "patch_embed", network), "patch_size", None)
-    if isinstance(patch, int):
-        patch = (patch, patch)
-    if not isinstance(patch, tuple | list) or all(
-        side % int(edge) == 0 for side, edge in zip(size, patch, strict=True)
-    ):
-        return
-    below, above = (
-        " x ".join(
-            str(step(side / int(edge)) * int(edge)) for side, edge in zip(size, patch, strict=True)
-        )
-        for step in (math.floor, math.ceil)
-    )
-    raise TeacherError(
-        f"teachers.{name}.size: {size[0]} x {size[1]} pixels are no whole patches of {patch[0]} x "
-        f"{patch[1]}; say {below} or {above}"
-    )
+    if wrong := not_whole_patches(network, size):
+        raise TeacherError(f"teachers.{name}.size: {wrong}")
 
 
 def size_pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,10 @@ def test_what_is_saved_is_the_network_alone_and_what_was_judged(
     store: str, shards: str, tmp_path: Path
 ) -> None:
     found = run(store, shards, tmp_path, "--steps", "10")
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = (tmp_path / "network.safetensors").stat().st_mode
+    assert stat.S_IMODE(mode) == 0o666 & ~umask
     network = own_network.OwnNetwork()
     network.load_state_dict(load_file(tmp_path / "network.safetensors"))
     side = own_network.opened(store, shards)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import site
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -392,6 +395,16 @@ def test_an_output_that_is_not_a_number_is_never_what_the_student_computes(tmp_p
             run._written(artefact, tmp_path, torch.zeros(2, 3, 4, 4), check)
 
 
+def test_a_form_named_twice_is_written_once_for_whoever_the_umask_lets_read(runs, tmp_path):
+    before = os.umask(0o022)
+    try:
+        run.export(config(runs / "vit", f"out={tmp_path / 'out'}", "formats=[timm,timm]"))
+    finally:
+        os.umask(before)
+    for file in ("model.safetensors", "config.json", "README.md"):
+        assert stat.S_IMODE((tmp_path / "out/timm" / file).stat().st_mode) == 0o644, file
+
+
 def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
     def told(error: type[Exception], match: str, folder: Path, *overrides: str) -> None:
         with pytest.raises(error, match=match) as caught:
@@ -423,6 +436,17 @@ def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
         (damaged / file).write_bytes(content[: len(content) // 2])
         told(DataError, file.replace(".", r"\."), damaged)
 
+    told(ConfigError, "run=.*/ema holds .*: say run=.*/vit weights=ema", runs / "vit/ema")
+    (tmp_path / "file").touch()
+    told(ConfigError, r"out=.*file/out cannot be made: Not a directory", runs / "vit",
+         f"out={tmp_path / 'file/out'}")  # fmt: skip
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "write_folder", full)
+        told(ExportError, "cannot be written: No space left.*nothing was kept", runs / "vit")
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         run.export(config(runs / "vit", f"out={tmp_path / 'out'}"))

@@ -15,6 +15,7 @@ from preceptor.benchmarks.faults import flip
 from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
 from preceptor.errors import ConfigError, DataError, StoreError
+from preceptor.train.crops import RandomCrop
 from preceptor.train.data import TrainData
 from preceptor.train.photometric import ColorJitter
 from preceptor.train.views import StoredViews, StorePixels, choose_views
@@ -65,6 +66,9 @@ def test_other_sizes_and_resamplings_are_decoded_and_said(pixel_bed) -> None:
     assert isinstance(views, StoredViews)
     with pytest.raises(ConfigError, match=r"data.shards is null .*24 x 16.*pixels.size=\[24,16\]"):
         choose_views(cache, None, (24, 16))
+    with pytest.raises(ConfigError, match=r"or set recipe\.crop=null") as caught:
+        choose_views(cache, None, (32, 32), crop=RandomCrop())
+    assert "preceptor add" not in str(caught.value)  # whose pixels would not serve either
 
 
 def test_without_stored_pixels_images_are_needed(bed) -> None:

@@ -100,6 +100,8 @@ def test_a_logger_without_its_package_is_told_before_anything_is_written(
         train(train_config(f"log.to=[{name}]"))
     with pytest.raises(ConfigError, match="valid are tensorboard, csv, wandb, mlflow"):
         train(train_config("log.to=[tensorbord]"))
+    with pytest.raises(ConfigError, match=r"log\.to=csv: write a list, log\.to=\[csv\]"):
+        train(train_config("log.to=csv"))
     assert not (tmp_path / "run").exists()
 
 

@@ -154,10 +154,15 @@ def test_other_optimisers_learn_too(train_config, tmp_path, name):
     [
         ({"optimizer": "adamv"}, "timm has no such optimiser"),
         ({"optimizer_options": {"beta": 1}}, "adamw does not take them"),
+        ({"optimizer": "bnbadamw"}, "bnbadamw cannot be used here: CUDA required"),
+        ({"optimizer": "fusedadam"}, "fusedadam cannot be used here: CUDA required"),
+        ({"optimizer": "adahessian"}, "choose another, such as adamw"),
+        ({"optimizer": "lookahead_adahessian"}, "choose another, such as adamw"),
         ({"optimizer_options": "betas:0.9"}, "optimizer_options=betas:0.9: expected options by"),
     ],
 )
-def test_an_optimiser_that_cannot_be_made_is_told(distiller, options, message):
+def test_an_optimiser_that_cannot_be_used_is_told(distiller, options, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         build_optimizer(distiller, recipe(**options))
 

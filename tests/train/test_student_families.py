@@ -161,6 +161,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     save_file(timm.create_model("test_resnet").state_dict(), path)
     with pytest.raises(ConfigError, match=r"checkpoint=.* does not fit it"):
         Student("test_convnext", checkpoint=str(path), size=64)
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    state["norm.weight"] = state["norm.weight"][:7]
+    state["mine"] = state.pop("norm.bias")
+    save_file({key: value.clone() for key, value in state.items()}, tmp_path / "v.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        Student("test_vit", checkpoint=str(tmp_path / "v.safetensors"), size=160)
+    assert "it lacks 1 tensor(s) (norm.bias)" in str(caught.value)
+    assert "it has, and the network not, 1 tensor(s) (mine)" in str(caught.value)
+    assert "sizes differ of 1 tensor(s) (norm.weight ([7] there, [64] here))" in str(caught.value)
     with pytest.raises(ConfigError, match="pretrained=true or a checkpoint, not both"):
         Student("test_resnet", checkpoint=str(path), pretrained=True, size=64)
     torch.save({"call": print}, tmp_path / "w.pth")

@@ -9,6 +9,7 @@ import timm
 import torch
 from omegaconf import OmegaConf
 from preceptor.errors import ConfigError
+from preceptor.pixels import not_whole_patches
 from preceptor.train.students import Student, build_student
 
 SMALL = {
@@ -66,11 +67,23 @@ def test_positions_are_not_decayed():
         ("resnet10", {}, "did you mean resnet10t"),
         ("resnet10t", {"patch_size": 3}, "unexpected keyword argument 'patch_size'"),
         ("vit_tiny_patch16_224", {"size": 64, "img_size": 32, "depth": 1}, "64 x 64"),
+        (
+            "vit_tiny_patch16_224",
+            {"size": (100, 64), "depth": 1},
+            "student.size .* 100 x 64 pixels are no whole patches of 16 x 16; say 96 x 64 or 112 x",
+        ),
+        ("vit_tiny_patch16_224", {"size": 32, "depth": 1, "global_pool": ""}, "drop .*global_pool"),
+        ("swin_tiny_patch4_window7_224", {"size": 58, "embed_dim": 24}, "say 56 x 56 or 60 x 60"),
     ],
 )
 def test_a_mistake_is_told(name, options, message):
     with pytest.raises(ConfigError, match=message):
         Student(name, **options)
+
+
+def test_patches_that_overlap_or_pad_leave_nothing_out():
+    assert Student("pvt_v2_b0", size=50).grid == (2, 2)
+    assert not_whole_patches(timm.create_model("test_vit", dynamic_img_pad=True), (50, 50)) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from .figure import draw
 from .job import EVAL, LOG, RESULT, TRAIN, enter, launched, raise_for, read_failure, read_result
 from .plan import ENCODING, SEED, PlannedRun, baseline_of, option, plan_runs
 from .stopping import PoolStop, forget_stop
-from .table import Outcome, compare, print_table, write_tables
+from .table import Outcome, check_score, compare, print_table, write_tables
 
 SUMMARY, PLAN = "summary.json", "plan.json"
 
@@ -48,7 +49,10 @@ def ablate(config: DictConfig) -> dict[str, Any] | None:
     runs = _validated(config)
     variants = list({run.variant.name: run.variant for run in runs}.values())
     baselines = baseline_of(variants, config.baseline)
-    _prepare(config, out, runs)
+    try:
+        _prepare(config, out, runs)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written to: {error.strerror or error}") from error
     names = [run.name for run in runs]
     todo = [name for name in names if not (out / "runs" / name / RESULT).exists()]
     if len(todo) < len(names):
@@ -126,7 +130,9 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
                 )
             options |= {"with_teachers": False, "with_floor": False, "features": None, **judged}
             evaluation = _composed("eval", options, directories)
-            check_evaluation(evaluation)
+            suite, _, _, truths = check_evaluation(evaluation)
+            if config.score is not None:
+                check_score(str(config.score), list(suite.protocols), [t.name for t in truths])
         folder = out / "runs" / run.name
         ours = OmegaConf.merge(composed[variant.name], {"out": str(folder / "train")})
         if run.seed is not None:
@@ -170,7 +176,8 @@ def _composed(verb: str, options: Mapping[str, Any], directories: Sequence[str])
     try:
         return compose_options(verb, [*flags, *typed])
     except ConfigError as error:
-        raise ConfigError(f"preceptor {verb} would not take these options: {error}") from None
+        told = re.sub(r"say ([\w.]+)=\.\.\.", rf"say {verb}={{\1: ...}}", str(error))
+        raise ConfigError(f"preceptor {verb} would not take these options: {told}") from None
 
 
 def _same(path: Path, ours: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.table import Table
 from ...cache.durable import write_whole
 from ...errors import ConfigError
 from ...options import closest
+from ..alignment import ALIGNMENTS
 from ..evaluation.intervals import Bootstrap, over_seeds
 from .plan import Variant
 
@@ -124,6 +126,36 @@ def compare(
         rows += found
     order = {row.variant: -row.mean for row in reversed(rows) if row.score == first}
     return sorted(rows, key=lambda row: (scores.index(row.score), order.get(row.variant, 0.0)))
+
+
+def check_score(score: str, protocols: Sequence[str], tasks: Sequence[str]) -> None:
+    """Refuse a READOUT/SCORE that no run can have, before any is done.
+
+    Variants of a protocol (``fewshot/5-shot``) and what an alignment offers are left to `compare`.
+
+    Args:
+        protocols: those of the evaluation.
+        tasks: names of its tasks.
+
+    Raises:
+        ConfigError: no alignment has the readout, or the evaluation no such protocol or task.
+    """
+    readout, _, key = score.partition("/")
+    readout = re.sub(r"-\d+$", "", readout)  # its width, where it is reduced
+    name, _, task = key.partition("@")
+    name = name.split("/")[0]
+    kinds = (alignment.readouts for alignment in ALIGNMENTS.values())
+    readouts = list(dict.fromkeys(readout for own in kinds for readout in own))
+    for what, value, valid in (
+        ("READOUT", readout, readouts),
+        ("SCORE", name, protocols),
+        *((("task", task, tasks),) if task else ()),
+    ):
+        if value not in valid:
+            raise ConfigError(
+                f"score={score}: expected READOUT/SCORE, such as {readouts[0]}/{protocols[0]}; "
+                f"{value!r} is no {what}{closest(value, valid)}: there are {', '.join(valid)}"
+            )
 
 
 def _row(

@@ -87,7 +87,10 @@ def build_suite(
         ConfigError: no such protocol or option, or a value out of its range.
     """
     if not 0 < validation < 1:
-        raise ConfigError(f"validation={validation}: a share of the training images, from 0 to 1")
+        raise ConfigError(
+            f"validation={validation}: expected a share above 0 and below 1 of the training "
+            "images, those that every choice is made on"
+        )
     found = {}
     for name in protocols:
         if name not in PROTOCOLS:

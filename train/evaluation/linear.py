@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -26,6 +27,9 @@ LARGE = {"ridge": 1e8, "logistic": 2e10}
 """Sizes beyond which scikit-learn is not asked, for its copies and its time: images times the
 larger of dimensions and classes, and images times dimensions times classes. Up to them its rounding
 to the features' float32 stays part of the figure: it settles near ties."""
+
+_told: set[tuple[str, str]] = set()
+"""Probes and ends of their strengths that `_tell_of_an_edge` has told of."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,25 @@ def fit_linear_probe(
         for strength in sorted(strengths, reverse=True)  # from strong to weak: see LogisticPath
     }
     best = max(strengths, key=lambda strength: scores[strength])  # the first of equals
+    _tell_of_an_edge(probe, scores, best)
     return LinearProbe(float(best), scores[best], _fitter(probe, features, labels, device)(best))
+
+
+def _tell_of_an_edge(probe: str, scores: Mapping[float, float], best: float) -> None:
+    """Say once, for each probe and end, that accuracy still rises where the strengths end."""
+    ordered = sorted(scores)
+    for end, edge, neighbour in (("lowest", 0, 1), ("highest", -1, -2)):
+        if len(ordered) < 2 or best != ordered[edge] or (probe, end) in _told:
+            continue
+        if scores[best] > scores[ordered[neighbour]]:  # equals tell of no slope
+            _told.add((probe, end))
+            print(
+                f"warning: a {probe} probe chose {best}, the {end} of its strengths, and may gain "
+                f"from one beyond it: extend linear.strengths={ordered}, or "
+                "robustness.strengths of that protocol",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _fitter(

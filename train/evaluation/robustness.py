@@ -38,6 +38,11 @@ class Robustness(Linear):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for option in ("corruptions", "severities"):
+            if isinstance(given := getattr(self, option), str | int):
+                raise ConfigError(
+                    f"robustness.{option}={given}: write a list, robustness.{option}=[{given}]"
+                )
         if not self.wanted:
             raise ConfigError("robustness: corruptions and severities must name at least one each")
 

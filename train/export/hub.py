@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import ModelCardData
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ...errors import ExportError
 from ...version import __version__
@@ -29,7 +29,8 @@ def write_folder(folder: Path, student: Student, model: Mapping[str, Any], card:
     """
     folder.mkdir(parents=True)
     tensors = {name: t.cpu().contiguous() for name, t in student.model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # Not by safetensors' own writer: its files are the user's alone to read.
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     text = json.dumps(timm_config(student, model), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")

@@ -67,6 +67,7 @@ def export(config: DictConfig) -> dict[str, Any]:
     refuse_several("export")
     _validate(config)
     run = Path(config.run)
+    _refuse_part(run)
     name = "export" if config.weights == "last" else f"export-{config.weights}"
     out = run / name if config.out is None else Path(config.out)
     if out.exists():
@@ -84,7 +85,10 @@ def export(config: DictConfig) -> dict[str, Any]:
     artefacts = _artefacts(config, run, student, alignment, model, summary, calibration, pixels)
 
     part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be made: {error.strerror or error}") from error
     files: dict[str, Any] = {}
     try:
         with ProgressLine(f"export {run.name}", len(artefacts), "files") as line:
@@ -101,8 +105,12 @@ def export(config: DictConfig) -> dict[str, Any]:
         }
         write_json(part / SUMMARY, result)
         part.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):  # of writing: a full disk
+            raise ExportError(
+                f"out={out} cannot be written: {error.strerror or error}; nothing was kept"
+            ) from error
         raise
     for name, entry in files.items():
         told = "not compared"
@@ -165,7 +173,7 @@ def _artefacts(
             )
         ],
     }
-    return [artefact for form in config.formats for artefact in known[form]]
+    return [artefact for form in dict.fromkeys(config.formats) for artefact in known[form]]
 
 
 def _written(artefact: Artefact, folder: Path, pixels: Tensor, check: DictConfig) -> dict[str, Any]:
@@ -231,6 +239,16 @@ def _read_summary(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{run / SUMMARY} cannot be read: {error}; train the run again") from error
     return found
+
+
+def _refuse_part(run: Path) -> None:
+    """Raises ConfigError where a folder is that of other weights within a run."""
+    for weights, part in KEPT.items():
+        if part and run.name == part and (run.parent / SUMMARY).exists():
+            raise ConfigError(
+                f"run={run} holds some weights of the run around it: say run={run.parent} "
+                f"weights={weights}"
+            )
 
 
 def _validate(config: DictConfig) -> None:

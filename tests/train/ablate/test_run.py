@@ -231,7 +231,7 @@ def test_mistakes_are_told_before_anything_runs(
     told("there is no option 'algn'", "did you mean align?", factors="algn: [regression]")
     told("align=regresion", "did you mean regression?", factors="align: [regresion]")
     told("factors.align: expected a list", factors="align: regression")
-    told("preceptor eval", "test.cache", more=("eval={test.shards: x}",))
+    told("preceptor eval", "say eval={test.cache: ...}", more=("eval={test.shards: x}",))
     told("hydra/launcher=jblib", "joblib", more=("hydra/launcher=jblib",))
     told("level=2", more=("level=2.0",))
     told("train=short: expected options", more=("train=short",))
@@ -243,6 +243,15 @@ def test_mistakes_are_told_before_anything_runs(
     told("train.shards is required", "eval={train.shards: ...}", factors="data.shards: [null]")
     judged = f"test.cache: {test_bed.cache}, test.shards: {test_bed.shards}"
     told("protocols: dense needs a dense task", more=(f"eval={{{judged}, protocols: [dense]}}",))
+    told("score=nope", "READOUT/SCORE, such as pooled/knn", more=("score=nope",))
+    told("score=poled/knn", "did you mean pooled?", more=("score=poled/knn",))
+    told("'lienar' is no SCORE", "did you mean linear?", more=("score=pooled/lienar",))
+    told("'depth' is no task", "there are class", more=("score=pooled/knn@depth",))
+    bare = "train={student: resnet_micro, engine: cpu}"
+    told("data.shards is required: say train={data.shards: ...}", more=(bare,))
+    (tmp_path / "file").touch()
+    told(f"out={tmp_path / 'file/out'} cannot be written to: Not a directory",
+         more=(f"out={tmp_path / 'file/out'}",))  # fmt: skip
     assert main(["ablate", f"cache={bed.cache}"]) == 1
     assert "factors names none" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from preceptor.errors import ConfigError
+from preceptor.train.evaluation import build_suite, linear
 from preceptor.train.evaluation.knn import knn_predict
 from preceptor.train.evaluation.linear import fit_linear_probe
 from sklearn.linear_model import RidgeClassifier
@@ -68,3 +69,33 @@ def test_mistakes_are_told():
         fit_linear_probe(x, y, probe="svm")
     with pytest.raises(ConfigError, match="cannot split 5 images of 5 classes"):
         fit_linear_probe(x, np.arange(5))
+
+
+@pytest.mark.parametrize("probe", ["ridge", "logistic"])
+def test_a_choice_at_the_end_of_the_strengths_is_told_once(probe, capsys, monkeypatch):
+    monkeypatch.setattr(linear, "_told", set())
+    random = np.random.default_rng(0)
+    # Classes along a direction that a strong penalty drowns in others that vary with the class.
+    labels = np.arange(300) % 3
+    x = random.normal(size=(300, 40)).astype(np.float32)
+    x[:, 0] += labels**2
+    strengths = [1e-4, 1e4]
+    fits = {s: fit_linear_probe(x, labels, probe=probe, strengths=[s]) for s in strengths}
+    assert capsys.readouterr().err == ""  # one strength is no choice
+    best, other = sorted(strengths, key=lambda s: -fits[s].validation)
+    assert fits[best].validation > fits[other].validation
+    for _ in range(2):
+        assert fit_linear_probe(x, labels, probe=probe, strengths=strengths).strength == best
+    told = capsys.readouterr().err
+    end = "lowest" if best == min(strengths) else "highest"
+    assert told.count("warning") == 1
+    assert f"a {probe} probe chose {best}, the {end} of its strengths" in told
+    assert "extend linear.strengths=[0.0001, 10000.0]" in told
+
+
+@pytest.mark.parametrize(("option", "given"), [("corruptions", "jpeg"), ("severities", 3)])
+def test_one_name_where_a_list_belongs_is_refused_in_whole(option, given):
+    with pytest.raises(
+        ConfigError, match=rf"robustness\.{option}={given}: write a list, .*\[{given}\]"
+    ):
+        build_suite(["robustness"], {"robustness": {option: given}})

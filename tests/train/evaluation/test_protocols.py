@@ -345,8 +345,10 @@ def test_mistakes_are_told():
         build_suite(["kn"])
     with pytest.raises(ConfigError, match=r"knn\.q: knn has no such option; it has .*temperature"):
         build_suite(["knn"], {"knn": {"q": 1}})
-    with pytest.raises(ConfigError, match="from 0 to 1"):
+    with pytest.raises(ConfigError, match="above 0 and below 1"):
         build_suite(["knn"], validation=1.0)
+    with pytest.raises(ConfigError, match="validation=0: expected a share above 0 and below 1"):
+        build_suite(["knn"], validation=0)
     with pytest.raises(ConfigError, match=r"knn\.k=\[3, 0\]: expected positive"):
         KNN(k=[3, 0])
     with pytest.raises(ConfigError, match="ridge, logistic"):
