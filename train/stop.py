@@ -22,8 +22,9 @@ one): they ask a run to stop, and never mean that it must stop at once."""
 
 
 class FirstSignal:
-    """While open, the first signal is noted; the second one acts as it did before, but for
-    `NOTICES`, which are noted as long as it is open.
+    """While open, the first signal is noted; the second one acts as it did before. `NOTICES` are
+    noted as long as it is open and do not count: the signal that Slurm ends a job with comes second
+    to one, while the state may still be being saved.
 
     Outside the main thread signals cannot be handled, and none is noted.
 
@@ -51,7 +52,8 @@ class FirstSignal:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
-        self._release(set(self._before) - set(NOTICES))
+        if number not in NOTICES:
+            self._release(set(self._before) - set(NOTICES))
 
     def _release(self, signals: Iterable[signal.Signals]) -> None:
         for number in tuple(signals):

@@ -71,6 +71,16 @@ def test_a_notice_after_another_signal_ends_nothing():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_the_signal_that_follows_a_notice_ends_nothing_yet():
+    """Slurm sends SIGTERM when the time is up, whether or not the state is saved by then."""
+    with FirstSignal((*SIGNALS, *NOTICES)) as stop:
+        signal.raise_signal(NOTICES[0])
+        noted = signal.getsignal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) != noted  # the next one ends it
+
+
 @pytest.mark.parametrize("number", [*SIGNALS, *NOTICES])
 def test_a_signal_saves_and_tells_how_to_go_on(bed, tmp_path, at_step, capsys, number):
     def arguments(out: str) -> list[str]:

@@ -25,6 +25,7 @@ from ...errors import DataError, PreceptorError, first_line
 from ..checkpoint import write_json
 from ..claim import claimed
 from ..stop import NOTICES
+from .devices import own_device, visible_devices
 from .stopping import handle, leave_to_the_pool, stop_asked
 
 TRAIN, EVAL = "train.yaml", "eval.yaml"
@@ -92,7 +93,8 @@ def _run_apart(folder: Path) -> str | None:
         own = {**os.environ, **({IN_POOL: "1"} if in_pool() else {})}
         quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         if pooled:
-            status, asked = _run_for_a_pool(command, folder, env=own, **quiet)
+            with own_device(folder.parent, visible_devices()) as device:
+                status, asked = _run_for_a_pool(command, folder, env={**own, **device}, **quiet)
         else:
             status, asked = _run(command, env=own, **quiet)
     if not any((folder / file).exists() for file in (RESULT, FAILURE)):

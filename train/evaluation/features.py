@@ -25,7 +25,7 @@ from ..alignment.base import descriptor_spaces
 from ..batch import normalise
 from ..loading import decoded, prefetched
 from ..students import Student, StudentOutput
-from ..views import StoredViews, join
+from ..views import choose_views, join
 from .base import Array, OnDemand
 from .corruptions import Corruption
 from .feature_cache import FeatureCache
@@ -110,9 +110,10 @@ class LabelledRows:
             values = truths[task.name]
             labelled = ~np.isnan(values) if values.dtype.kind == "f" else values >= 0
             if not labelled.any():
+                of = f", field {' or '.join(task.fields)}" if task.member == "json" else ""
                 raise DataError(
-                    f"{cache}: no image has a label (.{task.member or 'cls'}) of task {task.name}, "
-                    "so nothing can be scored"
+                    f"{cache}: no image has a label (.{task.member or 'cls'}{of}) of task "
+                    f"{task.name}, so nothing can be scored"
                 )
             kept |= labelled.reshape(len(rows), -1).any(1)
         if not tasks:
@@ -249,7 +250,8 @@ def run_student(
 ) -> dict[Wanted, Array]:
     """Features of a frozen student in one pass over the images, float32 [n, K] or [n, N, C].
 
-    Images are decoded once; every corruption is applied to the stored view at the student's size.
+    Images are decoded once, or not at all where the store has their pixels as the student takes
+    them; every corruption is applied to the stored view at the student's size.
 
     Args:
         room: where the features go: memory, or `FeatureCache.room`.
@@ -257,9 +259,10 @@ def run_student(
     Raises:
         DataError: the images are not those of the store.
     """
-    views = StoredViews(
-        images.cache, images.index, student.size, interpolation=interpolation, max_pixels=max_pixels
-    )
+    views, _ = choose_views(
+        images.cache, lambda: images.index, student.size,
+        interpolation=interpolation, max_pixels=max_pixels,
+    )  # fmt: skip
     parts = np.split(images.rows, range(batch_size, len(images.rows), batch_size))
     orders = [[(int(row), 0) for row in part] for part in parts]
     student.to(fabric.device).eval()

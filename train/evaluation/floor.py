@@ -13,7 +13,7 @@ from ..batch import normalise
 from ..batch_norm import BATCH, IMAGES, batch_norms, settle_batch_norms, settling_images
 from ..loading import decoded
 from ..students import Student
-from ..views import StoredViews
+from ..views import choose_views
 from .features import LabelledRows
 from .runs import Run
 
@@ -56,9 +56,10 @@ def settle(
     """
     if not batch_norms(student):
         return
-    views = StoredViews(
-        images.cache, images.index, student.size, interpolation=interpolation, max_pixels=max_pixels
-    )
+    views, _ = choose_views(
+        images.cache, lambda: images.index, student.size,
+        interpolation=interpolation, max_pixels=max_pixels,
+    )  # fmt: skip
     parts = [images.rows[part] for part in settling_images(len(images.rows))]
     orders = [[(int(row), 0) for row in part] for part in parts]
     student.to(device)

@@ -159,6 +159,15 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
             file=sys.stderr,
             flush=True,
         )
+    ours, theirs = (side.cache.plan.views for side in (train, test))
+    if ours["name"] == "random" != theirs["name"]:
+        print(
+            "warning: probes learn from random crops, the first stored view of each training "
+            f"image, and are scored on views.name={theirs['name']}: figures are lower than from a "
+            "training store of such views",
+            file=sys.stderr,
+            flush=True,
+        )
     truths: list[Truth] = [
         task.truth(task.name, train.truths[task.name], test.truths[task.name])  # type: ignore[call-arg]
         for task in tasks

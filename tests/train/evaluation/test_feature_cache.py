@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from preceptor.cache.samples import SampleIndex
 from preceptor.errors import ConfigError, DataError
 from preceptor.tests.train.limits import largest_file
 from preceptor.train.evaluation.corruptions import Corruption
@@ -71,6 +72,21 @@ def test_what_is_done_to_features_changes_no_file(tmp_path):
     FeatureCache(tmp_path).put({"a": 1}, features)
     FeatureCache(tmp_path).get({"a": 1}, 5)[:] = 0
     assert np.array_equal(FeatureCache(tmp_path).get({"a": 1}, 5), features)
+
+
+def test_pixels_of_the_store_are_not_decoded_again(bed, pixel_bed, monkeypatch):
+    student, found = build_student(MICRO, 0), []
+    reader = Reader(student, {"pooled": lambda output: output.pooled})
+    options = {"batch_size": 8, "workers": 0, "interpolation": "bicubic", "max_pixels": None}
+    for side in (bed, pixel_bed):
+        images = LabelledRows.open(side.cache, side.shards)
+        wanted = [("pooled", None), ("pooled", Corruption("contrast", 2))]
+        fabric = Fabric(accelerator="cpu")
+        found.append(run_student(fabric, student, reader, images, wanted, title="", **options))
+        # the second store has them
+        monkeypatch.setattr(SampleIndex, "images", lambda *_, **__: pytest.fail("decoded"))
+    for key in wanted:
+        assert np.array_equal(found[0][key], found[1][key])
 
 
 def test_features_are_never_held_together(scenes, tmp_path):

@@ -132,7 +132,7 @@ def one_row(tmp_path_factory, make_store) -> str:
         (b'{"x": 1e999}', "the field 'x' is inf, not a number"),
         (b'{"x": ' + b"9" * 400 + b"}", "not a number"),
         (b'{"x": 1}' + b" " * 70000, "has 70,008 bytes, more than 65,536"),
-        (b'{"y": 1}', "no image has a label .*json.* of task t"),
+        (b'{"y": 1}', r"no image has a label \(\.json, field x\) of task t"),
     ],
 )
 def test_numbers_that_are_none_are_told(raw, message, tmp_path, one_row):

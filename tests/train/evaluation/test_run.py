@@ -45,6 +45,13 @@ def test_other_images_than_the_store_s_are_refused_by_their_option(
         prepare(eval_config(f"{side}.shards={other.shards}"))
 
 
+def test_random_crops_to_learn_from_are_told(eval_config, capsys, test_bed):
+    prepare(eval_config())  # of two random views an image, and one that is centred
+    assert "probes learn from random crops" in capsys.readouterr().err
+    prepare(eval_config(f"train.cache={test_bed.cache}", f"train.shards={test_bed.shards}"))
+    assert "random crops" not in capsys.readouterr().err
+
+
 def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, test_bed, tmp_path):
     folders = []
     for align in ("regression", "model_token"):
