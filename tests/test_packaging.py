@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"cache", "configs", "extract", "kernels", "train"}
+ROOMS = {"cache", "configs", "extract", "kernels", "options", "train"}
 OUTSIDE = {"build", "outputs", "examples", "benchmarks", "tests", "preceptor.egg-info"}
 
 
