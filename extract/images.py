@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -81,20 +82,27 @@ class ViewDataset(Dataset[ViewBatch]):
         facts: list[tuple[int, int, tuple[float, float, float, float], bool, bool]] = []
         pixels: dict[Geometry, list[np.ndarray]] = {geometry: [] for geometry in self.geometries}
         numbers = self.batches[item]
-        samples = [row // self.policy.count for row in numbers]
-        images = self.index.images(samples, self.max_pixels)
-        for row, sample, image in zip(numbers, samples, images, strict=True):
-            keys.append(self.index.keys[sample])
+        count = self.policy.count
+        samples = [row // count for row in numbers]
+        # The views of an image stand side by side: it is decoded once for all of them.
+        views = [
+            (sample, list(rows)) for sample, rows in groupby(numbers, lambda row: row // count)
+        ]
+        images = self.index.images((sample for sample, _ in views), self.max_pixels)
+        for (sample, rows), image in zip(views, images, strict=True):
+            key = self.index.keys[sample]
+            keys += [key] * len(rows)
             if isinstance(image, DataError):
                 if not isinstance(image, DamagedImageError):
                     unread = unread or str(image)
-                problems.append(str(image))
-                facts.append((0, 0, (0.0, 0.0, 0.0, 0.0), False, False))
+                problems += [str(image)] * len(rows)
+                facts += [(0, 0, (0.0, 0.0, 0.0, 0.0), False, False)] * len(rows)
                 continue
-            view = self.policy.draw(keys[-1], row % self.policy.count, image.width, image.height)
-            facts.append((image.height, image.width, view.box, view.flip, True))
-            for size, interpolation in self.geometries:
-                pixels[size, interpolation].append(view.pixels(image, size, interpolation))
+            for row in rows:
+                view = self.policy.draw(key, row % count, image.width, image.height)
+                facts.append((image.height, image.width, view.box, view.flip, True))
+                for size, interpolation in self.geometries:
+                    pixels[size, interpolation].append(view.pixels(image, size, interpolation))
         return ViewBatch(
             rows=RowBatch(
                 keys=keys,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from preceptor.cache import RowBatch
+from preceptor.cache import RowBatch, SampleIndex, ViewPolicy
 from preceptor.errors import ConfigError
 from preceptor.extract import images
 from preceptor.extract.images import ViewBatch, ViewDataset, view_batches
@@ -55,3 +55,26 @@ def test_more_workers_than_shared_memory_has_room_for_are_refused(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=230 * 2**20))
     with pytest.raises(ConfigError, match="say workers=2 or"):
         view_batches(dataset, 4, pin=False)
+
+
+def test_an_image_is_decoded_once_for_all_its_views(shards, monkeypatch):
+    index = SampleIndex.from_shards(shards)
+    policy = ViewPolicy(name="random", count=3, flip=True)
+    geometries = [((24, 24), "bicubic"), ((16, 32), "bilinear")]
+    alone = ViewDataset(index, policy, geometries, [[row] for row in range(2, 14)], 10**6)
+    together = ViewDataset(index, policy, geometries, [range(2, 14)], 10**6)
+    expected = [alone[place] for place in range(12)]
+    decoded = []
+    image = SampleIndex.image
+    monkeypatch.setattr(
+        SampleIndex, "image", lambda self, i, *a: decoded.append(i) or image(self, i, *a)
+    )
+    found = together[0]
+    assert decoded == [0, 1, 2, 3, 4]
+    assert found.rows.keys == [key for one in expected for key in one.rows.keys]
+    for column in ("labels", "sizes", "boxes", "flips", "valid"):
+        apart = np.concatenate([getattr(one.rows, column) for one in expected])
+        assert np.array_equal(getattr(found.rows, column), apart)
+    for geometry in geometries:
+        apart = torch.cat([one.pixels[geometry] for one in expected])
+        assert torch.equal(found.pixels[geometry], apart)
