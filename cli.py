@@ -140,8 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"preceptor {name}: interrupted", file=sys.stderr)
         return _failed(130)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        engine = sys.modules.get(f"{__package__}.engine")
+        if engine is not None and engine.others_ended(error):
+            print(
+                f"preceptor {name}: another process of this run has ended or cannot be reached, "
+                f"and what it said tells why ({first_line(error)})",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
         return _failed(1)
     return 0
 

@@ -99,6 +99,15 @@ def abandon(status: int) -> None:
         os._exit(status)
 
 
+def others_ended(error: BaseException) -> bool:
+    """Whether an error is of a collective that another process of the run has left, by its end."""
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized() and isinstance(error, RuntimeError)):
+        return False
+    text = str(error)
+    return any(sign in text for sign in ("by peer", "remote process exited", "Broken pipe"))
+
+
 def gathered(fabric: Fabric, value: T) -> list[T]:
     """The picklable value of every process, in the order of ranks; a collective call."""
     if fabric.world_size == 1:

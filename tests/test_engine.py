@@ -145,3 +145,37 @@ def test_auto_is_no_accelerator_that_was_never_tried(monkeypatch):
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     engine = {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto"}
     assert launch(OmegaConf.create({**engine, "precision": "auto"})).device.type == "cpu"
+
+
+@pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)"])
+def test_who_is_left_by_another_process_says_so(tmp_path, end):
+    """By the command line, instead of a traceback of the library that joins them."""
+    script = tmp_path / "left.py"
+    script.write_text(
+        "import os, sys; from datetime import timedelta\n"
+        "from torch import distributed\n"
+        "from preceptor import cli, engine\n"
+        "rank, file = int(sys.argv[1]), sys.argv[2]\n"
+        "distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank,\n"
+        "    world_size=2, timeout=timedelta(minutes=2))\n"
+        "distributed.barrier()\n"
+        "if rank:\n"
+        f"    {end}\n"
+        "def work(config):\n"
+        "    if config.picture:\n"
+        "        raise RuntimeError('a bug')\n"
+        "    distributed.barrier()\n"
+        "cli.Verb.run = lambda verb, config: work(config)\n"
+        "status = cli.main(['info', 'cache=a']), cli.main(['info', 'cache=a', 'picture=b'])\n"
+        "print(status, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    command = [sys.executable, str(script)]
+    with subprocess.Popen([*command, "1", str(tmp_path / "store")]):
+        done = subprocess.run(
+            [*command, "0", str(tmp_path / "store")], capture_output=True, text=True
+        )
+    assert done.stdout == "(1, 1)\n", done.stderr
+    left, _, bug = done.stderr.partition("Traceback")
+    assert "preceptor info: another process of this run has ended or cannot be reached" in left
+    assert "RuntimeError: a bug" in bug
