@@ -68,10 +68,7 @@ class Tokens:
         moved = {
             name: part.to(device, non_blocking=non_blocking) for name, part in self.parts.items()
         }
-        prediction = self.prediction
-        if prediction is not None:
-            weights = prediction.weights.to(device, non_blocking=non_blocking)
-            prediction = replace(prediction, weights=weights)
+        prediction = None if self.prediction is None else self.prediction.on(device)
         return Tokens.from_parts(moved, self.encoding, self.dim, prediction)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Tokens:

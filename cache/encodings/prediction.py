@@ -13,7 +13,7 @@ torch on any device therefore give the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ class Prediction:
 
     weights: Array
     grid: tuple[int, int] | None
+    _elsewhere: dict[str, Prediction] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def needed(cls, weights: np.ndarray, grid: tuple[int, int] | None) -> Prediction | None:
@@ -55,6 +58,16 @@ class Prediction:
         if not weights.any():
             return None
         return cls(torch.from_numpy(weights), grid if np.diagonal(weights).any() else None)
+
+    def on(self, device: torch.device | str) -> Prediction:
+        """The same on a device, of torch: copied there once, for every batch is restored there."""
+        key = str(device)
+        if key not in self._elsewhere:
+            weights = self.weights.to(device)
+            if weights is self.weights:
+                return self
+            self._elsewhere[key] = replace(self, weights=weights)
+        return self._elsewhere[key]
 
     def residuals(self, codes: Array) -> Array:
         """What is stored for codes, int8 ``[..., N, D]`` in [-127, 127]: the same shape and range.

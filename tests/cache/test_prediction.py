@@ -19,6 +19,7 @@ from preceptor.cache.encodings.prediction import (
     problem,
 )
 from preceptor.cache.statistics import CalibrationSums, calibration, prediction_weights
+from preceptor.cache.tokens import Tokens
 from small_stores import some_weights
 
 DIMS = st.sampled_from([1, 2, 3, 4, 5, 7, 64, 65, 130])
@@ -301,3 +302,13 @@ def test_weights_with_too_large_a_sum_are_named() -> None:
     assert problem(weights, None) is None
     weights[-1, 517] = -1
     assert "add up to more than 65536" in str(problem(weights, None))
+
+
+def test_weights_go_to_a_device_once() -> None:
+    rng = np.random.default_rng(0)
+    prediction = Prediction(torch.from_numpy(some_weights(8, 90, rng, grid=True)), (2, 2))
+    batch = Tokens(torch.zeros(3, 4, 8, dtype=torch.int8), None, "compact", 8, prediction)
+    one, other = (batch[part].to("meta") for part in (slice(1), slice(1, 3)))
+    assert one.prediction is other.prediction
+    assert (one.prediction.weights.device.type, one.prediction.grid) == ("meta", (2, 2))
+    assert batch.to("cpu").prediction is prediction
