@@ -20,6 +20,7 @@ from ...options import compose_options, plain
 from ..checkpoint import KEPT, flat, write_json
 from ..claim import holder
 from ..evaluation.run import prepare as check_evaluation
+from ..evaluation.run import warn_of_views
 from ..settings import check_settings
 from .figure import draw
 from .job import EVAL, LOG, RESULT, TRAIN, enter, launched, raise_for, read_failure, read_result
@@ -130,7 +131,7 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
                 )
             options |= {"with_teachers": False, "with_floor": False, "features": None, **judged}
             evaluation = _composed("eval", options, directories)
-            suite, _, _, truths = check_evaluation(evaluation)
+            suite, train, test, truths = check_evaluation(evaluation)
             if config.score is not None:
                 check_score(str(config.score), list(suite.protocols), [t.name for t in truths])
         folder = out / "runs" / run.name
@@ -149,6 +150,7 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
             _same(path, what)
             path.parent.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(what, path, resolve=True)
+    warn_of_views(train, test)  # once, where each run says so in its log alone
 
 
 def _check_training(name: str, training: DictConfig, weights: str) -> None:

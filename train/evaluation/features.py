@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -268,12 +269,16 @@ def run_student(
     student.to(fabric.device).eval()
     corruptions = list(dict.fromkeys(corruption for _, corruption in wanted))
     found: dict[Wanted, Array] = {}
-    with torch.inference_mode(), ProgressLine(title, len(images.rows), "images") as line:
+    with (
+        torch.inference_mode(),
+        ThreadPoolExecutor(max(1, workers)) as pool,  # what corrupts pixels holds no lock
+        ProgressLine(title, len(images.rows), "images") as line,
+    ):
         batches = zip(parts, prefetched(decoded(views, orders, workers), 2), strict=True)
         done = 0
         for rows, pixels in batches:
             for corruption in corruptions:
-                seen = pixels if corruption is None else _corrupted(corruption, pixels, rows)
+                seen = pixels if corruption is None else _corrupted(pool, corruption, pixels, rows)
                 with fabric.autocast():
                     output = reader.run(normalise(seen, fabric.device))
                     for key in wanted:
@@ -288,9 +293,10 @@ def run_student(
     return {key: found[key] for key in wanted}
 
 
-def _corrupted(corruption: Corruption, pixels: Tensor, rows: NDArray[np.int64]) -> Tensor:
-    images = zip(pixels.numpy(), rows, strict=True)
-    return torch.from_numpy(np.stack([corruption(image, int(row)) for image, row in images]))
+def _corrupted(
+    pool: ThreadPoolExecutor, corruption: Corruption, pixels: Tensor, rows: NDArray[np.int64]
+) -> Tensor:
+    return torch.from_numpy(np.stack(list(pool.map(corruption, pixels.numpy(), rows.tolist()))))
 
 
 def cached_run(

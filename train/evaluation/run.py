@@ -55,6 +55,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if not config.students and not config.with_teachers:
         raise ConfigError("nothing to score: students is empty and with_teachers is false")
     suite, train, test, truths = prepare(config)
+    warn_of_views(train, test)
     # One run named twice is one.
     folders = {Path(folder).resolve(): Path(folder) for folder in config.students}
     runs = [Run.load(folder) for folder in folders.values()]
@@ -159,21 +160,26 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
             file=sys.stderr,
             flush=True,
         )
-    ours, theirs = (side.cache.plan.views for side in (train, test))
-    if ours["name"] == "random" != theirs["name"]:
-        print(
-            "warning: probes learn from random crops, the first stored view of each training "
-            f"image, and are scored on views.name={theirs['name']}: figures are lower than from a "
-            "training store of such views",
-            file=sys.stderr,
-            flush=True,
-        )
     truths: list[Truth] = [
         task.truth(task.name, train.truths[task.name], test.truths[task.name])  # type: ignore[call-arg]
         for task in tasks
     ]
     suite.check([*truths, Spaces("spaces", {})])
     return suite, train, test, truths
+
+
+def warn_of_views(train: LabelledRows, test: LabelledRows) -> None:
+    """Say on standard error that probes learn from other views than they are scored on, where a
+    random crop makes them worse."""
+    ours, theirs = (side.cache.plan.views["name"] for side in (train, test))
+    if ours == "random" != theirs:
+        print(
+            "warning: probes learn from random crops, the first stored view of each training "
+            f"image, and are scored on views.name={theirs}: figures are lower than from a training "
+            "store of such views",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def read_resamples(out: Path) -> list[dict[str, NDArray[np.float64]]]:

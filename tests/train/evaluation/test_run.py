@@ -12,7 +12,7 @@ import torch
 from preceptor.cache import Cache
 from preceptor.errors import ConfigError, DataError
 from preceptor.train.evaluation.features import LabelledRows, teacher_features
-from preceptor.train.evaluation.run import evaluate, prepare
+from preceptor.train.evaluation.run import evaluate, prepare, warn_of_views
 from preceptor.train.evaluation.runs import Run, distinct_names
 from preceptor.train.loop import train
 from sklearn.neighbors import KNeighborsClassifier
@@ -46,9 +46,10 @@ def test_other_images_than_the_store_s_are_refused_by_their_option(
 
 
 def test_random_crops_to_learn_from_are_told(eval_config, capsys, test_bed):
-    prepare(eval_config())  # of two random views an image, and one that is centred
+    warn_of_views(*prepare(eval_config())[1:3])  # two random views an image, and one centred
     assert "probes learn from random crops" in capsys.readouterr().err
-    prepare(eval_config(f"train.cache={test_bed.cache}", f"train.shards={test_bed.shards}"))
+    same = (f"train.cache={test_bed.cache}", f"train.shards={test_bed.shards}")
+    warn_of_views(*prepare(eval_config(*same))[1:3])
     assert "random crops" not in capsys.readouterr().err
 
 
