@@ -128,17 +128,19 @@ def from_home(config: DictConfig) -> DictConfig:
 
     On a command line `readable` has done so, files have them still.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf
 
-    def expand(path: str, part: Any) -> None:
-        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
-            at = f"{path}[{key}]" if path else str(key)
-            if isinstance(value, dict | list):
-                expand(at, value)
+    def expand(node: Any) -> None:
+        for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+            if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+                continue
+            value = node[key]
+            if isinstance(value, DictConfig | ListConfig):
+                expand(value)
             elif isinstance(value, str) and value.startswith("~/"):
-                OmegaConf.update(config, at, os.path.expanduser(value))
+                node[key] = os.path.expanduser(value)
 
-    expand("", OmegaConf.to_container(config, resolve=False))
+    expand(config)
     return config
 
 

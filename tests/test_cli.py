@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from preceptor.cli import VERBS, main
 from preceptor.errors import ConfigError
-from preceptor.options import check_options, compose_options, readable
+from preceptor.options import check_options, compose_options, from_home, readable
 
 
 def test_import_and_help_do_not_import_torch() -> None:
@@ -185,6 +185,18 @@ def test_folders_of_options_have_any_name_and_their_paths_begin_at_home(tmp_path
     (folder / "student/mine.yaml").write_text(own)
     given = ["--config-dir", str(folder), "student=mine", "cache=a", "data.shards=b"]
     assert compose_options("train", given).student.checkpoint == os.path.expanduser("~/w.pt")
+
+
+def test_home_is_found_wherever_a_text_stands() -> None:
+    found = from_home(
+        OmegaConf.create(
+            {"a.b": "~/x", "c": ["~/y", {"d": "~/z"}], "e": "${c}", "f": "???", "g": None, "h": "~"}
+        )
+    )
+    home = os.path.expanduser("~")
+    assert (found["a.b"], found.c) == (f"{home}/x", [f"{home}/y", {"d": f"{home}/z"}])
+    assert (found.e, found.g, found.h) == (found.c, None, "~")
+    assert OmegaConf.is_missing(found, "f")
 
 
 def test_mistakes_in_hydra_s_own_options_are_told(
