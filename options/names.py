@@ -11,8 +11,10 @@ from typing import Any
 from ..errors import ConfigError
 
 CONFIGS = "preceptor.configs"
-_OPEN = ("align", "teachers", "tasks", "student.options", "recipe.optimizer_options")
-"""Mappings with keys of any name; what reads them knows its own."""
+_ANY = ("teachers", "tasks", "student.options", "recipe.optimizer_options")
+"""Mappings to which keys of any name may be added; what reads them knows its own."""
+_CHECKED_LATER = (*_ANY, "align")
+"""Those whose keys are not known here: an alignment of the user's own has options of its own."""
 _NEEDED = {
     "data": {"shards", "max_pixels"},
     "student": {"name", "model", "size"},
@@ -50,7 +52,8 @@ def check_keys(verb: str, config: Mapping[str, Any], sources: Mapping[str, str])
     Raises:
         ConfigError: names the option, and the closest that there is.
     """
-    for key, there in _unknown(config, _known(verb)):
+    if found := next(_unknown(config, _known(verb)), None):
+        key, there = found
         group = key.split(".")[0]
         raise no_such_option(key, there, f" (in {sources[group]})" if group in sources else "")
     for group, needed in _NEEDED.items():
@@ -93,7 +96,7 @@ def no_such_option(key: str, there: Collection[str], more: str = "") -> ConfigEr
 
 def takes_any(key: str) -> bool:
     """Whether an option is a mapping, or within one, to which keys of any name may be added."""
-    return any(f"{key}.".startswith(f"{path}.") for path in _OPEN if path != "align")
+    return any(f"{key}.".startswith(f"{path}.") for path in _ANY)
 
 
 def closest(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -108,7 +111,11 @@ def _unknown(
         key = f"{path}{name}"
         if name not in known:
             yield key, list(known)
-        elif key not in _OPEN and isinstance(value, Mapping) and isinstance(known[name], Mapping):
+        elif (
+            key not in _CHECKED_LATER
+            and isinstance(value, Mapping)
+            and isinstance(known[name], Mapping)
+        ):
             yield from _unknown(value, known[name], f"{key}.")
 
 

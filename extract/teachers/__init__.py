@@ -12,13 +12,13 @@ from .base import Preprocessing, SpaceShape, Teacher, closest, named
 
 OPTIONS = ("source", "size", "checkpoint", "encoding", "spaces")
 """What a configuration may say of a teacher."""
-LOADERS = {  # scheme of a source: module here whose load() understands it, imported when asked for
-    "timm": "from_timm",
-    "open_clip": "from_open_clip",
-    "call": "from_callable",
+LOADERS = {
+    "timm": ("from_timm", "NAME"),
+    "open_clip": ("from_open_clip", "ARCH/PRETRAINED"),
+    "call": ("from_callable", "module:function"),
 }
-FORMS = {"timm": "NAME", "open_clip": "ARCH/PRETRAINED", "call": "module:function"}
-"""What follows the scheme, for messages."""
+"""Of a source's scheme the module here whose load() understands it, imported when asked for, and
+what follows the scheme."""
 
 
 def load_teacher(
@@ -49,11 +49,11 @@ def load_teacher(
         )
     scheme = source.partition(":")[0]
     if scheme not in LOADERS or not source.partition(":")[2]:
-        forms = ", ".join(f"{known}:{FORMS.get(known, '...')}" for known in LOADERS)
+        forms = ", ".join(f"{known}:{form}" for known, (_, form) in LOADERS.items())
         raise TeacherError(f"teacher {name}: source {source!r} is none of {forms}")
     if not name or any(sign in name for sign in "/\\.") or name != name.strip():
         raise TeacherError(f"teacher {name!r}: a name has no dot, slash or space around it")
-    loader = importlib.import_module(f".{LOADERS[scheme]}", __name__)
+    loader = importlib.import_module(f".{LOADERS[scheme][0]}", __name__)
     with named(name, "source" if checkpoint is None else "checkpoint"):
         teacher: Teacher = loader.load(
             name, source, size=size, spaces=spaces, checkpoint=checkpoint

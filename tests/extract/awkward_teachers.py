@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,24 +123,11 @@ class Failing(Tiny):
         return self
 
 
-def fails_in_call() -> Failing:
-    return Failing("call")
-
-
-def fails_in_output() -> Failing:
-    return Failing("output")
-
-
-def fails_in_identity() -> Failing:
-    return Failing("identity")
-
-
-def fails_in_json() -> Failing:
-    return Failing("json")
-
-
-def fails_in_to() -> Failing:
-    return Failing("to")
+fails_in_call = partial(Failing, "call")
+fails_in_output = partial(Failing, "output")
+fails_in_identity = partial(Failing, "identity")
+fails_in_json = partial(Failing, "json")
+fails_in_to = partial(Failing, "to")
 
 
 def fails_in_construction() -> Failing:

@@ -66,7 +66,7 @@ def test_encodings_and_checkpoints_are_told_with_their_teacher(tmp_path: Path) -
 
 
 def test_every_scheme_is_named_where_there_is_none_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LOADERS, "newest", "from_newest")
+    monkeypatch.setitem(LOADERS, "newest", ("from_newest", "NAME"))
     with pytest.raises(TeacherError) as caught:
         load_teacher("mine", "torchvision:resnet50")
     assert all(f"{scheme}:" in str(caught.value) for scheme in LOADERS)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import site
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +13,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from omegaconf import DictConfig, OmegaConf
 from preceptor.cache import Cache, Space
 from preceptor.cache.samples import SampleIndex
-from preceptor.errors import ConfigError, DataError, ExportError
+from preceptor.errors import DataError, ExportError
 from preceptor.train.alignment import build_alignment
 from preceptor.train.checkpoint import load_model
 from preceptor.train.export import graph, hub, run
@@ -27,10 +23,9 @@ from preceptor.train.loop import train
 from preceptor.train.students import IMAGENET_MEAN, IMAGENET_STD, Student
 from safetensors.torch import load_file
 
-from .conftest import SMALL_CNN, Bed, compose
+from ..conftest import SMALL_CNN, compose
+from .exporting import IMAGES, config
 
-IMAGES = str(Path(__file__).parents[2] / "examples/data/fashion-mnist/test-000000.tar.gz")
-VIT = ("student=vit_micro", "student.options.depth=2", "student.options.embed_dim=48")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 # Without `site` no .pth file is read, so an editable installation stays out of reach.
@@ -69,25 +64,6 @@ with torch.no_grad():
 
 
 @pytest.fixture(scope="module")
-def runs(bed: Bed, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two finished runs: a CNN with model tokens and a ViT with regression."""
-    folder = tmp_path_factory.mktemp("runs")
-    model_token = ("align=model_token", "align.layers=1", "align.width=32")
-    for name, student, align in (
-        ("cnn", SMALL_CNN, model_token),
-        ("vit", VIT, ("align=regression",)),
-    ):
-        train(
-            compose(
-                "train", f"cache={bed.cache}", f"data.shards={bed.shards}", f"out={folder / name}",
-                "student.size=32", *student, *align, "recipe=short", "recipe.steps=4",
-                "recipe.batch_size=16", "recipe.ema=0.9", "engine=cpu", "workers=0",
-            )
-        )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
 def exported(runs: Path) -> Path:
     """The same folder after both runs were exported in every form."""
     for name in ("cnn", "vit"):
@@ -102,10 +78,6 @@ def pixels() -> np.ndarray:
     images = [np.asarray(index.image(i).convert("RGB").resize((32, 32), 3)) for i in range(5)]
     scaled = (np.stack(images) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), dtype=np.float32)
-
-
-def config(folder: Path, *overrides: str) -> DictConfig:
-    return compose("export", f"run={folder}", *overrides)
 
 
 def read_apart(form: str, source: Path, pixels: np.ndarray, tmp_path: Path) -> dict:
@@ -371,82 +343,3 @@ def test_averaged_weights(runs, pixels, tmp_path):
             expected = student(torch.from_numpy(pixels)).pooled.numpy()
         assert np.allclose(found, expected, rtol=1e-4, atol=1e-5) == same
     assert "exponential moving average" in (runs / "vit/export-ema/timm/README.md").read_text()
-
-
-def test_a_form_that_differs_is_not_kept(runs, tmp_path):
-    wanted = (f"check.shards={IMAGES}", "check.tolerance=1e-12", "formats=[onnx]")
-    with pytest.raises(ExportError, match=r"backbone\.onnx does not compute .* more than"):
-        run.export(config(runs / "vit", *wanted, f"out={tmp_path / 'out'}"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_output_that_is_not_a_number_is_never_what_the_student_computes(tmp_path):
-    right = {name: torch.ones(2, 3) for name in ("pooled", "grid", "readout/pooled")}
-    for bad in right:
-        wrong = {**right, bad: torch.full((2, 3), torch.nan)}
-        artefact = run.Artefact(
-            "a.onnx",
-            lambda path: path.touch(),
-            lambda path, found=wrong: lambda pixels: found,
-            right,
-        )
-        check = OmegaConf.create({"images": 2, "tolerance": 1e-4})
-        with pytest.raises(ExportError, match=f"a.onnx does not compute .*: {bad} differs by nan"):
-            run._written(artefact, tmp_path, torch.zeros(2, 3, 4, 4), check)
-
-
-def test_a_form_named_twice_is_written_once_for_whoever_the_umask_lets_read(runs, tmp_path):
-    before = os.umask(0o022)
-    try:
-        run.export(config(runs / "vit", f"out={tmp_path / 'out'}", "formats=[timm,timm]"))
-    finally:
-        os.umask(before)
-    for file in ("model.safetensors", "config.json", "README.md"):
-        assert stat.S_IMODE((tmp_path / "out/timm" / file).stat().st_mode) == 0o644, file
-
-
-def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
-    def told(error: type[Exception], match: str, folder: Path, *overrides: str) -> None:
-        with pytest.raises(error, match=match) as caught:
-            run.export(config(folder, "formats=[timm]", f"out={tmp_path / 'out'}", *overrides))
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "out").exists()
-
-    told(DataError, "holds no trained student", tmp_path)
-    told(ConfigError, "formats=.*tflite.*valid are timm, onnx, program", runs / "vit",
-         "formats=[tflite]")  # fmt: skip
-    told(ConfigError, r"write a list, formats=\[onnx\]", runs / "vit", "formats=onnx")
-    told(ConfigError, "units=mm: valid are teacher, standardised", runs / "vit", "units=mm")
-    told(ConfigError, "weights=mean: valid are last, ema, best", runs / "vit", "weights=mean")
-    told(DataError, "weights=best: .* it has last, ema", runs / "vit", "weights=best")
-    shutil.copytree(runs / "vit", tmp_path / "of-pixels")
-    settings = OmegaConf.load(runs / "vit/config.yaml")
-    OmegaConf.save({**settings, "data": {"shards": None}}, tmp_path / "of-pixels/config.yaml")
-    told(DataError, r"which images it was .*check\.shards=.*check\.images=0",
-         tmp_path / "of-pixels")  # fmt: skip
-    told(DataError, r"images to compare on.*check\.shards", runs / "vit", "check.shards=/no.tar")
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    told(ConfigError, r"pip install 'preceptor\[export\]'", runs / "vit", "formats=[onnx]")
-    monkeypatch.undo()
-
-    for file in ("student.safetensors", "alignment.safetensors", "summary.json", "model.json"):
-        damaged = tmp_path / f"damaged-{file}"
-        shutil.copytree(runs / "vit", damaged)
-        content = (damaged / file).read_bytes()
-        (damaged / file).write_bytes(content[: len(content) // 2])
-        told(DataError, file.replace(".", r"\."), damaged)
-
-    told(ConfigError, "run=.*/ema holds .*: say run=.*/vit weights=ema", runs / "vit/ema")
-    (tmp_path / "file").touch()
-    told(ConfigError, r"out=.*file/out cannot be made: Not a directory", runs / "vit",
-         f"out={tmp_path / 'file/out'}")  # fmt: skip
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hub, "write_folder", full)
-        told(ExportError, "cannot be written: No space left.*nothing was kept", runs / "vit")
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ConfigError, match="exists already"):
-        run.export(config(runs / "vit", f"out={tmp_path / 'out'}"))
