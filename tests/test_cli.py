@@ -282,7 +282,7 @@ TRAINED = ("cache=a", "data.shards=b")
         ("eval", ["knn.k=x"], "expected a whole number"),
         ("eval", ["batch_size=[5,20]"], "expected a whole number"),
         ("eval", ["linear.strengths=[1,a]"], "expected a list of numbers"),
-        ("eval", ["linear.strengths=0.1"], "expected a list, such as the default [0.001"),
+        ("eval", ["linear.strengths=0.1"], "expected a list, such as the default [10.0"),
         ("eval", ["linear.strengths=null"], "expected a list"),
         ("eval", ["fewshot.shots=[1.5]"], "expected a list of whole numbers"),
         ("eval", ["protocols=all"], None),

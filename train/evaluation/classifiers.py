@@ -1,22 +1,26 @@
-"""Linear classifiers of features that are too many for scikit-learn's copies of them.
-
-They find what `linear.fit_linear_probe` finds with scikit-learn, reading the features in blocks.
-"""
+"""Linear classifiers of standardised features, for one L2 strength after another."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 
 from .base import Array, Labels, row_blocks
 from .ridge import AffineMap, RidgeSums, standardisation
 from .search import whole_float32
+
+STEPS = 500
+"""Of L-BFGS, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,16 +30,18 @@ class AffineClassifier:
     Attributes:
         kinds: class numbers int64 [C], ascending.
         map: features [b, K] to [b, C], or to [b, 1].
+        converged: whether the solver was not stopped before.
     """
 
     kinds: Labels
     map: AffineMap
+    converged: bool = True
 
     def predict(self, x: Array) -> Labels:
         """Class numbers [n] of features [n, K]."""
         found = []
         for part in row_blocks(len(x), x.shape[1] + len(self.kinds)):
-            scores = self.map.scores(x[part])
+            scores = self.map.values(x[part])  # weak penalties leave weights that cancel
             found.append(scores.argmax(1) if scores.shape[1] > 1 else (scores[:, 0] > 0) * 1)
         return self.kinds[np.concatenate(found)]
 
@@ -60,8 +66,29 @@ class RidgePath:
         return AffineClassifier(self._kinds, self._sums.solve(strength))
 
 
+def plain_logistic(x: Array, labels: Labels, strength: float) -> AffineClassifier:
+    """scikit-learn's ``LogisticRegression`` of standardised features: what `LogisticPath` finds.
+
+    Args:
+        x: [n, K]; three copies are held meanwhile.
+        labels: [n].
+        strength: scikit-learn's ``C = 1 / (strength n)``.
+    """
+    scaler = StandardScaler().fit(x)
+    model = LogisticRegression(C=1 / (strength * len(x)), max_iter=STEPS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` says it
+        model.fit(scaler.transform(x), labels)
+    weight = model.coef_.T.astype(np.float64) / scaler.scale_[:, None]
+    return AffineClassifier(
+        model.classes_,
+        AffineMap(weight, model.intercept_ - scaler.mean_ @ weight),
+        bool(model.n_iter_.max() < STEPS),
+    )
+
+
 class LogisticPath:
-    """Multinomial logistic regression of standardised features, for one strength after another.
+    """Multinomial logistic regression in blocks, for features too many for scikit-learn's copies.
 
     With z the standardised features, it minimises what scikit-learn's ``LogisticRegression`` does,
 
@@ -86,7 +113,7 @@ class LogisticPath:
         device: torch.device,
         *,
         tolerance: float = 1e-4,
-        iterations: int = 500,
+        iterations: int = STEPS,
     ) -> None:
         self._x, self._device = x, device
         self._tolerance, self._iterations = tolerance, iterations
@@ -107,13 +134,16 @@ class LogisticPath:
     def solve(self, strength: float) -> AffineClassifier:
         """The classifier of a strength; several are best asked for from strong to weak."""
         options = {"maxiter": self._iterations, "gtol": self._tolerance, "ftol": 1e-14}
-        self._found = minimize(
+        found = minimize(
             self._loss, self._found, (strength,), "L-BFGS-B", jac=True, options=options
-        ).x
+        )
+        self._found = found.x
         parameters = self._found.reshape(self._outputs, -1)
         weight = parameters[:, :-1].T / self._scale[:, None]
         return AffineClassifier(
-            self._kinds, AffineMap(weight, parameters[:, -1] - self._mean @ weight)
+            self._kinds,
+            AffineMap(weight, parameters[:, -1] - self._mean @ weight),
+            found.nit < self._iterations,
         )
 
     def _loss(

@@ -6,30 +6,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from ...errors import ConfigError
 from .base import CPU, Features, Measurement, Protocol, correct, split
-from .classifiers import LogisticPath, RidgePath
+from .classifiers import STEPS, AffineClassifier, LogisticPath, RidgePath, plain_logistic
 from .intervals import MeanOf
 from .truths import Classes
 
 PROBES = ("ridge", "logistic")
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-LARGE = {"ridge": 1e8, "logistic": 2e10}
-"""Sizes beyond which scikit-learn is not asked, for its copies and its time: images times the
-larger of dimensions and classes, and images times dimensions times classes. Up to them its rounding
-to the features' float32 stays part of the figure: it settles near ties."""
+STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""The first of the best is chosen, so of equals the strongest."""
+LARGE = 2e10
+"""Images times dimensions times classes beyond which scikit-learn is not asked for a logistic
+probe, for its copies and its time."""
 
 _told: set[tuple[str, str]] = set()
-"""Probes and ends of their strengths that `_tell_of_an_edge` has told of."""
+"""Probes and what `_tell` has told of them."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,11 @@ class LinearProbe:
 
     strength: float
     validation: float
-    model: Any
+    model: AffineClassifier
 
     def predict(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
         """Class numbers int64 [q] of features [q, D]."""
-        return np.asarray(self.model.predict(features), dtype=np.int64)
+        return self.model.predict(features)
 
 
 def fit_linear_probe(
@@ -127,9 +124,10 @@ def fit_linear_probe(
     Features are standardised by the mean and deviation of the images that are fitted. A strength s
     weighs the L2 penalty against the mean loss over images, so it means the same for every size of
     the training set: scikit-learn's ``alpha = s n`` (ridge) and ``C = 1 / (s n)`` (logistic).
-    Beyond `LARGE`, ridge probes of all strengths are solved from one pass over the features, and
-    logistic ones by scikit-learn's solver in blocks on the device, each from the last one's
-    solution.
+    Ridge probes of all strengths are solved in float64 from one pass over the features:
+    scikit-learn's solver would work in the features' float32, to which weak penalties are lost.
+    Logistic probes beyond `LARGE` are solved by scikit-learn's solver in blocks on the device, each
+    from the last one's solution.
 
     Args:
         features: [n, D].
@@ -153,42 +151,46 @@ def fit_linear_probe(
         for strength in sorted(strengths, reverse=True)  # from strong to weak: see LogisticPath
     }
     best = max(strengths, key=lambda strength: scores[strength])  # the first of equals
+    model = _fitter(probe, features, labels, device)(best)
+    if not model.converged:
+        _tell(
+            probe,
+            "steps",
+            f"of strength {best} was stopped after {STEPS} steps, before it had converged: what "
+            "it scores may be a little below what it could",
+        )
     _tell_of_an_edge(probe, scores, best)
-    return LinearProbe(float(best), scores[best], _fitter(probe, features, labels, device)(best))
+    return LinearProbe(float(best), scores[best], model)
+
+
+def _tell(probe: str, of: str, message: str) -> None:
+    """A warning about a probe, once for each thing it is of."""
+    if (probe, of) not in _told:
+        _told.add((probe, of))
+        print(f"warning: a {probe} probe {message}", file=sys.stderr, flush=True)
 
 
 def _tell_of_an_edge(probe: str, scores: Mapping[float, float], best: float) -> None:
     """Say once, for each probe and end, that accuracy still rises where the strengths end."""
     ordered = sorted(scores)
     for end, edge, neighbour in (("lowest", 0, 1), ("highest", -1, -2)):
-        if len(ordered) < 2 or best != ordered[edge] or (probe, end) in _told:
+        if len(ordered) < 2 or best != ordered[edge]:
             continue
         if scores[best] > scores[ordered[neighbour]]:  # equals tell of no slope
-            _told.add((probe, end))
-            print(
-                f"warning: a {probe} probe chose {best}, the {end} of its strengths, and may gain "
-                f"from one beyond it: extend linear.strengths={ordered}, or "
-                "robustness.strengths of that protocol",
-                file=sys.stderr,
-                flush=True,
+            _tell(
+                probe,
+                end,
+                f"chose {best}, the {end} of its strengths, and may gain from one beyond it: "
+                f"extend linear.strengths={ordered}, or robustness.strengths of that protocol",
             )
 
 
 def _fitter(
     probe: str, x: NDArray[np.float32], y: NDArray[np.int64], device: torch.device
-) -> Callable[[float], Any]:
+) -> Callable[[float], AffineClassifier]:
     """Gives the probe of a strength."""
-    classes = len(np.unique(y))
-    if probe == "ridge" and len(x) * max(x.shape[1], classes) > LARGE[probe]:
-        return RidgePath(x, y).solve
-    if probe == "logistic" and x.size * classes > LARGE[probe]:
-        return LogisticPath(x, y, device).solve
-    return partial(_fit, probe, x, y)
-
-
-def _fit(probe: str, x: NDArray[np.float32], y: NDArray[np.int64], strength: float) -> Any:
     if probe == "ridge":
-        model: Any = RidgeClassifier(alpha=strength * len(x))
-    else:
-        model = LogisticRegression(C=1 / (strength * len(x)), max_iter=500)
-    return make_pipeline(StandardScaler(), model).fit(x, y)
+        return RidgePath(x, y).solve
+    if x.size * len(np.unique(y)) > LARGE:
+        return LogisticPath(x, y, device).solve
+    return partial(plain_logistic, x, y)

@@ -13,13 +13,14 @@ from preceptor.train.evaluation import (
     Targets,
     base,
     build_suite,
+    classifiers,
     grid_probe,
     linear,
     retrieval,
     search,
 )
 from preceptor.train.evaluation.base import CPU, split
-from preceptor.train.evaluation.classifiers import AffineClassifier, LogisticPath, RidgePath
+from preceptor.train.evaluation.classifiers import LogisticPath, RidgePath
 from preceptor.train.evaluation.fewshot import FewShot
 from preceptor.train.evaluation.knn import knn_predict
 from preceptor.train.evaluation.linear import fit_linear_probe
@@ -133,7 +134,7 @@ def test_retrieval_asks_for_no_more_validation_images_than_it_says(monkeypatch):
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_ridge_of_large_features_is_scikit_learns(small, monkeypatch, classes):
+def test_ridge_is_scikit_learns_in_float64(small, classes):
     (x, y), (queries, _) = clusters(300, 1, classes=classes), clusters(200, 2, classes=classes)
     y = 3 * y  # class numbers with gaps
     x[:, 3] = 7  # a constant dimension
@@ -145,9 +146,7 @@ def test_ridge_of_large_features_is_scikit_learns(small, monkeypatch, classes):
         judge = RidgeClassifier(alpha=strength * len(fit)).fit(scaler.transform(x[fit]), y[fit])
         judges[strength] = judge.score(scaler.transform(x[held].astype(np.float64)), y[held])
     best = max(strengths, key=lambda strength: judges[strength])
-    monkeypatch.setitem(linear.LARGE, "ridge", 0)
     found = fit_linear_probe(x, y, strengths=strengths)
-    assert isinstance(found.model, AffineClassifier)
     assert (found.strength, found.validation) == (best, pytest.approx(judges[best], abs=1e-12))
     scaler = StandardScaler().fit(x.astype(np.float64))
     judge = RidgeClassifier(alpha=best * 300).fit(scaler.transform(x.astype(np.float64)), y)
@@ -156,6 +155,51 @@ def test_ridge_of_large_features_is_scikit_learns(small, monkeypatch, classes):
     outputs = judge.decision_function(scaler.transform(asked)).reshape(200, -1)
     ours = RidgePath(x, y).solve(best).map.values(queries)[:, -outputs.shape[1] :]
     np.testing.assert_allclose(ours, outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1e-10])
+def test_ridge_with_a_weak_penalty_is_that_of_float64(strength):
+    random = np.random.default_rng(0)
+    # Dimensions that nearly repeat each other, as those of a narrow student do: what tells the
+    # classes apart is a thousandth of their deviation.
+    labels = np.arange(400) % 4
+    shared = random.normal(size=(400, 1)) * np.ones(12)
+    fine = np.eye(4)[labels] @ random.normal(size=(4, 12)) + random.normal(size=(400, 12))
+    x = (30 + shared + 1e-3 * fine).astype(np.float32)
+    exact = x.astype(np.float64)
+    z = (exact - exact.mean(0)) / exact.std(0)
+    outputs = np.where(labels[:, None] == np.arange(4), 1.0, -1.0)
+    penalty = np.sqrt(strength * len(z)) * np.eye(12)
+    weight = np.linalg.lstsq(  # no products of the features: another way to the same optimum
+        np.concatenate([z, penalty]),
+        np.concatenate([outputs - outputs.mean(0), np.zeros((12, 4))]),
+        rcond=None,
+    )[0]
+    expected = (z @ weight + outputs.mean(0)).argmax(1)
+    found = fit_linear_probe(x, labels, strengths=[strength])
+    assert (expected == labels).mean() > 0.6
+    assert np.array_equal(found.predict(x), expected)
+
+
+def test_a_logistic_probe_that_was_stopped_says_so_once(capsys, monkeypatch, recwarn):
+    monkeypatch.setattr(linear, "_told", set())
+    (x, y), _ = clusters(300, 1), clusters(200, 2)
+    fit_linear_probe(x, y, probe="logistic", strengths=[1.0])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(classifiers, "STEPS", 2)
+    monkeypatch.setattr(
+        LogisticPath.__init__, "__kwdefaults__", {"tolerance": 1e-4, "iterations": 2}
+    )
+    for large in (2e10, 0):
+        linear._told.clear()
+        monkeypatch.setattr(linear, "LARGE", large)
+        for _ in range(2):
+            probe = fit_linear_probe(x, y, probe="logistic", strengths=[1e-4])
+            assert not probe.model.converged
+        told = capsys.readouterr().err
+        assert told.count("warning") == 1
+        assert "a logistic probe of strength 0.0001 was stopped after" in told
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -177,11 +221,10 @@ def test_logistic_probe_of_large_features_is_scikit_learns(small, monkeypatch, c
         assert np.array_equal(found.predict(queries)[sure], judge.predict(asked)[sure])
 
     plain = fit_linear_probe(x, y, probe="logistic", strengths=[1e-2, 1.0])
-    monkeypatch.setitem(linear.LARGE, "logistic", 0)
+    monkeypatch.setattr(linear, "LARGE", 0)
     large = fit_linear_probe(
         x, y, probe="logistic", strengths=[1e-2, 1.0], device=torch.device(device)
     )
-    assert isinstance(large.model, AffineClassifier)
     assert large.strength == plain.strength
     assert large.validation == pytest.approx(plain.validation, abs=0.02)
     assert (large.predict(queries) == plain.predict(queries)).mean() > 0.99
