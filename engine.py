@@ -130,8 +130,14 @@ def one_first(fabric: Fabric) -> Iterator[None]:
             fabric.barrier()
 
 
-def refuse_several(verb: str) -> None:
-    """Raises ConfigError where torchrun started several processes of a command that takes one."""
+def refuse_several(verb: str, engine: DictConfig | None = None) -> None:
+    """Raises ConfigError where torchrun started several processes of a command that takes one, or
+    `engine`, its configuration group, asks for more than one device."""
+    if engine is not None and (engine.devices != 1 or engine.num_nodes != 1):
+        raise ConfigError(
+            f"engine.devices={engine.devices}, engine.num_nodes={engine.num_nodes}: preceptor "
+            f"{verb} works in one process, on one device: leave both at 1"
+        )
     if TorchElasticEnvironment.detect() and int(os.environ["WORLD_SIZE"]) > 1:
         raise ConfigError(f"preceptor {verb} works in one process: start it without torchrun")
 

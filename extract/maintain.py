@@ -44,7 +44,7 @@ def verify(config: DictConfig) -> dict[str, Any]:
     Raises:
         StoreError: something is wrong; the report beside the store has all of it.
     """
-    refuse_several("verify")
+    refuse_several("verify", config.engine)
     if (config.sample or 0) < 0:
         raise ConfigError(f"sample={config.sample}: how many rows to compare, 0 or more")
     report = verify_store(config.cache, threads=int(config.threads or 0), progress=True)
@@ -85,7 +85,7 @@ def repair(config: DictConfig) -> dict[str, Any]:
         StoreError: both copies of a small file are damaged.
     """
     started = time.monotonic()
-    refuse_several("repair")
+    refuse_several("repair", config.engine)
     root = local_path(config.cache, "repairing")
     report = fresh_report(root)
     if report is None:

@@ -51,7 +51,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         ConfigError, DataError, StoreError: an input cannot be used.
     """
     started = time.perf_counter()
-    refuse_several("eval")
+    refuse_several("eval", config.engine)
     if not config.students and not config.with_teachers:
         raise ConfigError("nothing to score: students is empty and with_teachers is false")
     suite, train, test, truths = prepare(config)
@@ -137,8 +137,11 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
         ConfigError, DataError, StoreError: an input cannot be used.
     """
     _validate(config)
-    suite = _suite(config)
-    tasks = _tasks(config, suite)
+    tasks = [
+        Task.parse(str(name), options) for name, options in (plain(config.tasks) or {}).items()
+    ]
+    suite = _suite(config, tasks)
+    tasks = _read_by(suite, tasks)
     train, test = (
         LabelledRows.open(
             config[side].cache,
@@ -236,8 +239,17 @@ def _widths(config: DictConfig) -> list[int | None]:
     return list(dict.fromkeys(config.width)) if OmegaConf.is_list(config.width) else [config.width]
 
 
-def _suite(config: DictConfig) -> Suite:
-    named = list(PROTOCOLS) if config.protocols == "all" else list(config.protocols)
+def _suite(config: DictConfig, tasks: Sequence[Task]) -> Suite:
+    """The protocols that are named; all that have a task where all are asked for."""
+    named = list(config.protocols)
+    if config.protocols == "all":
+        truths = {Spaces, *(task.truth for task in tasks)}
+        named = [name for name, protocol in PROTOCOLS.items() if protocol.truth in truths]
+        if idle := [name for name in PROTOCOLS if name not in named]:
+            print(
+                f"protocols=all: all but {', '.join(idle)}, of whose kinds there is no task",
+                flush=True,
+            )
     return build_suite(
         named,
         {name: plain(config[name]) for name in PROTOCOLS if name in config},
@@ -247,11 +259,12 @@ def _suite(config: DictConfig) -> Suite:
     )
 
 
-def _tasks(config: DictConfig, suite: Suite) -> list[Task]:
-    """The tasks that some protocol reads."""
-    tasks = [
-        Task.parse(str(name), options) for name, options in (plain(config.tasks) or {}).items()
-    ]
+def _read_by(suite: Suite, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks that some protocol reads.
+
+    Raises:
+        ConfigError: a protocol has none.
+    """
     read = {protocol.truth for protocol in suite.protocols.values()}
     for name, protocol in suite.protocols.items():
         kinds = [kind for kind, truth in KINDS.items() if truth is protocol.truth]

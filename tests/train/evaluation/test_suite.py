@@ -16,7 +16,15 @@ from preceptor.cache.convert import convert_store
 from preceptor.errors import ConfigError, DataError
 from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_model
-from preceptor.train.evaluation import Features, Score, Targets, build_suite, features, over_seeds
+from preceptor.train.evaluation import (
+    PROTOCOLS,
+    Features,
+    Score,
+    Targets,
+    build_suite,
+    features,
+    over_seeds,
+)
 from preceptor.train.evaluation.corruptions import Corruption
 from preceptor.train.evaluation.features import (
     LabelledRows,
@@ -370,6 +378,15 @@ def test_long_names_are_folded_and_figures_are_not():
         assert any(space in column.replace(" ", "") for column in columns)
 
 
+def test_all_protocols_are_those_that_have_a_task(whole, tmp_path, capsys):
+    _, again, _ = whole
+    found = again(f"out={tmp_path}", "~tasks.position", "~tasks.height", "with_floor=false")
+    keys = {score["protocol"] for row in found["rows"] for score in row["scores"]}
+    assert keys == set(PROTOCOLS) - {"regression", "dense_regression"}
+    told = capsys.readouterr().out
+    assert "protocols=all: all but regression, dense_regression, of whose kinds" in told
+
+
 def test_mistakes_are_told_before_anything_is_computed(whole, scenes, tmp_path, capsys):
     _, again, _ = whole
     cases = {
@@ -386,6 +403,7 @@ def test_mistakes_are_told_before_anything_is_computed(whole, scenes, tmp_path, 
         ("seed=-1",): "seed=-1: expected a number from 0 up",
         (f"out={scenes[0].shards}/eval",): "eval cannot be made",
         ("batch_size=0",): "batch_size=0",
+        ("engine.devices=2",): "preceptor eval works in one process, on one device",
     }
     for overrides, message in cases.items():
         capsys.readouterr()
