@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .base import Array, Labels, row_blocks
-from .ridge import AffineMap, RidgeSums, standardisation
+from .ridge import AffineMap, RidgeSums, Rows, standardisation, taken
 from .search import whole_float32
 
 STEPS = 500
@@ -37,10 +37,10 @@ class AffineClassifier:
     map: AffineMap
     converged: bool = True
 
-    def predict(self, x: Array) -> Labels:
-        """Class numbers [n] of features [n, K]."""
+    def predict(self, x: Array, rows: Rows | None = None) -> Labels:
+        """Class numbers [n] of features [n, K], or of those of some rows."""
         found = []
-        for part in row_blocks(len(x), x.shape[1] + len(self.kinds)):
+        for part in taken(x, len(self.kinds), rows):
             scores = self.map.values(x[part])  # weak penalties leave weights that cancel
             found.append(scores.argmax(1) if scores.shape[1] > 1 else (scores[:, 0] > 0) * 1)
         return self.kinds[np.concatenate(found)]
@@ -50,16 +50,20 @@ class RidgePath:
     """Least squares on +-1 targets, one class against the rest, for any strength.
 
     Args:
-        x: [n, K].
+        x: [n, K]; read in blocks.
         labels: [n].
     """
 
     def __init__(self, x: Array, labels: Labels) -> None:
+        self._x, self._labels = x, labels
         self._kinds = np.unique(labels)
         self._sums = RidgeSums(x.shape[1], len(self._kinds))
-        for part in row_blocks(len(x), x.shape[1] + len(self._kinds)):
-            is_kind = labels[part][:, None] == self._kinds
-            self._sums.add(x[part], np.where(is_kind, 1.0, -1.0))
+
+    def add(self, rows: Rows) -> None:
+        """Learn from some rows, beside those before."""
+        for part in taken(self._x, len(self._kinds), rows):
+            is_kind = self._labels[part][:, None] == self._kinds
+            self._sums.add(self._x[part], np.where(is_kind, 1.0, -1.0))
 
     def solve(self, strength: float) -> AffineClassifier:
         """See `RidgeSums.solve`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -143,15 +143,18 @@ def fit_linear_probe(
     """
     if probe not in PROBES:
         raise ConfigError(f"linear.probe={probe}: valid are {', '.join(PROBES)}")
-    fit, held = split(len(labels), validation, seed, labels)
-    fit_x, fit_y, held_x, held_y = features[fit], labels[fit], features[held], labels[held]
-    fitted = _fitter(probe, fit_x, fit_y, device)
+    fit, held = map(np.sort, split(len(labels), validation, seed, labels))
+    path: RidgePath | _Logistic = (
+        RidgePath(features, labels) if probe == "ridge" else _Logistic(features, labels, device)
+    )
+    path.add(fit)
     scores = {
-        strength: float((fitted(strength).predict(held_x) == held_y).mean())
+        strength: float((path.solve(strength).predict(features, held) == labels[held]).mean())
         for strength in sorted(strengths, reverse=True)  # from strong to weak: see LogisticPath
     }
     best = max(strengths, key=lambda strength: scores[strength])  # the first of equals
-    model = _fitter(probe, features, labels, device)(best)
+    path.add(held)
+    model = path.solve(best)
     if not model.converged:
         _tell(
             probe,
@@ -185,12 +188,21 @@ def _tell_of_an_edge(probe: str, scores: Mapping[float, float], best: float) -> 
             )
 
 
-def _fitter(
-    probe: str, x: NDArray[np.float32], y: NDArray[np.int64], device: torch.device
-) -> Callable[[float], AffineClassifier]:
-    """Gives the probe of a strength."""
-    if probe == "ridge":
-        return RidgePath(x, y).solve
-    if x.size * len(np.unique(y)) > LARGE:
-        return LogisticPath(x, y, device).solve
-    return partial(plain_logistic, x, y)
+class _Logistic:
+    """Logistic probes of the rows that were added, with the interface of `RidgePath`."""
+
+    def __init__(
+        self, x: NDArray[np.float32], labels: NDArray[np.int64], device: torch.device
+    ) -> None:
+        self._x, self._labels, self._device = x, labels, device
+        self._rows = np.empty(0, np.int64)
+
+    def add(self, rows: NDArray[np.int64]) -> None:
+        self._rows = np.union1d(self._rows, rows)
+        whole = len(self._rows) == len(self._x)
+        x = self._x if whole else self._x[self._rows]
+        y = self._labels[self._rows]
+        large = x.size * len(np.unique(y)) > LARGE
+        self.solve = (
+            LogisticPath(x, y, self._device).solve if large else partial(plain_logistic, x, y)
+        )

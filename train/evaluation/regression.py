@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ConfigError
-from .base import Array, Features, Measurement, Protocol, choose, defined, row_blocks
+from .base import Features, Measurement, Protocol, choose, defined
 from .intervals import R2
 from .linear import STRENGTHS, check_strengths
-from .ridge import RidgeSums
+from .ridge import RidgeSums, taken
 from .truths import Targets
 
 
@@ -51,24 +51,30 @@ class Regression(Protocol[Targets]):
 
     def measure(self, features: Features, truth: Targets) -> list[Measurement]:
         self.check(truth)
-        fit, held = self.split(len(truth.train))
+        fit, held = map(np.sort, self.split(len(truth.train)))
 
         # Sums of products do not cancel where targets are far from zero and close to each other.
         centre = truth.train.mean(0)
-        part, train = _sums(features.train[fit], truth.train[fit] - centre), features.train[held]
+        ridge = RidgeSums(features.width, truth.train.shape[1])
+
+        def add(rows: NDArray[np.int64]) -> None:
+            for part in taken(features.train, len(centre), rows):
+                ridge.add(features.train[part], truth.train[part] - centre)
+
+        add(fit)
         known = truth.train[held]
         varies = np.ptp(known, axis=0) > 0
 
         def score(strength: float) -> float:
             if not varies.any():
                 return math.nan
-            predicted = part.solve(strength).values(train) + centre
+            predicted = ridge.solve(strength).values(features.train, held) + centre
             return _value(R2(known[:, varies], predicted[:, varies]))
 
         scores = {(strength,): score(strength) for strength in self.strengths}
         best = choose(scores)
-        whole = _sums(features.train, truth.train - centre)
-        predicted = whole.solve(best[0]).values(features.test) + centre
+        add(held)
+        predicted = ridge.solve(best[0]).values(features.test) + centre
         error = predicted - truth.test
         return [
             Measurement(
@@ -86,13 +92,6 @@ class Regression(Protocol[Targets]):
                 },
             )
         ]
-
-
-def _sums(x: Array, y: NDArray[np.float64]) -> RidgeSums:
-    sums = RidgeSums(x.shape[1], y.shape[1])
-    for part in row_blocks(len(x), x.shape[1]):
-        sums.add(x[part], y[part])
-    return sums
 
 
 def _value(statistic: R2) -> float:

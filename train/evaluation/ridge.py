@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .base import Array, row_blocks
+
+Rows = NDArray[np.int64]
+"""Positions of rows."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class AffineMap:
         )
         return found
 
-    def values(self, x: Array) -> NDArray[np.float64]:
-        """[n, K] to [n, T] in float64."""
-        parts = row_blocks(len(x), x.shape[1])
+    def values(self, x: Array, rows: Rows | None = None) -> NDArray[np.float64]:
+        """[n, K], or some rows of it, to [n, T] in float64."""
+        parts = taken(x, len(self.bias), rows)
         return np.concatenate([x[part] @ self.weight + self.bias for part in parts])
 
 
@@ -77,6 +81,21 @@ class RidgeSums:
         penalised = covariance + strength * np.eye(len(mean))
         weight = np.linalg.solve(penalised, cross) / scale[:, None]
         return AffineMap(weight, target - mean @ weight)
+
+
+def taken(x: Array, outputs: int, rows: Rows | None = None) -> Sequence[slice | Rows]:
+    """Blocks of rows that bound what is held at once.
+
+    So features that are mapped from a file are not copied whole.
+
+    Args:
+        x: [n, K].
+        outputs: numbers that are held for each row beside its features.
+        rows: positions of some of the n; all of them without.
+    """
+    if rows is None:
+        return row_blocks(len(x), x.shape[1] + outputs)
+    return [rows[part] for part in row_blocks(len(rows), x.shape[1] + outputs)]
 
 
 def standardisation(

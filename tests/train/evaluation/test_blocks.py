@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -153,7 +155,9 @@ def test_ridge_is_scikit_learns_in_float64(small, classes):
     asked = queries.astype(np.float64)
     assert np.array_equal(found.predict(queries), judge.predict(scaler.transform(asked)))
     outputs = judge.decision_function(scaler.transform(asked)).reshape(200, -1)
-    ours = RidgePath(x, y).solve(best).map.values(queries)[:, -outputs.shape[1] :]
+    path = RidgePath(x, y)
+    path.add(np.arange(300))
+    ours = path.solve(best).map.values(queries)[:, -outputs.shape[1] :]
     np.testing.assert_allclose(ours, outputs, atol=1e-6)
 
 
@@ -179,6 +183,21 @@ def test_ridge_with_a_weak_penalty_is_that_of_float64(strength):
     found = fit_linear_probe(x, labels, strengths=[strength])
     assert (expected == labels).mean() > 0.6
     assert np.array_equal(found.predict(x), expected)
+
+
+def test_ridge_probes_copy_no_more_than_a_block_of_the_features(monkeypatch):
+    monkeypatch.setattr(base, "_BLOCK", 2**16)
+    x, y = clusters(20_000, 1, dim=128)
+    targets = np.stack([x[:, 0], np.arange(20_000)], 1).astype(np.float64)
+    tracemalloc.start()
+    try:
+        fit_linear_probe(x, y, strengths=[0.1])
+        side = Features(x, x[:10])
+        one("regression", side, Targets("t", targets, targets[:10]), strengths=[0.1])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 2
 
 
 def test_a_logistic_probe_that_was_stopped_says_so_once(capsys, monkeypatch, recwarn):
