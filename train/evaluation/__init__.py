@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError
-from .base import Features, Measurement, Protocol, Score, Suite
+from .base import Features, Measurement, Protocol
 from .cka import CKA
 from .dense import Dense
 from .dense_regression import DenseRegression
@@ -31,6 +31,7 @@ from .reduction import reduce_width
 from .regression import Regression
 from .retrieval import Retrieval
 from .robustness import Robustness
+from .suite import Score, Suite
 from .truths import Classes, Maps, Spaces, Targets, Truth, ValueMaps
 
 PROTOCOLS: dict[str, type[Protocol[Any]]] = {

@@ -23,7 +23,6 @@ from ...measure import peak_memory_mb
 from ...options import plain
 from ..checkpoint import write_json
 from . import PROTOCOLS, build_suite
-from .base import Suite
 from .feature_cache import FeatureCache
 from .features import LabelledRows, space_features
 from .intervals import Bootstrap
@@ -31,6 +30,7 @@ from .labels import KINDS, Task, check_same_classes
 from .reduction import reduce_width
 from .runs import Run, distinct_names, repeats
 from .subjects import check_same_teachers, choose_readouts, subjects
+from .suite import Suite
 from .table import Row, print_seeds, print_tables, seed_means
 from .truths import Spaces, Truth
 

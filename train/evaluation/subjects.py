@@ -15,7 +15,7 @@ from ...cache import Cache
 from ...engine import decoders
 from ...errors import ConfigError
 from ..students import Student, build_student
-from .base import Array, Features, OnDemand, Suite
+from .base import Array, Features, OnDemand
 from .corruptions import Corruption
 from .feature_cache import FeatureCache
 from .features import (
@@ -31,6 +31,7 @@ from .features import (
 from .floor import floor_names, settle, settled_on
 from .robustness import Robustness
 from .runs import Run, repeats
+from .suite import Suite
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .base import DEFAULTS, Score
 from .intervals import over_seeds
+from .suite import DEFAULTS, Score
 
 WIDTH = 120
 """Columns of text that the tables are made for, and take where there is no terminal."""
