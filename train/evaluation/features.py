@@ -1,9 +1,9 @@
-"""Frozen features of a store's images: of students by running them, of teachers from the store."""
+"""Frozen features of a store's images, of students by running them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -22,7 +22,6 @@ from ...cache.samples import SampleIndex, list_samples
 from ...errors import ConfigError, DataError
 from ...progress import ProgressLine
 from ..alignment import Alignment
-from ..alignment.base import descriptor_spaces
 from ..batch import normalise
 from ..loading import decoded, prefetched
 from ..students import Student, StudentOutput
@@ -34,7 +33,6 @@ from .labels import Task
 
 MAP = "map"
 """The readout of protocols that read tokens on a grid: the student's own tokens."""
-_ROWS = 1024
 _VERSIONS = {name: version(name) for name in ("torch", "timm", "Pillow")}
 """What a student's features depend on beside weights and images."""
 
@@ -231,7 +229,8 @@ def quarters(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return pooled.flatten(2).transpose(1, 2).flatten(1)
 
 
-def _in_memory(shape: Sequence[int]) -> Array:
+def in_memory(shape: Sequence[int]) -> Array:
+    """A `Room`."""
     return np.empty(shape, dtype=np.float32)
 
 
@@ -247,7 +246,7 @@ def run_student(
     interpolation: str,
     max_pixels: int | None,
     title: str,
-    room: Room = _in_memory,
+    room: Room = in_memory,
 ) -> dict[Wanted, Array]:
     """Features of a frozen student in one pass over the images, float32 [n, K] or [n, N, C].
 
@@ -343,61 +342,3 @@ def cached_run(
         for key in missing:
             kept.put(identity(key), made.pop(key))
     return OnDemand(wanted, lambda key: kept.read(identity(key), len(images.rows)))
-
-
-def teacher_features(images: LabelledRows) -> Iterator[tuple[str, Tensor]]:
-    """Every teacher's descriptors as the store holds them: (label, float32 [n, D]).
-
-    In the teacher's own units. A teacher without a global space gives the mean of its last grid's
-    tokens, the same that alignments learn.
-    """
-    for label, name in descriptors(images.cache).items():
-        yield label, torch.from_numpy(space_features(images, name, "mean"))
-
-
-def descriptors(cache: Cache) -> dict[str, str]:
-    """Label of each teacher's descriptor -> the space whose token mean it is."""
-    return descriptor_spaces({name: cache[name].spec for name in cache.spaces})
-
-
-def space_features(
-    images: LabelledRows, space: str, readout: str, kept: FeatureCache | None = None
-) -> Array:
-    """Tokens of a space in the teacher's own units, as the store holds them.
-
-    Args:
-        readout: ``mean`` of the tokens [n, D], ``spatial`` (see `quarters`) [n, 4 D], or ``map``,
-            the tokens themselves [n, N, D].
-        kept: where the result is kept, and mapped from. None holds it in memory.
-    """
-    source = images.cache[space]
-    identity = {**images.teacher_identity(source.spec.teacher), "space": space, "readout": readout}
-    # Of maps the store itself is where they are kept, and takes less room.
-    keeps = kept is not None and readout != MAP
-    if kept is not None and keeps and (found := kept.get(identity, len(images.rows))) is not None:
-        return found
-    grid = source.spec.grid
-
-    def reduced(tokens: Tensor) -> Tensor:
-        if readout == "mean":
-            return tokens.mean(1)
-        if readout == "spatial":
-            assert grid is not None
-            return quarters(tokens, grid)
-        return tokens
-
-    room: Room = _in_memory if kept is None else kept.room
-    features: Array | None = None
-    with ProgressLine(f"{space}, {readout}", len(images.rows), "images") as line:
-        for start in range(0, len(images.rows), _ROWS):
-            rows = images.rows[start : start + _ROWS]
-            part = reduced(source.decode(source.read(rows))).float().cpu().numpy()
-            if features is None:
-                features = room((len(images.rows), *part.shape[1:]))
-            features[start : start + len(part)] = part
-            line.advance(len(part))
-    assert features is not None
-    if kept is None or not keeps:
-        return features
-    kept.put(identity, features)
-    return kept.read(identity, len(images.rows))

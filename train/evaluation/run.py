@@ -24,11 +24,12 @@ from ...options import plain
 from ..checkpoint import write_json
 from . import PROTOCOLS, build_suite
 from .feature_cache import FeatureCache
-from .features import LabelledRows, space_features
+from .features import LabelledRows
 from .intervals import Bootstrap
 from .labels import KINDS, Task, check_same_classes
 from .reduction import reduce_width
 from .runs import Run, distinct_names, repeats
+from .stored import space_features
 from .subjects import check_same_teachers, choose_readouts, subjects
 from .suite import Suite
 from .table import Row, print_seeds, print_tables, seed_means
@@ -60,7 +61,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     folders = {Path(folder).resolve(): Path(folder) for folder in config.students}
     runs = [Run.load(folder) for folder in folders.values()]
     names = distinct_names(runs)
-    repeated = {names[folder]: names[first] for folder, first in repeats(runs).items()}
+    again = repeats(runs)
+    repeated = {names[folder]: names[first] for folder, first in again.items()}
     for name, first in repeated.items():
         print(
             f"warning: {name} has the configuration and the seed of {first}: it has rows of its "
@@ -83,7 +85,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         if "cka" in suite.protocols:
             spaces = {name: space_features(test, name, "mean", kept) for name in test.cache.spaces}
             truths.append(Spaces("spaces", spaces))
-        for subject in subjects(config, suite, fabric, runs, names, readouts, train, test, kept):
+        for subject in subjects(
+            config, suite, fabric, runs, names, readouts, train, test, kept, again
+        ):
             for width in _widths(config):
                 features = subject.features
                 if width is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,13 +24,12 @@ from .features import (
     Reader,
     aligned_reader,
     cached_run,
-    descriptors,
     plain_reader,
-    space_features,
 )
 from .floor import floor_names, settle, settled_on
 from .robustness import Robustness
-from .runs import Run, repeats
+from .runs import Run
+from .stored import descriptors, space_features
 from .suite import Suite
 
 
@@ -82,6 +81,7 @@ def subjects(
     train: LabelledRows,
     test: LabelledRows,
     kept: FeatureCache,
+    again: Collection[Path] = (),
 ) -> Iterator[Subject]:
     """Everything that `config` wants scored, one after the other: teachers, students, floors.
 
@@ -89,12 +89,12 @@ def subjects(
         names_of: each run by its folder, what `distinct_names` gave.
         readouts: of each run, what `choose_readouts` gave.
         kept: where features are kept for the next time.
+        again: folders of runs that are no seed of their own: see `repeats`.
     """
     if config.with_teachers:
         yield from _teachers(config, suite, readouts, train, test, kept)
     robustness = suite.protocols.get("robustness")
     corruptions = robustness.wanted if isinstance(robustness, Robustness) else []
-    again = repeats(runs)
     floors = floor_names(runs, names_of) if config.with_floor else {}
     for run in runs:
         name, model = names_of[run.folder], run.model

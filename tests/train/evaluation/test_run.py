@@ -11,9 +11,10 @@ import pytest
 import torch
 from preceptor.cache import Cache
 from preceptor.errors import ConfigError, DataError
-from preceptor.train.evaluation.features import LabelledRows, teacher_features
+from preceptor.train.evaluation.features import LabelledRows
 from preceptor.train.evaluation.run import evaluate, prepare, warn_of_views
 from preceptor.train.evaluation.runs import Run, distinct_names
+from preceptor.train.evaluation.stored import descriptors, space_features
 from preceptor.train.loop import train
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
@@ -27,13 +28,13 @@ def test_rows_are_the_first_view_of_valid_labelled_images(bed):
 
 def test_teacher_features_are_the_stored_descriptors(bed):
     images = LabelledRows.open(bed.cache, bed.shards)
-    found = dict(teacher_features(images))
-    assert list(found) == ["vit/cls"]
     cache = Cache.open(bed.cache)
+    assert descriptors(cache) == {"vit/cls": "vit/cls"}
+    found = torch.from_numpy(space_features(images, "vit/cls", "mean"))
     codes = cache["vit/cls"].read(images.rows)
     by_hand = codes.codes[:, 0].double() * codes.scales.double()
     by_hand = by_hand * cache["vit/cls"].std + cache["vit/cls"].mean
-    torch.testing.assert_close(found["vit/cls"].double(), by_hand, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), by_hand, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["train", "test"])
@@ -82,7 +83,8 @@ def test_table_of_students_teachers_and_floor(train_config, eval_config, bed, te
     sides = []
     for side in (bed, test_bed):
         images = LabelledRows.open(side.cache, side.shards)
-        sides.append((dict(teacher_features(images))["vit/cls"].double().numpy(), images.labels))
+        features = space_features(images, "vit/cls", "mean").astype(np.float64)
+        sides.append((features, images.labels))
     judge = KNeighborsClassifier(
         5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
     ).fit(*sides[0])
