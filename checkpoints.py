@@ -1,7 +1,8 @@
-"""Weights from a local file, without running code that it may hold."""
+"""Weights from a local file, without running code that it may hold, and the hash of a network's."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import PreceptorError, first_line
 
@@ -75,3 +76,13 @@ def misfit(error: BaseException) -> str:
 
 def _counted(names: list[str]) -> str:
     return f"{len(names)} tensor(s) ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Hash over name, dtype, shape and bytes of every tensor of the state dict, in its order."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\0".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,12 +1,24 @@
-"""The exceptions that are meant for people to read."""
+"""The exceptions that are meant for people to read, and what their messages are made of."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, for a message; its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].strip()[:300] if lines else type(error).__name__
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the most similar known ones, or all if few."""
+    known = list(known)
+    similar = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    if similar:
+        return f"; similar: {', '.join(similar)}"
+    return f"; known: {', '.join(known)}" if 0 < len(known) <= 20 else ""
 
 
 class PreceptorError(Exception):

@@ -36,13 +36,13 @@ from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify_report import write_beside
 from ..engine import gathered, launch, one_first, precision
-from ..errors import ConfigError, DataError, StoreError
+from ..errors import ConfigError, DataError, StoreError, closest
 from ..measure import peak_memory_mb
 from ..options import plain
 from .calibration import calibrate, check_calibration
 from .images import stored_pixels
 from .runner import TeacherRunner
-from .teachers import OPTIONS, Teacher, closest, load_teacher
+from .teachers import OPTIONS, Teacher, load_teacher
 from .teachers.base import named
 from .turns import await_calibration, shares_of_all
 

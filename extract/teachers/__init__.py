@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import TeacherError
-from .base import Preprocessing, SpaceShape, Teacher, closest, named
+from .base import Preprocessing, SpaceShape, Teacher, named
 
 OPTIONS = ("source", "size", "checkpoint", "encoding", "spaces")
 """What a configuration may say of a teacher."""
@@ -67,6 +67,5 @@ __all__ = [
     "Preprocessing",
     "SpaceShape",
     "Teacher",
-    "closest",
     "load_teacher",
 ]

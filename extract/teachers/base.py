@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...cache.views import INTERPOLATIONS
-from ...errors import PreceptorError, TeacherError, first_line
+from ...errors import PreceptorError, TeacherError, closest, first_line
 
 
 @dataclass(frozen=True)
@@ -160,12 +159,3 @@ def refuse_other_shapes(teacher: Teacher, given: Mapping[str, Tensor], rows: int
                 f"{shapes.get(name, 'not there')} for {rows} images, and by its attribute `spaces` "
                 f"{stated.get(name, 'not there')}: mend the one or the other"
             )
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the most similar known ones, or all if few."""
-    known = list(known)
-    similar = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-    if similar:
-        return f"; similar: {', '.join(similar)}"
-    return f"; known: {', '.join(known)}" if 0 < len(known) <= 20 else ""

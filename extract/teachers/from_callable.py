@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import TeacherError
-from .base import Preprocessing, SpaceShape, Teacher, closest, named
+from ...errors import TeacherError, closest
+from .base import Preprocessing, SpaceShape, Teacher, named
 
 
 def load(

@@ -6,17 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import open_clip
-from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor, nn
 
-from ...checkpoints import read_checkpoint
+from ...contrastive import create, own_size
 from ...errors import TeacherError
-from .base import Preprocessing, closest
+from .base import Preprocessing
 from .network import NetworkTeacher, Offer, Tap, check_whole_patches, size_pair, taps_from
-from .weights import first_sentence, hub_or_cache
-
-_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
 
 class OpenClipTeacher(NetworkTeacher):
@@ -117,92 +112,14 @@ def load(
 ) -> OpenClipTeacher:
     """The teacher ``open_clip:ARCH/PRETRAINED``, or ``open_clip:ARCH`` with a local ``checkpoint``.
 
-    A checkpoint holds the whole model. PRETRAINED then says which preprocessing and activation
-    the weights were trained with, and may be left out where all weights of the architecture that
-    open_clip knows agree in them, or else the architecture's own are meant.
+    See `contrastive.create`.
 
     Raises:
         TeacherError: there is no such architecture or tag, or the weights cannot be had or do not
             fit.
     """
-    architecture, _, tag = source.partition(":")[2].partition("/")
-    if architecture not in open_clip.list_models():
-        raise TeacherError(
-            f"teacher {name}: open_clip has no architecture {architecture!r}"
-            + closest(architecture, open_clip.list_models())
-        )
-    config = get_pretrained_cfg(architecture, tag) if tag else {}
-    if (tag and not config) or (not tag and checkpoint is None):
-        tags = ", ".join(list_pretrained_tags_by_model(architecture)) or "none"
-        raise TeacherError(
-            f"teacher {name}: source {source!r} names {'unknown' if tag else 'no'} weights of "
-            f"{architecture}; known: {tags}"
-        )
-    if not tag:
-        config = _common(architecture)
-    options: dict[str, Any] = {
-        "precision": "fp32",
-        "force_quick_gelu": bool(config.get("quick_gelu", False)),
-        "force_image_size": _image_size(name, architecture, size),
-        "force_preprocess_cfg": {key: config[key] for key in _PREPROCESSING if key in config},
-        "require_pretrained": True,
-    }
-    if checkpoint is None:
-        model = _from_hub(name, architecture, tag, options)
-    else:
-        read_checkpoint(checkpoint, TeacherError)  # refuses what is damaged in clear words
-        try:
-            model = open_clip.create_model(architecture, pretrained=checkpoint, **options)
-        except Exception as error:  # a mismatch shows as any of several exceptions
-            text = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            raise TeacherError(
-                f"teacher {name}: checkpoint {checkpoint} does not fit open_clip:{architecture}: "
-                f"{text[:400]}"
-            ) from error
-    if size is not None and size_pair(size) != _own_size(architecture):
-        check_whole_patches(name, getattr(model.visual, "trunk", model.visual), size_pair(size))
+    pair = None if size is None else size_pair(size)
+    model = create(name, source, pair, checkpoint)
+    if pair is not None and pair != own_size(source):
+        check_whole_patches(name, getattr(model.visual, "trunk", model.visual), pair)
     return OpenClipTeacher(name, model.visual, source, spaces)
-
-
-def _own_size(architecture: str) -> tuple[int, int]:
-    return size_pair(open_clip.get_model_config(architecture)["vision_cfg"].get("image_size", 224))
-
-
-def _common(architecture: str) -> dict[str, Any]:
-    """The preprocessing and activation of all known weights of an architecture; {} if they differ,
-    or there are none."""
-    found = []
-    for tag in list_pretrained_tags_by_model(architecture):
-        config = get_pretrained_cfg(architecture, tag)
-        found.append({key: config.get(key) for key in (*_PREPROCESSING, "quick_gelu")})
-    if not found or any(config != found[0] for config in found):
-        return {}
-    return {key: value for key, value in found[0].items() if value is not None}
-
-
-def _image_size(
-    teacher: str, architecture: str, size: int | tuple[int, int] | None
-) -> int | tuple[int, int] | None:
-    """A size as open_clip takes it: its ResNets know squares alone."""
-    if size is None:
-        return None
-    height, width = size_pair(size)
-    if height == width:
-        return height
-    if isinstance(open_clip.get_model_config(architecture)["vision_cfg"].get("layers"), list):
-        raise TeacherError(
-            f"teachers.{teacher}.size: {architecture} takes squares, not {height} x {width} pixels"
-        )
-    return height, width
-
-
-def _from_hub(teacher: str, architecture: str, tag: str, options: dict[str, Any]) -> Any:
-    with hub_or_cache() as hub:
-        try:
-            return open_clip.create_model(architecture, pretrained=tag, **options)
-        except Exception as error:
-            raise TeacherError(
-                f"teacher {teacher}: the weights of open_clip:{architecture}/{tag} could not be "
-                f"had from {hub} ({first_sentence(error)}); try again with a network, or set "
-                f"teachers.{teacher}.checkpoint to a local .safetensors or .pt file of them"
-            ) from error

@@ -12,10 +12,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ...checkpoints import read_checkpoint
-from ...errors import TeacherError
-from .base import Preprocessing, closest
+from ...errors import TeacherError, closest
+from ...hub import first_sentence, hub_or_cache
+from .base import Preprocessing
 from .network import NetworkTeacher, Offer, Tap, check_whole_patches, size_pair, taps_from
-from .weights import first_sentence, hub_or_cache
 
 _ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 

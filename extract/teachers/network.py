@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints import weights_sha256
 from ...errors import TeacherError
+from ...hub import first_sentence
 from ...pixels import not_whole_patches
 from .base import Preprocessing, SpaceShape, Teacher
-from .weights import first_sentence, weights_sha256
 
 TAKES = {
     "tokens": "the patch tokens or feature map, with their grid",

@@ -1,31 +1,17 @@
-"""Weights: whether the hub has them, and their hash."""
+"""The model hub, and whether it is there."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import nn
-
-from ...errors import first_line
+from .errors import first_line
 
 HUB_TIMEOUT = 5.0
 """Seconds until a model hub that does not answer counts as absent."""
 
 _log = logging.getLogger(__name__)
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """Hash over name, dtype, shape and bytes of every tensor of the state dict, in its order."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        data = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\0".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @contextmanager
