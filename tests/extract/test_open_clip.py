@@ -9,8 +9,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from preceptor import contrastive
 from preceptor.errors import TeacherError
-from preceptor.extract.teachers import from_open_clip, load_teacher
+from preceptor.extract.teachers import load_teacher
 from preceptor.tests.extract.random_networks import images, randomised
 from torch import nn
 
@@ -116,7 +117,7 @@ def test_open_clip_resnet_tower(tmp_path: Path) -> None:
 def test_weights_without_a_tag_have_what_all_tags_of_the_architecture_have() -> None:
     """A checkpoint of SigLIP would be shown images as OpenAI's are normalised."""
     for name in ("ViT-B-16-SigLIP", "PE-Core-T-16-384"):
-        assert from_open_clip._common(name)["mean"] == (0.5, 0.5, 0.5)
-    assert from_open_clip._common("RN50")["quick_gelu"] is True
-    assert from_open_clip._common("ViT-B-32") == {}  # OpenAI's has another activation
-    assert from_open_clip._common(CLIP) == {}
+        assert contrastive._common(name)["mean"] == (0.5, 0.5, 0.5)
+    assert contrastive._common("RN50")["quick_gelu"] is True
+    assert contrastive._common("ViT-B-32") == {}  # OpenAI's has another activation
+    assert contrastive._common(CLIP) == {}

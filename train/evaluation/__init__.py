@@ -32,7 +32,8 @@ from .regression import Regression
 from .retrieval import Retrieval
 from .robustness import Robustness
 from .suite import Score, Suite
-from .truths import Classes, Maps, Spaces, Targets, Truth, ValueMaps
+from .truths import Classes, Maps, Spaces, Targets, Truth, ValueMaps, Words
+from .zeroshot import ZeroShot
 
 PROTOCOLS: dict[str, type[Protocol[Any]]] = {
     "knn": KNN,
@@ -44,6 +45,7 @@ PROTOCOLS: dict[str, type[Protocol[Any]]] = {
     "dense_regression": DenseRegression,
     "cka": CKA,
     "robustness": Robustness,
+    "zeroshot": ZeroShot,
 }
 
 __all__ = [
@@ -61,6 +63,8 @@ __all__ = [
     "Targets",
     "Truth",
     "ValueMaps",
+    "Words",
+    "ZeroShot",
     "build_suite",
     "over_seeds",
     "reduce_width",

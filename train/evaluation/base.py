@@ -59,6 +59,8 @@ class Features:
     Attributes:
         train, test: float32 [n, K] and [m, K]; on a grid [n, N, K] and [m, N, K], row-major.
         grid: (rows, columns) of the N tokens; None for one feature an image.
+        space: the teacher's space whose embeddings these are, in its own units; empty where they
+            are no teacher's. Of such, training images may be none.
         corrupted: features of the corrupted test images, [m, K] by (corruption, severity), to be
             read by `under`; empty where nobody can compute them, as for teachers whose features
             come from a store.
@@ -71,6 +73,7 @@ class Features:
     test: Array
     grid: tuple[int, int] | None = None
     corrupted: Mapping[tuple[str, int], Array] = field(default_factory=dict)
+    space: str = ""
 
     def __post_init__(self) -> None:
         self._check("training", self.train)
@@ -78,14 +81,17 @@ class Features:
 
     def _check(self, side: str, part: Array) -> None:
         axes = 2 if self.grid is None else 3
-        if part.ndim != axes or part.shape[1:] != self.train.shape[1:] or not len(part):
+        some = len(part) or (self.space and part is self.train)
+        if part.ndim != axes or part.shape[1:] != self.train.shape[1:] or not some:
             raise DataError(
                 f"{side} features have the shape {part.shape}, which does not fit "
                 f"{self.train.shape} and the grid {self.grid}"
             )
         if self.grid is not None and part.shape[1] != self.grid[0] * self.grid[1]:
             raise DataError(f"{side} features: {part.shape[1]} tokens are no grid {self.grid}")
-        if not all(np.isfinite(part[b]).all() for b in row_blocks(len(part), part[0].size)):
+        if not all(
+            np.isfinite(part[b]).all() for b in row_blocks(len(part), math.prod(part.shape[1:]))
+        ):
             raise DataError(f"{side} features are not finite: the model has diverged")
 
     def under(self, corruption: str, severity: int) -> Array:
@@ -101,6 +107,11 @@ class Features:
         if len(part) != len(self.test):
             raise DataError(f"{side} features are of {len(part)} images, not {len(self.test)}")
         return part
+
+    @property
+    def kind(self) -> str:
+        """Which protocols read them: see `Protocol.reads`."""
+        return "space" if self.space else "vector" if self.grid is None else "grid"
 
     @property
     def width(self) -> int:
@@ -157,8 +168,9 @@ class Protocol(ABC, Generic[T]):
 
     truth: ClassVar[type[Truth]]
     """What it needs beside features."""
-    on_grid: ClassVar[bool] = False
-    """Whether it reads tokens on a grid instead of one feature an image."""
+    reads: ClassVar[str] = "vector"
+    """One feature an image (``vector``), tokens on a grid (``grid``), or embeddings in the space of
+    a teacher (``space``)."""
     needs_corrupted: ClassVar[bool] = False
     """Whether it reads `Features.corrupted`."""
 

@@ -39,6 +39,9 @@ _VERSIONS = {name: version(name) for name in ("torch", "timm", "Pillow")}
 Room = Callable[[Sequence[int]], Array]
 """Makes an empty float32 array of a shape."""
 
+Units = tuple[Tensor, Tensor]
+"""Mean and deviation [D] of a space, by which its tokens were standardised."""
+
 Wanted = tuple[str, Corruption | None]
 """A readout, of the images as they are (None) or corrupted."""
 
@@ -50,10 +53,12 @@ class Reader:
     Attributes:
         run: normalised pixels [B, 3, H, W] to the student's output.
         readouts: how each is taken of that output.
+        spaces: of those that are embeddings in a teacher's space, that space.
     """
 
     run: Callable[[Tensor], StudentOutput]
     readouts: Mapping[str, Callable[[StudentOutput], Tensor]]
+    spaces: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,8 +187,17 @@ def student_features(
     return {readout: torch.from_numpy(found[readout, None]) for readout in readouts}
 
 
-def aligned_reader(student: Student, alignment: Alignment, names: Sequence[str]) -> Reader:
-    """Readouts of a trained student: those of its alignment, and `MAP`.
+def aligned_reader(
+    student: Student,
+    alignment: Alignment,
+    names: Sequence[str],
+    embeddings: Mapping[str, Units] | None = None,
+) -> Reader:
+    """Readouts of a trained student: those of its alignment, `MAP`, and predicted embeddings.
+
+    Args:
+        embeddings: spaces whose predicted descriptors are read in the teacher's own units, with
+            the mean and deviation [D] that the alignment's targets were standardised by.
 
     Raises:
         ConfigError: the alignment has no such readout.
@@ -192,6 +206,16 @@ def aligned_reader(student: Student, alignment: Alignment, names: Sequence[str])
     def reader(name: str) -> Callable[[StudentOutput], Tensor]:
         return lambda output: alignment.readout(output, name)
 
+    def predicted(space: str, units: Units) -> Callable[[StudentOutput], Tensor]:
+        label = next(own for own, of in alignment.descriptors.items() if of == space)
+
+        def read(output: StudentOutput) -> Tensor:
+            said = alignment.predict(output, dense=False).descriptors[label]
+            mean, std = (part.to(said.device) for part in units)
+            return alignment.standardised(space, said).float() * std + mean
+
+        return read
+
     for name in names:
         if name != MAP and name not in alignment.readouts:
             raise ConfigError(
@@ -199,8 +223,15 @@ def aligned_reader(student: Student, alignment: Alignment, names: Sequence[str])
             )
     return Reader(
         partial(alignment.run_student, student),
-        {name: _tokens if name == MAP else reader(name) for name in names},
+        {name: _tokens if name == MAP else reader(name) for name in names}
+        | {_said(space): predicted(space, units) for space, units in (embeddings or {}).items()},
+        {_said(space): space for space in embeddings or {}},
     )
+
+
+def _said(space: str) -> str:
+    """The readout of a space's embeddings as the student predicts them."""
+    return f"embedding of {space}"
 
 
 def _tokens(output: StudentOutput) -> Tensor:

@@ -27,7 +27,7 @@ class GridProbe(Protocol[T]):
         strengths: L2 strengths to choose from; the first of the best.
     """
 
-    on_grid: ClassVar[bool] = True
+    reads: ClassVar[str] = "grid"
     named: ClassVar[str]
     """In messages."""
 

@@ -33,7 +33,9 @@ from .stored import space_features
 from .subjects import check_same_teachers, choose_readouts, subjects
 from .suite import Suite
 from .table import Row, print_seeds, print_tables, seed_means
-from .truths import Spaces, Truth
+from .truths import Spaces, Truth, Words
+from .words import embedded, words_of
+from .zeroshot import ZeroShot
 
 RESULT = "summary.json"
 RESAMPLES = "resamples.safetensors"
@@ -85,10 +87,18 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         if "cka" in suite.protocols:
             spaces = {name: space_features(test, name, "mean", kept) for name in test.cache.spaces}
             truths.append(Spaces("spaces", spaces))
+        asked = suite.protocols.get("zeroshot")
+        if isinstance(asked, ZeroShot):
+            truths = [
+                embedded(truth, asked, test.cache, kept, fabric.device)
+                if isinstance(truth, Words)
+                else truth
+                for truth in truths
+            ]
         for subject in subjects(
             config, suite, fabric, runs, names, readouts, train, test, kept, again
         ):
-            for width in _widths(config):
+            for width in [None] if subject.features.space else _widths(config):
                 features = subject.features
                 if width is not None:
                     features = reduce_width(features, width)
@@ -99,7 +109,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
                         readout=subject.readout,
                         dim=features.width,
                         width=width,
-                        on_grid=features.grid is not None,
+                        reads=features.kind,
                         scores=suite.score(features, truths),
                         family=subject.family,
                     )
@@ -141,11 +151,11 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
         ConfigError, DataError, StoreError: an input cannot be used.
     """
     _validate(config)
-    tasks = [
+    given = [
         Task.parse(str(name), options) for name, options in (plain(config.tasks) or {}).items()
     ]
-    suite = _suite(config, tasks)
-    tasks = _read_by(suite, tasks)
+    suite = _suite(config, given)
+    tasks = _read_by(suite, given)
     train, test = (
         LabelledRows.open(
             config[side].cache,
@@ -171,6 +181,9 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
         task.truth(task.name, train.truths[task.name], test.truths[task.name])  # type: ignore[call-arg]
         for task in tasks
     ]
+    asked = suite.protocols.get("zeroshot")
+    if isinstance(asked, ZeroShot):
+        truths.append(words_of(asked, given, test))
     suite.check([*truths, Spaces("spaces", {})])
     return suite, train, test, truths
 
@@ -248,10 +261,12 @@ def _suite(config: DictConfig, tasks: Sequence[Task]) -> Suite:
     named = list(config.protocols)
     if config.protocols == "all":
         truths = {Spaces, *(task.truth for task in tasks)}
+        if config.zeroshot.names is not None:
+            truths.add(Words)
         named = [name for name, protocol in PROTOCOLS.items() if protocol.truth in truths]
         if idle := [name for name in PROTOCOLS if name not in named]:
             print(
-                f"protocols=all: all but {', '.join(idle)}, of whose kinds there is no task",
+                f"protocols=all: all but {', '.join(idle)}, for which there is no task",
                 flush=True,
             )
     return build_suite(
@@ -270,6 +285,7 @@ def _read_by(suite: Suite, tasks: Sequence[Task]) -> list[Task]:
         ConfigError: a protocol has none.
     """
     read = {protocol.truth for protocol in suite.protocols.values()}
+    asked = suite.protocols.get("zeroshot")
     for name, protocol in suite.protocols.items():
         kinds = [kind for kind, truth in KINDS.items() if truth is protocol.truth]
         if kinds and not any(task.kind in kinds for task in tasks):
@@ -278,7 +294,8 @@ def _read_by(suite: Suite, tasks: Sequence[Task]) -> list[Task]:
                 f"protocols: {name} needs a {kinds[0]} task and there are {there or 'none'}; name "
                 f"one, such as '+tasks.NAME={{kind: {kinds[0]}, label: ...}}'"
             )
-    return [task for task in tasks if task.truth in read]
+    named = asked.task if isinstance(asked, ZeroShot) else None
+    return [task for task in tasks if task.truth in read or task.name == named]
 
 
 def _validate(config: DictConfig) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from ...cache import Cache
 from ...engine import decoders
 from ...errors import ConfigError
+from ..checkpoint import load_calibration
 from ..students import Student, build_student
 from .base import Array, Features, OnDemand
 from .corruptions import Corruption
@@ -22,6 +23,8 @@ from .features import (
     MAP,
     LabelledRows,
     Reader,
+    Units,
+    Wanted,
     aligned_reader,
     cached_run,
     plain_reader,
@@ -31,6 +34,8 @@ from .robustness import Robustness
 from .runs import Run
 from .stored import descriptors, space_features
 from .suite import Suite
+from .words import language_spaces
+from .zeroshot import without_training
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ def subjects(
         kept: where features are kept for the next time.
         again: folders of runs that are no seed of their own: see `repeats`.
     """
+    asked = runs if suite.reads("space") else ()
+    embeddings = {run.folder: _embeddings(run, test.cache) for run in asked}  # before any is run
     if config.with_teachers:
         yield from _teachers(config, suite, readouts, train, test, kept)
     robustness = suite.protocols.get("robustness")
@@ -104,10 +111,10 @@ def subjects(
             "max_pixels": config.max_pixels,
             "interpolation": model["interpolation"],
         }
-        own = [*(readouts[run.folder] if suite.reads_vectors else ())]
+        own = [*(readouts[run.folder] if suite.reads("vector") else ())]
         run.alignment.to(fabric.device).eval()
-        names = [*own, *([MAP] if suite.reads_grids else [])]
-        reader = aligned_reader(run.student, run.alignment, names)
+        names = [*own, *([MAP] if suite.reads("grid") else [])]
+        reader = aligned_reader(run.student, run.alignment, names, embeddings.get(run.folder))
         for readout, features in _run_sides(
             kept, fabric, run.student, reader, corruptions, run.weights, train, test, name, options
         ):
@@ -117,7 +124,7 @@ def subjects(
         described = run.untrained
         if (floor := floors.pop(described, None)) is not None:
             untrained = build_student(run.fresh, model["seed"])
-            reader = plain_reader(untrained, ["pooled", *names] if suite.reads_vectors else names)
+            reader = plain_reader(untrained, ["pooled", *names] if suite.reads("vector") else names)
             weights = {"untrained": described, **settled_on(untrained, train)}
             reading = {key: value for key, value in options.items() if key != "batch_size"}
             # Before the first side that is not kept, and once.
@@ -142,21 +149,25 @@ def _run_sides(
     options: Mapping[str, Any],
 ) -> Iterator[tuple[str, Features]]:
     """Features of every readout on both sides; the test side corrupted too, but for maps."""
-    clean = [(readout, None) for readout in reader.readouts]
-    corrupted = [(name, c) for name in reader.readouts if name != MAP for c in corruptions]
+    learnt = [name for name in reader.readouts if name not in reader.spaces]
+    clean: list[Wanted] = [(name, None) for name in learnt]
+    more: list[Wanted] = [(name, c) for name in learnt if name != MAP for c in corruptions]
+    more += [(name, None) for name in reader.spaces]
     learn, judge = (
         cached_run(
             kept, fabric, student, reader, images, wanted, weights,
             **options, title=f"{title}, {side}",
         )
-        for side, images, wanted in (("train", train, clean), ("test", test, [*clean, *corrupted]))
+        for side, images, wanted in (("train", train, clean), ("test", test, [*clean, *more]))
     )  # fmt: skip
     by_key = {(c.name, c.severity): c for c in corruptions}
 
     def under(readout: str) -> OnDemand[tuple[str, int]]:
         return OnDemand(() if readout == MAP else by_key, lambda key: judge[readout, by_key[key]])
 
-    for readout in reader.readouts:
+    for readout, space in reader.spaces.items():
+        yield space.split("/")[0], without_training(space, judge[readout, None])
+    for readout in learnt:
         yield (
             readout,
             Features(
@@ -181,7 +192,7 @@ def _teachers(
         return learn, judge
 
     grids = {name: train.cache[name].grid for name in train.cache.spaces}
-    if suite.reads_vectors:
+    if suite.reads("vector"):
         for label, space in descriptors(train.cache).items():
             yield Subject("teacher", label, "store", Features(*both(space, "mean")))
         offered = any("spatial" in names for names in readouts.values())
@@ -189,10 +200,36 @@ def _teachers(
             for space, grid in grids.items():
                 if grid is not None:
                     yield Subject("teacher", space, "spatial", Features(*both(space, "spatial")))
-    if suite.reads_grids:
+    if suite.reads("grid"):
         for space, grid in grids.items():
             if grid is not None:
                 yield Subject("teacher", space, MAP, Features(*both(space, "map"), grid))
+
+    if suite.reads("space"):
+        for space in language_spaces(test.cache):
+            embeddings = space_features(test, space, "mean", kept)
+            yield Subject("teacher", space, "store", without_training(space, embeddings))
+
+
+def _embeddings(run: Run, cache: Cache) -> dict[str, Units]:
+    """Mean and deviation of the language spaces whose embeddings a run predicts.
+
+    Raises:
+        ConfigError: the run's teacher is another model than the store's.
+    """
+    found = {}
+    for space, teacher in language_spaces(cache).items():
+        if space not in run.alignment.descriptors.values():
+            continue
+        theirs, ours = run.model["teachers"][teacher], cache.plan.teacher(teacher).identity
+        if theirs["weights_sha256"] != ours["weights_sha256"]:
+            raise ConfigError(
+                f"{run.folder} learnt from {teacher} with other weights ({theirs['source']}) than "
+                f"those of {cache.location} ({ours['source']}), so its embeddings cannot be "
+                "compared with that teacher's texts"
+            )
+        found[space] = load_calibration(run.folder)[space]
+    return found
 
 
 def check_same_teachers(train: Cache, test: Cache) -> None:

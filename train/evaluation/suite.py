@@ -92,14 +92,9 @@ class Suite:
         moved = {name: replace(one, device=device) for name, one in self.protocols.items()}
         return replace(self, protocols=moved)
 
-    @property
-    def reads_vectors(self) -> bool:
-        """Whether some protocol reads one feature an image."""
-        return any(not protocol.on_grid for protocol in self.protocols.values())
-
-    @property
-    def reads_grids(self) -> bool:
-        return any(protocol.on_grid for protocol in self.protocols.values())
+    def reads(self, kind: str) -> bool:
+        """Whether some protocol reads such features: see `Protocol.reads`."""
+        return any(protocol.reads == kind for protocol in self.protocols.values())
 
     def check(self, truths: Sequence[Truth]) -> None:
         """Refuse protocols without a task of theirs, and tasks that they cannot use.
@@ -132,7 +127,7 @@ class Suite:
         """
         found = []
         for name, protocol in self.protocols.items():
-            if protocol.on_grid != (features.grid is not None):
+            if protocol.reads != features.kind:
                 continue
             if protocol.needs_corrupted and not features.corrupted:
                 continue

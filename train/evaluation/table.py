@@ -30,7 +30,7 @@ class Row:
         readout: which of its features.
         dim: width of the feature, after a reduction where one was asked for.
         width: the one that was asked for; None where the feature is as it was read.
-        on_grid: whether it is of tokens on a grid.
+        reads: which protocols read it: see `Features.kind`.
         scores: one for every figure of every protocol that reads such features.
         family: equal for students that differ in their seed alone; empty where not known, and for
             those that have one's seed and configuration.
@@ -41,7 +41,7 @@ class Row:
     readout: str
     dim: int
     width: int | None
-    on_grid: bool
+    reads: str
     scores: Sequence[Score]
     family: str = ""
 
@@ -91,9 +91,8 @@ def print_tables(rows: Sequence[Row], title: str, console: Console | None = None
     where a protocol has no figure for a feature.
     """
     console = console or _console()
-    # What reads tokens on a grid has rows of its own.
-    for on_grid in (False, True):
-        own = [row for row in rows if row.on_grid == on_grid]
+    for kind in dict.fromkeys(row.reads for row in rows):
+        own = [row for row in rows if row.reads == kind]
         columns = {score.key: heading(score) for row in own for score in row.scores}
         for part in _parts(list(columns)):
             print_table(own, {key: columns[key] for key in part}, title, console)
@@ -176,6 +175,7 @@ NAMES = {
     "regression": "R²",
     "dense": "mIoU",
     "dense_regression": "map R²",
+    "zeroshot": "zero-shot",
 }
 """Of columns, where the protocol's own name is not the clearest."""
 

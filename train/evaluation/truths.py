@@ -1,10 +1,10 @@
-"""What is to be read off features: classes, numbers, maps of either, other representations."""
+"""What is to be read off features: classes, numbers, maps of either, words, other features."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -86,6 +86,28 @@ class Spaces(Truth):
 
     def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Self:
         return replace(self, test={name: part[test] for name, part in self.test.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Words(Truth):
+    """Classes by their names: ``test`` int64 [m], -1 where unknown; training images play no part.
+
+    Attributes:
+        names: of the classes by number.
+        texts: their embeddings, float32 [classes, D] of unit length, by the space of images that
+            they are compared with.
+    """
+
+    name: str
+    test: NDArray[np.int64]
+    names: Sequence[str]
+    texts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    def labelled(self) -> None:
+        return None
+
+    def take(self, train: NDArray[np.bool_], test: NDArray[np.bool_]) -> Self:
+        return replace(self, test=self.test[test])
 
 
 def _any(pixels: NDArray[np.bool_]) -> NDArray[np.bool_]:
