@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from ..checkpoint import KEPT, flat, write_json
 from ..claim import holder
 from ..evaluation.run import prepare as check_evaluation
 from ..evaluation.run import warn_of_views
+from ..evaluation.words import language_spaces, text_tower
+from ..evaluation.zeroshot import ZeroShot
 from ..settings import check_settings
 from .figure import draw
 from .job import EVAL, LOG, RESULT, TRAIN, enter, launched, raise_for, read_failure, read_result
@@ -129,11 +131,20 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
                     "train.shards is required of the evaluation, as the training names no images "
                     "(data.shards=null): say eval={train.shards: ...}"
                 )
-            options |= {"with_teachers": False, "with_floor": False, "features": None, **judged}
+            options |= {"with_teachers": False, "with_floor": False, "features": None}
+            options |= {"zeroshot.kept": str(out / "words"), **judged}  # the same for all runs
             evaluation = _composed("eval", options, directories)
             suite, train, test, truths = check_evaluation(evaluation)
+            asked = suite.protocols.get("zeroshot")
+            embeddings: Iterable[str] = ()
+            if isinstance(asked, ZeroShot):
+                embeddings = language_spaces(test.cache).values()
+                for teacher in embeddings:  # rather now than after the first training
+                    text_tower(asked, test.cache, teacher)
             if config.score is not None:
-                check_score(str(config.score), list(suite.protocols), [t.name for t in truths])
+                check_score(
+                    str(config.score), list(suite.protocols), [t.name for t in truths], embeddings
+                )
         folder = out / "runs" / run.name
         ours = OmegaConf.merge(composed[variant.name], {"out": str(folder / "train")})
         if run.seed is not None:

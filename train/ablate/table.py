@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,9 @@ def compare(
     return sorted(rows, key=lambda row: (scores.index(row.score), order.get(row.variant, 0.0)))
 
 
-def check_score(score: str, protocols: Sequence[str], tasks: Sequence[str]) -> None:
+def check_score(
+    score: str, protocols: Sequence[str], tasks: Sequence[str], embeddings: Iterable[str] = ()
+) -> None:
     """Refuse a READOUT/SCORE that no run can have, before any is done.
 
     Variants of a protocol (``fewshot/5-shot``) and what an alignment offers are left to `compare`.
@@ -136,6 +138,7 @@ def check_score(score: str, protocols: Sequence[str], tasks: Sequence[str]) -> N
     Args:
         protocols: those of the evaluation.
         tasks: names of its tasks.
+        embeddings: teachers whose embeddings are read as students predict them.
 
     Raises:
         ConfigError: no alignment has the readout, or the evaluation no such protocol or task.
@@ -145,7 +148,7 @@ def check_score(score: str, protocols: Sequence[str], tasks: Sequence[str]) -> N
     name, _, task = key.partition("@")
     name = name.split("/")[0]
     kinds = (alignment.readouts for alignment in ALIGNMENTS.values())
-    readouts = list(dict.fromkeys(readout for own in kinds for readout in own))
+    readouts = list(dict.fromkeys([*(readout for own in kinds for readout in own), *embeddings]))
     for what, value, valid in (
         ("READOUT", readout, readouts),
         ("SCORE", name, protocols),

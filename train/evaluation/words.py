@@ -101,10 +101,16 @@ def embedded(
 ) -> Words:
     """The same with the texts' embeddings, for every language space of a store.
 
+    Args:
+        kept: where they are looked for and left, unless the protocol names a folder.
+        device: computes.
+
     Raises:
         ConfigError: a text tower is not the one of the store's teacher.
         TeacherError: it cannot be had.
     """
+    if protocol.kept is not None:
+        kept = FeatureCache(Path(protocol.kept))
     found = {}
     templates = (
         _TEMPLATES[protocol.templates]
@@ -118,27 +124,27 @@ def embedded(
             "texts": digest({"texts": texts}),
             "source": described["source"],
             "weights": described["weights_sha256"],
-            "device": device.type,
             "versions": {name: version(name) for name in ("torch", "open_clip_torch")},
         }
         known = kept.get(identity, len(words.names))
         if known is None:
-            checkpoint = (protocol.checkpoints or {}).get(teacher)
-            made = _embed(teacher, described, words.names, templates, checkpoint, device)
+            tower = text_tower(protocol, cache, teacher)
+            made = _embed(teacher, *tower, words.names, templates, device)
             kept.put(identity, made)
             known = kept.read(identity, len(words.names))
         found[space] = known
     return replace(words, texts=found)
 
 
-def _embed(
-    teacher: str,
-    identity: Mapping[str, Any],
-    names: Sequence[str],
-    templates: Sequence[Any],
-    checkpoint: str | None,
-    device: torch.device,
-) -> Array:
+def text_tower(protocol: ZeroShot, cache: Cache, teacher: str) -> tuple[Any, Any]:
+    """The model of a store's teacher, text tower and all, and its tokenizer.
+
+    Raises:
+        ConfigError: it is not the one of the store's teacher, or there is no tokenizer.
+        TeacherError: it cannot be had.
+    """
+    identity = cache.plan.teacher(teacher).identity
+    checkpoint = (protocol.checkpoints or {}).get(teacher)
     source = str(identity["source"])
     height, width = identity["preprocessing"]["size"]
     model = create(teacher, source, (height, width), checkpoint)
@@ -151,12 +157,23 @@ def _embed(
         )
     with hub_or_cache() as hub:
         try:
-            tokenizer = open_clip.get_tokenizer(architecture_of(source))
+            return model, open_clip.get_tokenizer(architecture_of(source))
         except Exception as error:  # the hub's libraries raise many kinds
             raise ConfigError(
                 f"zeroshot: the tokenizer of {source} could not be had from {hub} "
                 f"({first_sentence(error)}); try again with a network"
             ) from error
+
+
+def _embed(
+    teacher: str,
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    templates: Sequence[Any],
+    device: torch.device,
+) -> Array:
+    """[classes, D]"""
     model.to(device).eval()
     parts = []
     with ProgressLine(f"{teacher}, names of classes", len(names), "classes") as line:

@@ -35,6 +35,7 @@ class ZeroShot(Protocol[Words]):
         templates: ``openai``, ``simple``, or a list of texts with ``{}`` for the name.
         task: the classification task whose labels they are.
         checkpoints: local weights of the whole model by teacher, where no hub can be reached.
+        kept: folder that keeps the embeddings of the names; None for that of the features.
     """
 
     truth: ClassVar[type[Words]] = Words
@@ -44,6 +45,7 @@ class ZeroShot(Protocol[Words]):
     templates: str | Sequence[str] = "openai"
     task: str = "class"
     checkpoints: Mapping[str, str] | None = None
+    kept: str | None = None
 
     def __post_init__(self) -> None:
         given = self.templates

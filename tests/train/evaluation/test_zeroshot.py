@@ -15,6 +15,7 @@ from preceptor.cache import Cache, SampleIndex
 from preceptor.cli import main
 from preceptor.errors import ConfigError
 from preceptor.tests.extract.random_networks import randomised
+from preceptor.train.ablate import job
 from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_calibration, load_model
 from preceptor.train.evaluation import Features, Words, ZeroShot, build_suite
@@ -186,6 +187,34 @@ def test_beside_other_protocols_it_has_rows_of_its_own(bed, tmp_path):
     others = [row for row in found["rows"] if "zeroshot" not in row]
     assert {row["kind"] for row in others} == {"teacher", "student", "untrained"}
     assert all(row["reduced"] and "knn" in row for row in others)
+
+
+def test_an_ablation_may_be_ranked_by_it_and_asks_for_the_texts_first(
+    bed, scenes, tmp_path, capsys, monkeypatch
+):
+    student = "student: resnet_micro, student.options.channels: [8, 8, 16, 16], student.size: 32"
+    given = [
+        f"cache={bed.folder / 'learn'}", f"out={tmp_path / 'ablate'}",
+        "factors={align: [regression]}", "score=clip/zeroshot",
+        f"train={{data.shards: '{scenes[0].shards}', {student}, recipe: short, recipe.steps: 2, "
+        "recipe.batch_size: 16, workers: 0, engine: cpu}",
+        f"eval={{test.cache: '{bed.folder / 'judge'}', test.shards: '{scenes[1].shards}', "
+        "protocols: [zeroshot], workers: 0, engine: cpu, "
+        f"zeroshot: {{names: '{bed.folder / 'names.txt'}', templates: simple, "
+        f"checkpoints: {{clip: '{bed.folder / 'clip.pt'}'}}}}}}",
+    ]  # fmt: skip
+
+    # This process knows the architecture.
+    monkeypatch.setattr(job, "run_apart", lambda folder: job.main(folder) or None)
+    assert main(["ablate", *given]) == 0
+    assert "clip/zeroshot, in per cent" in capsys.readouterr().out
+    assert len(list((tmp_path / "ablate" / "words").iterdir())) == 1
+    assert main(["ablate", *(one.replace("clip/zeroshot", "clap/zeroshot") for one in given)]) == 1
+    assert "'clap' is no READOUT (did you mean clip?)" in capsys.readouterr().err
+    gone = [one.replace("clip.pt", "gone.pt").replace("/ablate", "/other") for one in given]
+    assert main(["ablate", *gone]) == 1
+    assert "gone.pt is no file" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "runs").exists()
 
 
 def test_images_without_a_class_do_not_count():
