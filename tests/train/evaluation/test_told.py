@@ -15,9 +15,12 @@ def test_all_protocols_are_those_that_have_a_task(whole, tmp_path, capsys):
     _, again, _ = whole
     found = again(f"out={tmp_path}", "~tasks.position", "~tasks.height", "with_floor=false")
     keys = {score["protocol"] for row in found["rows"] for score in row["scores"]}
-    assert keys == set(PROTOCOLS) - {"regression", "dense_regression"}
+    assert keys == set(PROTOCOLS) - {"regression", "dense_regression", "zeroshot"}
     told = capsys.readouterr().out
-    assert "protocols=all: all but regression, dense_regression, for which there is no task" in told
+    assert (
+        "protocols=all: all but regression, dense_regression, zeroshot, for which there is no task"
+        in told
+    )
 
 
 def test_mistakes_are_told_before_anything_is_computed(whole, scenes, tmp_path, capsys):
