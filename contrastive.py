@@ -84,6 +84,34 @@ def create(
         ) from error
 
 
+def tokenizer(name: str, source: str) -> Any:
+    """What turns texts into the numbers that the model's text tower takes.
+
+    Args:
+        name: of the teacher, for messages.
+
+    Raises:
+        TeacherError: it is the hub's and cannot be had.
+    """
+    architecture = architecture_of(source)
+    text: dict[str, Any] = open_clip.get_model_config(architecture).get("text_cfg") or {}
+    if "hf_tokenizer_name" not in text:  # CLIP's own comes with open_clip
+        return open_clip.get_tokenizer(architecture)
+    with hub_or_cache() as hub:
+        try:
+            return open_clip.get_tokenizer(architecture)
+        except ImportError as error:
+            raise TeacherError(
+                f"teacher {name}: the tokenizer of {source} needs another package: pip install "
+                f"transformers ({first_sentence(error)})"
+            ) from error
+        except Exception as error:  # the hub's libraries raise many kinds
+            raise TeacherError(
+                f"teacher {name}: the tokenizer of {source} could not be had from {hub} "
+                f"({first_sentence(error)}); try again with a network"
+            ) from error
+
+
 def _common(architecture: str) -> dict[str, Any]:
     """The preprocessing and activation of all known weights of an architecture; {} if they differ,
     or there are none."""

@@ -16,9 +16,8 @@ from open_clip import zero_shot_metadata
 from ...cache import Cache
 from ...cache.documents import digest
 from ...checkpoints import weights_sha256
-from ...contrastive import SCHEME, architecture_of, create
+from ...contrastive import SCHEME, create, tokenizer
 from ...errors import ConfigError
-from ...hub import first_sentence, hub_or_cache
 from ...progress import ProgressLine
 from .base import Array
 from .feature_cache import FeatureCache
@@ -140,8 +139,8 @@ def text_tower(protocol: ZeroShot, cache: Cache, teacher: str) -> tuple[Any, Any
     """The model of a store's teacher, text tower and all, and its tokenizer.
 
     Raises:
-        ConfigError: it is not the one of the store's teacher, or there is no tokenizer.
-        TeacherError: it cannot be had.
+        ConfigError: it is not the one of the store's teacher.
+        TeacherError: it, or its tokenizer, cannot be had.
     """
     identity = cache.plan.teacher(teacher).identity
     checkpoint = (protocol.checkpoints or {}).get(teacher)
@@ -155,20 +154,13 @@ def text_tower(protocol: ZeroShot, cache: Cache, teacher: str) -> tuple[Any, Any
             f"tower would be of another space; set zeroshot.checkpoints.{teacher} to the file that "
             "it was extracted with"
         )
-    with hub_or_cache() as hub:
-        try:
-            return model, open_clip.get_tokenizer(architecture_of(source))
-        except Exception as error:  # the hub's libraries raise many kinds
-            raise ConfigError(
-                f"zeroshot: the tokenizer of {source} could not be had from {hub} "
-                f"({first_sentence(error)}); try again with a network"
-            ) from error
+    return model, tokenizer(teacher, source)
 
 
 def _embed(
     teacher: str,
     model: Any,
-    tokenizer: Any,
+    to_numbers: Any,
     names: Sequence[str],
     templates: Sequence[Any],
     device: torch.device,
@@ -180,7 +172,7 @@ def _embed(
         for start in range(0, len(names), _CLASSES):
             some = names[start : start + _CLASSES]
             made = open_clip.build_zero_shot_classifier(
-                model, tokenizer, some, templates, num_classes_per_batch=None, device=device
+                model, to_numbers, some, templates, num_classes_per_batch=None, device=device
             )
             parts.append(made.T.float().cpu().numpy())
             line.advance(len(some))

@@ -10,10 +10,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from hydra import compose, initialize_config_module
+from preceptor import contrastive
 from preceptor.cache import Cache, SampleIndex
 from preceptor.cli import main
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, TeacherError
 from preceptor.tests.extract.random_networks import randomised
 from preceptor.train.ablate import job
 from preceptor.train.batch import normalise
@@ -279,6 +281,25 @@ def test_a_student_of_another_model_of_that_name_is_refused(bed, tmp_path, scene
             f"zeroshot.checkpoints={{clip: {tmp_path}/other.pt}}", out=tmp_path / "eval",
         )  # fmt: skip
     assert Cache.open(tmp_path / "judge").plan.teachers[0].name == "clip"
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (ModuleNotFoundError("No module named 'transformers'"), "pip install transformers"),
+        (OSError("We couldn't connect. Check"), r"from .* \(We couldn't connect\); try again with"),
+    ],
+)
+def test_a_tokenizer_of_the_hub_that_cannot_be_had_is_told(monkeypatch, raised, told):
+    def get(_):
+        raise raised
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(open_clip, "get_tokenizer", get)
+    with pytest.raises(
+        TeacherError, match=rf"teacher t: the tokenizer of .*SigLIP2/webli .*{told}"
+    ):
+        contrastive.tokenizer("t", "open_clip:ViT-B-16-SigLIP2/webli")
 
 
 def test_options_are_validated_from_python_too():
