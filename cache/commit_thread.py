@@ -11,6 +11,9 @@ from .shard_writer import ShardWriter
 class CommitThread:
     """Commits shards in the order in which they come, one at a time, beside the caller.
 
+    What a device is still copying of a shard is waited for on that thread, too: the caller, who has
+    begun with the next shard, goes on at once.
+
     Used as a context: leaving it waits for the last commit. An error of a commit is raised where
     the next shard is handed over, or on leaving, and no shard is committed after it. Leaving by an
     exception lets the commit under way end too, for its shard is whole; should it fail as well,
@@ -29,6 +32,7 @@ class CommitThread:
 
         Raises:
             StoreError: rows are missing, or the commit before failed; its shard is named.
+            DataError: tokens of the shard before cannot be stored.
         """
         shard.close()
         self._wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -36,9 +36,9 @@ class Encoded:
     ) -> None:
         self.space, self.at = space, at
         self._keys = keys
-        (self._peaks, *copies), self._copied = to_host([peaks, *parts.values()])
+        (self._peaks, *copies), self._await = to_host([peaks, *parts.values()])
         self._parts = dict(zip(parts, copies, strict=True))
-        self.under_way = self._copied is not None
+        self.under_way = self._await is not None
 
     def wait(self) -> dict[str, np.ndarray]:
         """The arrays by component name, ``[v, ...]``, once they have arrived.
@@ -46,8 +46,8 @@ class Encoded:
         Raises:
             DataError: tokens that are not finite, or beyond what the encoding can hold.
         """
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._await is not None:
+            self._await()
         how = self.space.how
         if bad := how.beyond(self._peaks):
             row, token = bad
@@ -68,16 +68,23 @@ class Encoded:
         return {name: to_numpy(part) for name, part in self._parts.items()}
 
 
-def to_host(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
-    """Tensors of one device in the host's memory, and what tells that they have arrived.
+def to_host(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], object] | None]:
+    """Tensors of one device in the host's memory, and what waits, on any thread, until they have
+    arrived; None: they have.
 
     From a CUDA device torch copies them into page-locked memory, and neither it nor the caller
     waits. Those of other devices are there on return.
     """
-    later = tensors[0].is_cuda
+    device = tensors[0].device
+    later = device.type == "cuda"
     copies = [x.to("cpu", non_blocking=later) for x in tensors]
     if not later:
         return copies, None
     copied = torch.cuda.Event(blocking=True)  # a spinning wait would cost the decoders a core
-    copied.record(torch.cuda.current_stream(tensors[0].device))
-    return copies, copied
+    copied.record(torch.cuda.current_stream(device))
+
+    def wait() -> None:
+        with torch.cuda.device(device):  # a new thread is at the first, and would take memory there
+            copied.synchronize()
+
+    return copies, wait

@@ -349,8 +349,11 @@ def node_bytes(metadata: Json) -> bytes:
 
 
 def pad_to_chunks(spec: ArraySpec, rows: int) -> np.ndarray:
-    """A buffer of fill values for ``rows`` rows, rounded up to whole chunks."""
+    """A buffer for ``rows`` rows, which are not set yet, rounded up to whole chunks with fill
+    values."""
     count = -(-rows // spec.chunk[0]) * spec.chunk[0]
     if count > spec.shard[0]:
         raise StoreError(f"{spec.path}: {rows} rows do not fit into a shard of {spec.shard[0]}")
-    return np.full((count, *spec.shape[1:]), spec.fill, spec.dtype)
+    buffer = np.empty((count, *spec.shape[1:]), spec.dtype)
+    buffer[rows:] = spec.fill
+    return buffer

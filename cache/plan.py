@@ -294,6 +294,11 @@ class StorePlan:
             return ()
         return self.teacher(unit).spaces
 
+    def rows_of(self, shard: int) -> range:
+        """The row numbers of one shard."""
+        first = shard * self.shard_rows
+        return range(first, first + self.rows_in(shard))
+
     def rows_in(self, shard: int) -> int:
         """Rows of one shard."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -54,7 +54,7 @@ class ShardWriter:
         manifest: Manifest,
         shard: int,
         units: tuple[str, ...],
-        calibrations: Mapping[str, Mapping[str, np.ndarray]],
+        calibrations: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> None:
         self._path = path
         self._manifest = manifest
@@ -80,20 +80,17 @@ class ShardWriter:
             }
             for space in self._spaces
         }
-        self._calibrations = {
-            space.id: {n: torch.from_numpy(side) for n, side in calibrations[space.id].items()}
-            for space in self._spaces
-        }
+        self._calibrations = dict(calibrations)
         self._moments = {
             space.id: Accumulator(self._calibrations[space.id]["mean"]) for space in self._spaces
         }
-        self._measured: dict[str, Moments] = {}
+        self._measured: dict[str, Callable[[], Moments]] = {}
         self._coming: deque[Encoded] = deque()
 
     @property
-    def filled(self) -> int:
-        """Rows appended so far."""
-        return self._filled
+    def full(self) -> bool:
+        """Whether all rows were appended."""
+        return self._filled == self._rows
 
     def append(
         self, rows: RowBatch, tokens: Mapping[str, Any], pixels: np.ndarray | None = None
@@ -101,7 +98,7 @@ class ShardWriter:
         """Encode the next rows.
 
         Of tokens on a CUDA device the codes are copied while it goes on, and placed by the next
-        call or :meth:`close`, which then also raises for them.
+        call or :meth:`commit`, which then also raises for them.
 
         Args:
             rows: facts about b rows.
@@ -135,8 +132,8 @@ class ShardWriter:
         """
         stored, at = self._checked(rows, parts)
         for space in self._spaces:
-            for name, values in parts[space.id].items():
-                self._values[space.id][name][at] = values
+            for name, buffer in self._values[space.id].items():
+                buffer[at] = parts[space.id][name]
         self._moments = {}
         self._keep(rows, stored)
 
@@ -159,9 +156,20 @@ class ShardWriter:
         start, end = self._filled, self._filled + len(rows)
         for name, values in stored.items():
             self._row_values[name][start:end] = values
+        self._leave_out(start + np.flatnonzero(stored["valid"] == 0))
         self._keys += rows.keys
         self._valid += int(stored["valid"].sum())
         self._filled = end
+
+    def _leave_out(self, at: np.ndarray) -> None:
+        """Fill values where rows have nothing."""
+        if not len(at):
+            return
+        for space in self._spaces:
+            for name, spec in self._layout.space_arrays(space).items():
+                self._values[space.id][name][at] = spec.fill
+        if self._pixels is not None:
+            self._pixels[at] = self._layout.pixel_array().fill
 
     def _keep_pixels(self, pixels: np.ndarray | None, at: np.ndarray) -> None:
         if self._pixels is None and pixels is None:
@@ -233,29 +241,31 @@ class ShardWriter:
             self.commit()
 
     def close(self) -> None:
-        """End the filling, on the thread that did it; :meth:`commit` then asks no device.
+        """End the filling, on the thread that did it; does not wait for a device.
 
         Raises:
-            DataError: as :meth:`append`.
             StoreError: rows are missing.
         """
-        self._land()
-        if self._filled != self._rows:
+        if not self.full:
             raise StoreError(
                 f"shard {self._shard} got {self._filled} of its {self._rows} rows; nothing was "
                 "committed"
             )
-        self._measured |= {space: sums.moments() for space, sums in self._moments.items()}
+        self._measured |= {space: sums.sent() for space, sums in self._moments.items()}
         self._moments = {}
 
     def commit(self) -> None:
         """Commit every unit of a closed shard, on any thread, and let go of the codes.
 
+        Waits for what a device is still copying, which is then not in the way of its next work.
+
         Raises:
+            DataError: as :meth:`append`.
             StoreError: the rows are not those of the store, or a unit's files cannot be written;
                 that unit and those after it are pending as before.
         """
         try:
+            self._land()
             self._refuse_other_rows()
             for unit in self._units:
                 try:
@@ -264,6 +274,8 @@ class ShardWriter:
                     raise StoreError(f"shard {self._shard} of {unit}: {error}") from error
         finally:
             self._row_values, self._values, self._pixels = {}, {}, None
+            self._measured = {}
+            self._coming.clear()
 
     def _refuse_other_rows(self) -> None:
         """Tokens of a teacher must belong to the rows that the store already has."""
@@ -297,7 +309,7 @@ class ShardWriter:
             for file in staged:
                 file.verify()
             moments = {
-                space: self._measured[space.id].packed().tobytes()
+                space: self._measured[space.id]().packed().tobytes()
                 for space in self._spaces
                 if space.teacher == unit and space.id in self._measured
             }

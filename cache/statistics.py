@@ -7,11 +7,13 @@ neither on interruptions nor on which process extracted which shard.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from .encoded import to_host
 from .encodings.prediction import Prediction, fitted, neighbours
 from .plan import SpaceSpec
 
@@ -106,7 +108,7 @@ class Accumulator:
         self._shift = shift.double()
         self.count = 0
         self._sum = torch.zeros_like(self._shift)
-        self._products = torch.zeros(len(shift), len(shift), dtype=torch.float64)
+        self._products = self._sum.new_zeros(len(shift), len(shift))
 
     def add(self, tokens: torch.Tensor) -> None:
         """Add tokens ``[..., D]`` of any float dtype."""
@@ -121,11 +123,23 @@ class Accumulator:
 
     def moments(self) -> Moments:
         """The moments of all tokens so far, on the CPU; waits for the device."""
+        return self.sent()()
+
+    def sent(self) -> Callable[[], Moments]:
+        """The same on its way from the device: what is returned waits for it, on any thread."""
+        count = self.count
         offset = self._sum / max(self.count, 1)
         scatter = self._products - torch.outer(offset, self._sum)
         # Of a dimension that does not move rounding can leave less than nothing.
         scatter.diagonal().clamp_(min=0)
-        return Moments(self.count, (self._shift + offset).cpu().numpy(), scatter.cpu().numpy())
+        (mean, products), wait = to_host([self._shift + offset, scatter])
+
+        def arrived() -> Moments:
+            if wait is not None:
+                wait()
+            return Moments(count, mean.numpy(), products.numpy())
+
+        return arrived
 
 
 class CalibrationSums(Accumulator):
@@ -139,7 +153,7 @@ class CalibrationSums(Accumulator):
     def __init__(self, shift: torch.Tensor) -> None:
         super().__init__(shift)
         # third powers, fourth powers, values that are exactly zero
-        self._more = torch.zeros(3, len(shift), dtype=torch.float64)
+        self._more = self._sum.new_zeros(3, len(shift))
 
     def add(self, tokens: torch.Tensor) -> None:
         super().add(tokens)

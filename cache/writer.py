@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..errors import StoreError
@@ -47,6 +48,7 @@ class StoreWriter:
         self.path = path
         self.manifest = manifest
         self._layout = Layout(manifest.plan)
+        self._frozen: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
     @classmethod
     def open_or_create(
@@ -214,8 +216,24 @@ class StoreWriter:
         none of them can tell yet. See :func:`stored_valid.stored_valid`."""
         return stored_valid(self.path, self.manifest, shard)
 
-    def shard(self, shard: int, units: Sequence[str]) -> ShardWriter:
+    def frozen(self, space_id: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+        """:meth:`calibration` on a device, where it is read and copied to once: a copy to a GPU
+        waits for all that the GPU has to do."""
+        key = (space_id, str(device))
+        if key not in self._frozen:
+            found = self.calibration(space_id)
+            self._frozen[key] = {
+                name: torch.from_numpy(side).to(device) for name, side in found.items()
+            }
+        return self._frozen[key]
+
+    def shard(
+        self, shard: int, units: Sequence[str], device: torch.device | str = "cpu"
+    ) -> ShardWriter:
         """A context that takes the rows of one shard for some units; see :class:`ShardWriter`.
+
+        Args:
+            device: where most tokens will come from.
 
         Raises:
             StoreError: no such shard or unit, or a space of it is not calibrated.
@@ -225,7 +243,7 @@ class StoreWriter:
         if not units:
             raise StoreError(f"shard {shard}: no units were named")
         spaces = [space for unit in units for space in self.plan.spaces_of(unit)]
-        calibrations = {space.id: self.calibration(space.id) for space in spaces}
+        calibrations = {space.id: self.frozen(space.id, device) for space in spaces}
         return ShardWriter(self.path, self.manifest, shard, tuple(units), calibrations)
 
     def finish(self) -> None:
@@ -301,6 +319,7 @@ class StoreWriter:
         write_twice(self.path, MANIFEST, manifest.to_bytes())
         self.manifest = manifest
         self._layout = Layout(manifest.plan)
+        self._frozen.clear()  # a teacher that is dropped and added again has another
         _make_nodes(self.path, list(self._layout.root_nodes()))  # they state the version
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,17 +48,17 @@ class Finite:
 
     def __init__(self, tokens: Mapping[str, Tensor]) -> None:
         self._spaces = list(tokens)
-        self._copied: torch.cuda.Event | None = None
+        self._await: Callable[[], object] | None = None
         self._flags: Tensor | None = None
         if tokens:
             flags = [torch.isfinite(values).flatten(1).all(1) for values in tokens.values()]
-            (self._flags,), self._copied = to_host([torch.stack(flags)])
+            (self._flags,), self._await = to_host([torch.stack(flags)])
 
     def lacking(self) -> dict[int, str]:
         """By place among the v rows, the first space of which it has tokens that are not finite;
         waits for the device."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._await is not None:
+            self._await()
         if self._flags is None or bool(self._flags.all()):
             return {}
         bad = ~self._flags.numpy()

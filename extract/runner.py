@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from lightning_fabric import Fabric
@@ -17,7 +18,7 @@ from ..cache.plan import PIXELS
 from ..cache.room import bytes_to_come, lack_of_room
 from ..cache.shard_writer import ShardWriter
 from ..engine import decoders
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, PreceptorError
 from ..pixels import normalise
 from ..progress import ProgressLine
 from .finite import Computed, StoredRows
@@ -106,7 +107,8 @@ class TeacherRunner:
     def fill(self, writer: StoreWriter) -> list[str]:
         """Extract this process's share of the pending shards; returns the damaged images' names.
 
-        A shard is written and read back while the teachers run for the next one.
+        A shard is encoded to its end, written and read back while the teachers run for the next
+        one.
         The first process shows how far its own share is: shares are equal to a shard.
         """
         rank, world = self.fabric.global_rank, self.fabric.world_size
@@ -115,45 +117,65 @@ class TeacherRunner:
         if rank == 0 and (lack := lack_of_room(writer.path, bytes_to_come(writer.plan, whole))):
             print(f"warning: {lack}", file=sys.stderr)
         pending = whole[rank::world]
-        rows, problems = writer.plan.rows, list[str]()
+        problems: list[str] = []
         # Batches never cross a shard and always start at its first row: a shard's bytes do not
         # depend on where an earlier run was stopped.
-        lists = [
-            batched(range(first, min(first + writer.plan.shard_rows, rows)), self.batch_size)
-            for first in (shard * writer.plan.shard_rows for shard, _ in pending)
+        steps = [
+            _Step(shard, units, numbers)
+            for shard, units in pending
+            for numbers in batched(writer.plan.rows_of(shard), self.batch_size)
         ]
-        total = sum(len(batch) for batches in lists for batch in batches)
         pixels = writer.plan.pixels if any(PIXELS in units for _, units in pending) else None
-        stream = iter(self.batches((batch for batches in lists for batch in batches), pixels))
+        stream = iter(self.batches([step.numbers for step in steps], pixels))
+        total = sum(len(step.numbers) for step in steps)
         line = ProgressLine("extract" if world == 1 else f"extract, 1 of {world}", total, "rows")
         stored = StoredRows(writer)
+        out: ShardWriter | None = None
 
-        def keep(out: ShardWriter, units: Sequence[str], computed: Computed) -> None:
+        def keep(step: _Step, computed: Computed) -> None:
+            nonlocal out
             found = computed.settled(
                 self.index, stored, views=self.policy.count, skip=self.skip_corrupt
             )
             shown = None
-            if pixels is not None and PIXELS in units:
+            if pixels is not None and PIXELS in step.units:
                 views = found.batch.pixels[pixels.size, pixels.interpolation]
                 shown = views.permute(0, 2, 3, 1).numpy()
+            if out is None:
+                out = writer.shard(step.shard, step.units, self.fabric.device)
             out.append(found.batch.rows, found.tokens, shown)
             problems.extend(found.batch.problems)
             self.rows_extracted += len(found.numbers)
             if rank == 0:
                 line.advance(len(found.numbers))
+            if out.full:
+                commits.commit(out)
+                out = None
 
         with line if rank == 0 else contextlib.nullcontext(), CommitThread() as commits:
-            for (shard, units), batches in zip(pending, lists, strict=True):
-                out = writer.shard(shard, units)
-                before: Computed | None = None
-                for numbers in batches:
+            before: tuple[_Step, Computed] | None = None
+            for step in steps:
+                try:
                     batch = next(stream)
-                    computed = Computed.of(numbers, batch, self.tokens(batch, units))
-                    # the device is at these rows while those before them are looked at
-                    if before is not None:
-                        keep(out, units, before)
-                    before = computed
+                    computed = Computed.of(step.numbers, batch, self.tokens(batch, step.units))
+                except PreceptorError:
+                    if before is not None:  # it may be the last of a shard, which is whole then
+                        keep(*before)
+                    raise
+                # the device is at these rows while those before them, which may be the last of
+                # another shard, are looked at
                 if before is not None:
-                    keep(out, units, before)
-                commits.commit(out)
+                    keep(*before)
+                before = step, computed
+            if before is not None:
+                keep(*before)
         return problems
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Rows of a shard that the teachers see together, and the units that the shard lacks."""
+
+    shard: int
+    units: tuple[str, ...]
+    numbers: Sequence[int]

@@ -18,9 +18,9 @@ from preceptor.benchmarks.small_store import (
     plan,
     tokens,
 )
-from preceptor.cache import StoreWriter, encoded
+from preceptor.cache import StoreWriter, encoded, statistics
 from preceptor.cache.shard_writer import ShardWriter
-from preceptor.errors import DataError
+from preceptor.errors import DataError, StoreError
 
 SPACES = [space for teacher in TEACHERS for space in teacher.spaces]
 
@@ -32,6 +32,7 @@ class Device:
         self.begun = 0
         self.events: list[tuple[str, int]] = []
         monkeypatch.setattr(encoded, "to_host", self.to_host)
+        monkeypatch.setattr(statistics, "to_host", self.to_host)
 
     def to_host(self, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
         copies = [torch.full_like(x, 77) for x in tensors]
@@ -39,13 +40,12 @@ class Device:
         self.begun += 1
         self.events.append(("begun", number))
 
-        class Event:
-            def synchronize(_) -> None:
-                for copy, x in zip(copies, tensors, strict=True):
-                    copy.copy_(x)
-                self.events.append(("awaited", number))
+        def wait() -> None:
+            for copy, x in zip(copies, tensors, strict=True):
+                copy.copy_(x)
+            self.events.append(("awaited", number))
 
-        return copies, Event()
+        return copies, wait
 
 
 def begun(path: Path) -> StoreWriter:
@@ -74,7 +74,8 @@ def test_the_store_is_the_same_whenever_the_copies_arrive(
     fill(writer)
     writer.finish()
     assert contents(tmp_path / "late") == contents(tmp_path / "store")
-    assert device.begun == len(SPACES) * (3 + 2)  # batches of three rows, shards of 8 and 6
+    # batches of three rows, shards of 8 and 6, and the moments of each
+    assert device.begun == len(SPACES) * (3 + 2 + 2)
 
 
 def test_a_batch_is_awaited_when_the_next_is_under_way(
@@ -87,9 +88,13 @@ def test_a_batch_is_awaited_when_the_next_is_under_way(
         append(out, first, last)
     out.close()
     order = [("begun", 0), ("begun", 1), ("awaited", 0), ("begun", 2), ("awaited", 1)]
-    order.append(("awaited", 2))
+    order.append(("begun", 3))  # the moments
     assert len(SPACES) == 4
-    assert device.events == [(what, 4 * one + space) for what, one in order for space in range(4)]
+    expected = [(what, 4 * one + space) for what, one in order for space in range(4)]
+    assert device.events == expected
+    device.events.clear()
+    out.commit()
+    assert sorted(device.events) == [("awaited", number) for number in range(8, 16)]
 
 
 @pytest.mark.parametrize(
@@ -106,12 +111,14 @@ def test_tokens_that_cannot_be_stored_are_named_later_and_never_passed_over(
     for _ in range(2):
         with pytest.raises(DataError, match=named):
             append(out, 3, 6)
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(StoreError, match="3 of its 8 rows"):
         out.close()
     last = writer.shard(0, ("rows", "vit", "cnn"))
     append(last, 0, 8, bad=value)
+    last.close()
     with pytest.raises(DataError, match=named):
-        last.close()
+        last.commit()
+    assert not list((writer.path / "commits").rglob("*.json"))
 
 
 @pytest.mark.gpu
