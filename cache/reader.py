@@ -191,7 +191,8 @@ class Cache:
             An iterator of ``Batch``; its ``len`` is the number of steps left.
 
         Raises:
-            StoreError: an unknown space, impossible numbers, rows that cannot be read.
+            StoreError: an unknown space, impossible numbers, rows that cannot be read, or fewer
+                rows than one batch of every rank.
         """
         chosen = [self[name].spec for name in spaces]
         if not chosen:
@@ -223,6 +224,16 @@ class Cache:
             shuffle=shuffle,
             drop_last=drop_last,
         )
+        asked = np.count_nonzero(eligible)
+        if not order.steps and (asked or rows is None):
+            each = asked // world
+            way_out = "choose a smaller batch_size" + (", or drop_last=False" if each else "")
+            raise StoreError(
+                f"batch_size={batch_size} is more than the {each:,} rows of each rank "
+                f"({asked:,} rows that can be read, {world} ranks): {way_out}"
+                if asked
+                else f"{self.location} has no row that can be read"
+            )
         if not 0 <= start_step <= order.steps:
             raise StoreError(f"step {start_step} is not within the {order.steps} steps of an epoch")
         return BatchIterator(

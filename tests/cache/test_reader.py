@@ -161,6 +161,19 @@ def test_batches_of_some_rows_in_order(cache: Cache) -> None:
             cache.batches(["vit/cls"], **{"batch_size": 4, **bad})
 
 
+def test_an_epoch_without_a_batch_is_refused_with_both_figures(cache: Cache) -> None:
+    count = len(VALID)
+    assert len(cache.batches(["vit/cls"], count)) == 1
+    told = rf"batch_size={count + 1} is more than the {count} rows .*, 1 ranks.*drop_last=False"
+    with pytest.raises(StoreError, match=told):
+        cache.batches(["vit/cls"], count + 1)
+    with pytest.raises(StoreError, match=rf"more than the {count // 3} rows .*{count} rows .* 3 r"):
+        cache.batches(["vit/cls"], count // 3 + 1, world=3)
+    with pytest.raises(StoreError, match=r"batch_size=1 is more than the 0 rows of each rank \(2 "):
+        cache.batches(["vit/cls"], 1, rows=VALID[:2], world=3, drop_last=False)
+    assert list(cache.batches(["vit/cls"], 4, rows=[])) == []
+
+
 def test_an_iterator_that_is_dropped_half_way_ends_its_threads(cache: Cache) -> None:
     import threading
 
