@@ -7,7 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -118,16 +118,25 @@ def gathered(fabric: Fabric, value: T) -> list[T]:
 
 
 @contextlib.contextmanager
-def one_first(fabric: Fabric) -> Iterator[None]:
+def one_first(
+    fabric: Fabric,
+    waits: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Iterator[None]:
     """Of the processes of each machine one runs the block before the others, who find what it has
-    kept, if anything; they follow where it fails, too. A collective."""
+    kept, if anything; they follow where it fails, too. A collective.
+
+    Args:
+        waits: makes a context for a process's waiting.
+    """
     if fabric.local_rank > 0:
-        fabric.barrier()
+        with waits():
+            fabric.barrier()
     try:
         yield
     finally:
         if fabric.local_rank == 0:
-            fabric.barrier()
+            with waits():
+                fabric.barrier()
 
 
 def refuse_several(verb: str, engine: DictConfig | None = None) -> None:

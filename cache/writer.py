@@ -36,6 +36,7 @@ from .shard_writer import PARTIAL, ShardWriter
 from .source import local_path
 from .spare import SPARE, write_twice
 from .stored_valid import stored_valid
+from .waiting import waiting
 
 
 class StoreWriter:
@@ -259,8 +260,10 @@ class StoreWriter:
                 f"{self.path} is not whole: {len(todo)} of {self.plan.shards} shards are not "
                 f"committed ({shards}{', ...' if len(todo) > 8 else ''})"
             )
-        for unit in self.plan.units:
-            finish_unit(self.path, self.manifest, unit)
+        shards = f"{self.plan.shards:,} shards"
+        with waiting(f"{self.path}: the statistics of {shards} are merged, and the store sealed"):
+            for unit in self.plan.units:
+                finish_unit(self.path, self.manifest, unit)
         with contextlib.suppress(OSError):  # of a unit that was added meanwhile there may be some
             (self.path / PARTIAL).rmdir()
 

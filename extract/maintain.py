@@ -20,7 +20,7 @@ from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path
 from ..cache.writer import remove_unit
-from ..engine import launch, one_first, refuse_several
+from ..engine import launch, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
 from .calibration import calibrate, check_calibration
@@ -33,7 +33,7 @@ from .pipeline import (
     teachers_precision,
 )
 from .runner import TeacherRunner
-from .turns import await_calibration, shares_of_all
+from .turns import await_calibration, one_first, shares_of_all
 
 _SHOWN = 20
 
@@ -148,7 +148,7 @@ def add(config: DictConfig) -> dict[str, Any]:
     _refuse_pending(writer, names)
     new = [space for record in records if record.name not in present for space in record.spaces]
     check_calibration(config.calibration, records, new)
-    with one_first(fabric):
+    with one_first(fabric, "lists the images"):
         index, policy = _images(config, writer.plan, quiet=not first)
     for record in records:
         there = present.get(record.name)

@@ -35,7 +35,7 @@ from ..cache.rows import is_text
 from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify_report import write_beside
-from ..engine import gathered, launch, one_first, precision
+from ..engine import gathered, launch, precision
 from ..errors import ConfigError, DataError, StoreError, closest
 from ..measure import peak_memory_mb
 from ..options import plain
@@ -44,7 +44,7 @@ from .images import stored_pixels
 from .runner import TeacherRunner
 from .teachers import OPTIONS, Teacher, load_teacher
 from .teachers.base import named
-from .turns import await_calibration, shares_of_all
+from .turns import await_calibration, one_first, shares_of_all
 
 TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 PATIENCE = timedelta(days=7)
@@ -63,7 +63,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     _validate(config)
     fabric = launch(config.engine, patience=PATIENCE)
-    with one_first(fabric):
+    with one_first(fabric, "lists the images"):
         index = _sample_index(config, quiet=fabric.global_rank > 0)
     views = plain(config.views)
     # The other policies draw nothing, and their views are the same whatever the seed.
@@ -104,6 +104,11 @@ def extract(config: DictConfig) -> dict[str, Any]:
             f"{summary['rows_extracted']:,} rows extracted now in {summary['seconds']:.0f} s"
             + (f"; {summary['rows_invalid']} invalid rows" if summary["rows_invalid"] else "")
         )
+        if summary["rows_invalid"] == summary["rows"]:
+            first = f", the first for this: {problems[0]}" if problems else ""
+            raise DataError(
+                f"{config.cache}: none of its {summary['rows']:,} rows has tokens{first}"
+            )
     return summary
 
 

@@ -7,10 +7,25 @@ from typing import TypeVar
 
 from lightning_fabric import Fabric
 
+from .. import engine
 from ..cache.waiting import waiting
 from ..engine import gathered
 
 T = TypeVar("T")
+
+
+def one_first(fabric: Fabric, what: str) -> contextlib.AbstractContextManager[None]:
+    """As `engine.one_first`, and told: by process 1 that it waits for the first of its machine, and
+    by process 0 that it waits for the first of each other machine.
+
+    Args:
+        what: the block does, ``lists the images``.
+    """
+    first = fabric.local_rank == 0
+    who = "the first process of every machine" if first else "the first process of its machine"
+    line = f"process {fabric.global_rank} waits for {who}, which {what}"
+    tells = fabric.world_size > 1 and fabric.global_rank < 2
+    return engine.one_first(fabric, lambda: waiting(line) if tells else contextlib.nullcontext())
 
 
 def await_calibration(fabric: Fabric) -> None:

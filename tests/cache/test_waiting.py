@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from preceptor.cache import durable, waiting
+from preceptor.benchmarks.small_store import extract
+from preceptor.cache import durable, waiting, writer
 from preceptor.cache.durable import directory_lock
 
 
@@ -71,3 +72,20 @@ def test_a_lock_that_another_process_holds_is_told_with_its_folder(
     finally:
         os.close(held)
     assert told == [f"waiting for another process that holds {tmp_path}"]
+
+
+def test_the_sealing_of_a_store_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def recorded(what: str) -> Iterator[None]:
+        assert not list(tmp_path.rglob("complete.json"))
+        told.append(what)
+        yield
+        assert list(tmp_path.rglob("complete.json"))
+
+    monkeypatch.setattr(writer, "waiting", recorded)
+    extract(tmp_path / "store")
+    assert told == [
+        f"{tmp_path / 'store'}: the statistics of 2 shards are merged, and the store sealed"
+    ]

@@ -31,6 +31,29 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_waits_for_the_first_of_a_machine_is_told(
+    machines: int, fails: bool, told: list[str]
+) -> None:
+    """The barrier is within what is told, the block is not."""
+    for rank in range(4):
+        local = rank % (4 // machines)
+        fabric: Any = SimpleNamespace(
+            world_size=4, global_rank=rank, local_rank=local, barrier=lambda: told.append("barrier")
+        )
+        with contextlib.suppress(ZeroDivisionError), turns.one_first(fabric, "lists"):
+            told.append("block")
+            assert not fails or 1 / 0
+        barrier = ["barrier"]
+        if rank < 2:
+            whose = "every machine" if local == 0 else "its machine"
+            line = f"process {rank} waits for the first process of {whose}, which lists"
+            barrier = [line, "barrier", "over"]
+        assert told == (["block", *barrier] if local == 0 else [*barrier, "block"])
+        told.clear()
+
+
 @pytest.mark.parametrize(
     ("world", "calibration", "shares"),
     [
