@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from .encodings import ENCODINGS
+from .encodings import holding
 from .encodings.base import to_numpy
 from .plan import SpaceSpec
 
@@ -58,12 +58,16 @@ class Encoded:
                     f"{where} is not finite once standardised for {key}: check the image and the "
                     "teacher's precision"
                 )
-            wider = how.limit < max(one.limit for one in ENCODINGS.values())
+            wider = holding(float(self._peaks[row, token]))
             raise DataError(
                 f"{where} is too far from the calibrated mean for the encoding {how.name}, which "
                 f"holds {how.limit:,.0f} deviations, for {key}: check the image; if it is sound, "
                 "make the store anew with a calibration of more images, or of such images"
-                + (", or with encoding: int8, which holds more" if wider else "")
+                + (
+                    f", or with encoding: {' or '.join(wider)}, which would hold it"
+                    if wider
+                    else ""
+                )
             )
         return {name: to_numpy(part) for name, part in self._parts.items()}
 

@@ -19,8 +19,8 @@ class RowBatch:
         sizes: int32 ``[b, 2]``: height and width of the source image, pixels.
         boxes: float32 ``[b, 4]``: left, top, right, bottom of the view, source pixels.
         flips: bool ``[b]``: whether the view is mirrored.
-        valid: bool ``[b]``; False: the image was corrupt, or a teacher gave no finite
-            tokens of it, and it was skipped: the row has no tokens.
+        valid: bool ``[b]``; False: the image was corrupt, or a teacher gave tokens of it that
+            cannot be stored, and it was skipped: the row has no tokens.
     """
 
     keys: list[str]

@@ -15,8 +15,8 @@ from ..cache.convert import copy_calibration
 from ..cache.statistics import SAMPLE_ROWS, CalibrationSums, calibration, prediction_weights
 from ..errors import ConfigError, DataError, StoreError
 from ..progress import ProgressLine
-from .finite import Computed, StoredRows
 from .images import batched
+from .storable import Computed, StoredRows
 
 if TYPE_CHECKING:
     from .runner import TeacherRunner
@@ -48,7 +48,8 @@ def calibrate(writer: StoreWriter, runner: TeacherRunner, config: DictConfig) ->
         problems: list[str] = []
         with ProgressLine("calibrate", len(rows), "rows") as line:
             for numbers, batch in zip(lists, runner.batches(lists), strict=True):
-                found = Computed.of(numbers, batch, runner.tokens(batch, teachers)).settled(
+                # where they will be stored is known when all have been seen
+                found = Computed.of(numbers, batch, runner.tokens(batch, teachers), {}).settled(
                     runner.index, stored, views=runner.policy.count, skip=runner.skip_corrupt
                 )
                 problems += found.batch.problems

@@ -21,8 +21,8 @@ from ..engine import decoders
 from ..errors import ConfigError, DataError, PreceptorError
 from ..pixels import normalise
 from ..progress import ProgressLine
-from .finite import Computed, StoredRows
 from .images import Geometry, ViewBatch, ViewDataset, batched, geometry, view_batches
+from .storable import Computed, StoredRows, Target
 from .teachers import Teacher
 from .teachers.base import named, refuse_other_shapes
 
@@ -130,6 +130,12 @@ class TeacherRunner:
         total = sum(len(step.numbers) for step in steps)
         line = ProgressLine("extract" if world == 1 else f"extract, 1 of {world}", total, "rows")
         stored = StoredRows(writer)
+        teachers = {unit for _, units in pending for unit in units}
+        targets = {
+            name: Target(space, writer.frozen(name, self.fabric.device))
+            for name, space in writer.plan.spaces.items()
+            if space.teacher in teachers
+        }
         out: ShardWriter | None = None
 
         def keep(step: _Step, computed: Computed) -> None:
@@ -157,7 +163,9 @@ class TeacherRunner:
             for step in steps:
                 try:
                     batch = next(stream)
-                    computed = Computed.of(step.numbers, batch, self.tokens(batch, step.units))
+                    computed = Computed.of(
+                        step.numbers, batch, self.tokens(batch, step.units), targets
+                    )
                 except PreceptorError:
                     if before is not None:  # it may be the last of a shard, which is whole then
                         keep(*before)

@@ -1,4 +1,8 @@
-"""Rows of which a teacher gives tokens that are no numbers: left out, or told with their image."""
+"""Rows of which a teacher gives tokens that no store can hold: left out, or told with their image.
+
+Such tokens are no numbers, or so far from the calibrated mean that the encoding cannot express
+them. They are never clipped.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cache import SampleIndex, StoreWriter
+from ..cache import SampleIndex, SpaceSpec, StoreWriter
 from ..cache.encoded import to_host
+from ..cache.encodings import holding
 from ..errors import DataError
 from .images import ViewBatch
 
 UNKNOWN, INVALID, VALID = -1, 0, 1
 """What a store says of a row: nothing yet, that it has no tokens, that it has some."""
+LARGEST = float(np.finfo(np.float32).max)
+_BLOCK = 1 << 18
 
 
 class StoredRows:
@@ -39,30 +46,108 @@ class StoredRows:
         return found
 
 
-class Finite:
-    """Whether tokens are finite, on its way from the device that has them.
+@dataclass(frozen=True)
+class Target:
+    """Where tokens are to be stored.
 
-    Args:
-        tokens: by space id ``[v, N, D]``.
+    Attributes:
+        space: its encoding.
+        frozen: its calibration on the device that has the tokens.
     """
 
-    def __init__(self, tokens: Mapping[str, Tensor]) -> None:
-        self._spaces = list(tokens)
-        self._await: Callable[[], object] | None = None
-        self._flags: Tensor | None = None
-        if tokens:
-            flags = [torch.isfinite(values).flatten(1).all(1) for values in tokens.values()]
-            (self._flags,), self._await = to_host([torch.stack(flags)])
+    space: SpaceSpec
+    frozen: Mapping[str, Tensor]
 
-    def lacking(self) -> dict[int, str]:
-        """By place among the v rows, the first space of which it has tokens that are not finite;
+    def standardised(self, x: Tensor) -> Tensor:
+        """As the writer of a shard has them, to the bit."""
+        return (x - self.frozen["mean"]) / self.frozen["std"]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why tokens of an image cannot be stored.
+
+    Attributes:
+        space: id of the space that they are of.
+        peak: their largest distance from the calibrated mean, in deviations.
+        target: where they were to be stored; None: they are not finite.
+    """
+
+    space: str
+    peak: float
+    target: Target | None
+
+    def __str__(self) -> str:
+        """The rest of a sentence, after "tokens of a space that"."""
+        if self.target is None:
+            return "are not finite"
+        how = self.target.space.how
+        far = f"{self.peak:,.0f}" if np.isfinite(self.peak) else "more than float32 can tell"
+        return (
+            f"are too far from the calibrated mean for the encoding {how.name}, which holds "
+            f"{how.limit:,.0f} deviations (they have {far})"
+        )
+
+    @property
+    def remedy(self) -> str:
+        if self.target is None:
+            return "check the image and engine.precision"
+        teacher = self.target.space.teacher
+        wider = [f"teachers.{teacher}.encoding={name}" for name in holding(self.peak)]
+        holds = f" (which {' or '.join(wider)} would hold)" if wider else ""
+        return (
+            "check the image; if it is sound, make the store anew with a calibration of more "
+            f"images, or of such images{holds}"
+        )
+
+
+class Peaks:
+    """The largest magnitude of every image's tokens, on its way from the device that has them.
+
+    Args:
+        tokens: by space id float32 ``[v, N, D]``.
+        targets: by space id where they are to be stored; tokens of a space without one need to be
+            finite.
+    """
+
+    def __init__(self, tokens: Mapping[str, Tensor], targets: Mapping[str, Target]) -> None:
+        self._tokens, self._targets = tokens, targets
+        self._await: Callable[[], object] | None = None
+        self._peaks: Tensor | None = None
+        if tokens:
+            peaks = [_peaks(x, targets.get(space)) for space, x in tokens.items()]
+            (self._peaks,), self._await = to_host([torch.stack(peaks)])
+
+    def refused(self) -> dict[int, Refused]:
+        """By place among the v rows, the first space of which it has tokens that cannot be stored;
         waits for the device."""
         if self._await is not None:
             self._await()
-        if self._flags is None or bool(self._flags.all()):
+        if self._peaks is None:
             return {}
-        bad = ~self._flags.numpy()
-        return {int(row): self._spaces[bad[:, row].argmax()] for row in np.flatnonzero(bad.any(0))}
+        found: dict[int, Refused] = {}
+        for (space, x), peaks in zip(self._tokens.items(), self._peaks.numpy(), strict=True):
+            target = self._targets.get(space)
+            limit = LARGEST if target is None else target.space.how.limit
+            for place in np.flatnonzero(~(peaks <= limit)).tolist():  # NaN is not, either
+                finite = bool(torch.isfinite(x[place]).all())
+                why = Refused(space, float(peaks[place]), target if finite else None)
+                found.setdefault(place, why)
+        return found
+
+
+def _peaks(x: Tensor, target: Target | None) -> Tensor:
+    """The largest magnitudes, float32 ``[v]``, of tokens ``[v, N, D]``."""
+    if not x.numel():
+        return x.new_zeros(len(x))
+    block = len(x)
+    if x.device.type == "cpu":  # temporaries that stay in the processor's cache
+        block = max(1, _BLOCK // x[0].numel())
+    found = []
+    for part in x.split(block):
+        z = part if target is None else target.standardised(part)
+        found.append(z.abs().flatten(1).amax(1))
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -73,24 +158,34 @@ class Computed:
         numbers: of its rows in the store.
         batch: of b rows, v of them valid.
         tokens: by space id ``[v, N, D]``.
-        finite: of these tokens.
+        peaks: of these tokens.
     """
 
     numbers: Sequence[int]
     batch: ViewBatch
     tokens: dict[str, Tensor]
-    finite: Finite
+    peaks: Peaks
 
     @classmethod
-    def of(cls, numbers: Sequence[int], batch: ViewBatch, tokens: dict[str, Tensor]) -> Computed:
-        """The same, with its tokens looked at; does not wait for the device."""
-        return cls(numbers, batch, tokens, Finite(tokens))
+    def of(
+        cls,
+        numbers: Sequence[int],
+        batch: ViewBatch,
+        tokens: dict[str, Tensor],
+        targets: Mapping[str, Target],
+    ) -> Computed:
+        """The same, with its tokens looked at; does not wait for the device.
+
+        Args:
+            targets: by space id where tokens are to be stored, as far as that is known.
+        """
+        return cls(numbers, batch, tokens, Peaks(tokens, targets))
 
     def settled(
         self, index: SampleIndex, stored: StoredRows, *, views: int, skip: bool
     ) -> Computed:
         """Without the rows that have no place in the store: those that it has as invalid, and, if
-        it says nothing of them yet and skipping is on, those with tokens that are not finite.
+        it says nothing of them yet and skipping is on, those with tokens that cannot be stored.
 
         They were in the batch when the teachers ran, so the other rows' tokens are those of the
         first time, to the bit, when a shard is extracted again.
@@ -107,16 +202,16 @@ class Computed:
         valid = np.flatnonzero(self.batch.rows.valid)
         out = known[valid] == INVALID
         problems = list(self.batch.problems)
-        for place, space in self.finite.lacking().items():
+        for place, why in self.peaks.refused().items():
             if out[place]:
                 continue
             row = self.numbers[valid[place]]
             image = index.where(row // views)
             if known[valid[place]] == VALID or not skip:
                 shard = row // stored.shard_rows
-                raise DataError(_refusal(space, image, row, shard, known[valid[place]] == VALID))
+                raise DataError(_refusal(why, image, row, shard, known[valid[place]] == VALID))
             out[place] = True
-            problems.append(f"image {image}: the tokens of {space} are not finite")
+            problems.append(f"image {image}: the tokens of {why.space} {why}")
         if not out.any():
             return self
         still = self.batch.rows.valid.copy()
@@ -129,8 +224,8 @@ class Computed:
         return replace(self, batch=batch, tokens=tokens)
 
 
-def _refusal(space: str, image: str, row: int, shard: int, stored: bool) -> str:
-    teacher, _, name = space.partition("/")
+def _refusal(why: Refused, image: str, row: int, shard: int, stored: bool) -> str:
+    teacher, _, name = why.space.partition("/")
     way_out = (
         "say on_corrupt=skip, which leaves such images out and counts them"
         if not stored
@@ -138,7 +233,6 @@ def _refusal(space: str, image: str, row: int, shard: int, stored: bool) -> str:
         "make the store anew with all of them and on_corrupt=skip"
     )
     return (
-        f"teacher {teacher} gives tokens of space {name} that are not finite for image {image}, "
-        f"row {row} in shard {shard} of the store: check the image and engine.precision, or "
-        f"{way_out}"
+        f"teacher {teacher} gives tokens of space {name} that {why} for image {image}, "
+        f"row {row} in shard {shard} of the store: {why.remedy}, or {way_out}"
     )

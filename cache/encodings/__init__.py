@@ -31,4 +31,9 @@ def encoding(name: str) -> Encoding:
     return ENCODINGS[name]
 
 
-__all__ = ["ENCODINGS", "Array", "Component", "Encoding", "encoding"]
+def holding(peak: float) -> list[str]:
+    """Names of the encodings that can hold so many deviations."""
+    return [name for name, one in ENCODINGS.items() if peak <= one.limit]
+
+
+__all__ = ["ENCODINGS", "Array", "Component", "Encoding", "encoding", "holding"]

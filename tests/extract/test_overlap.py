@@ -11,7 +11,7 @@ import torch
 from preceptor.benchmarks.small_store import contents
 from preceptor.cache import encoded, statistics
 from preceptor.cli import main
-from preceptor.extract import finite
+from preceptor.extract import storable
 from preceptor.extract.runner import TeacherRunner
 from preceptor.tests.conftest import COUNT
 from preceptor.tests.extract.tiny_store import CALL
@@ -41,7 +41,7 @@ class Queue:
             return plain(runner, *given)
 
         monkeypatch.setattr(TeacherRunner, "tokens", tokens)
-        for module in (encoded, statistics, finite):
+        for module in (encoded, statistics, storable):
             monkeypatch.setattr(module, "to_host", self.to_host)
 
     def to_host(self, tensors: list[Tensor]) -> tuple[list[Tensor], Any]:

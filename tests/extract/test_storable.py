@@ -1,4 +1,4 @@
-"""A blank image, of which one of two teachers gives no numbers: left out for both, or told."""
+"""A blank image, of which one teacher gives tokens that cannot be stored: left out, or told."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ CALL = "call:preceptor.tests.extract"
 TEACHERS = {
     "cnn": f"cnn: {{source: '{CALL}.tiny_teachers:cnn', encoding: int4}}\n",
     "fine": f"fine: {{source: '{CALL}.tiny_teachers:vit', encoding: fp16}}\n",
+    "beacon": f"beacon: {{source: '{CALL}.awkward_teachers:beacon', encoding: fp16}}\n",
     "touchy": f"touchy: {{source: '{CALL}.awkward_teachers:contrast'}}\n",
 }
 
@@ -28,7 +29,9 @@ TEACHERS = {
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("shards") / "s-0.tar"
     (path.parent / "teachers").mkdir()
-    for name, text in {**TEACHERS, "all": "".join(TEACHERS.values())}.items():
+    several = {"all": ("cnn", "fine", "touchy"), "far": ("cnn", "beacon")}
+    texts = {group: "".join(TEACHERS[name] for name in names) for group, names in several.items()}
+    for name, text in {**TEACHERS, **texts}.items():
         (path.parent / "teachers" / f"{name}.yaml").write_text(text)
     random = np.random.default_rng(0)
     with webdataset.TarWriter(str(path)) as tar:
@@ -49,6 +52,16 @@ def run(verb: str, store: Path, shards: str, teachers: str, *options: str) -> in
     given = [f"cache={store}", f"data.shards='{shards}'", "batch_size=3", "workers=0", "engine=cpu"]
     chosen = ["--config-dir", str(Path(shards).parent), f"teachers={teachers}"]
     return main([verb, *chosen, *given, *options])
+
+
+def sound(shards: str) -> str:
+    """The shard without the image that is broken."""
+    whole = shards.replace("s-0", "whole")
+    with webdataset.TarWriter(whole) as tar:
+        for sample in webdataset.WebDataset(shards, shardshuffle=False):
+            if sample["__key__"] != f"im{BROKEN:03d}":
+                tar.write({key: sample[key] for key in ("__key__", "png", "cls")})
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +96,7 @@ def test_it_stops_with_the_names_of_all_that_is_concerned(
 ) -> None:
     """In the calibration's sample, and, where that is another store's, in its shard."""
     more = [f"calibration.store={good}"] if borrowed else []
-    whole = shards.replace("s-0", "whole")
-    with webdataset.TarWriter(whole) as tar:
-        for sample in webdataset.WebDataset(shards, shardshuffle=False):
-            if sample["__key__"] != f"im{BROKEN:03d}":
-                tar.write({key: sample[key] for key in ("__key__", "png", "cls")})
-    assert run("extract", tmp_path / "store", whole, "all", "on_corrupt=stop", *more) == 1
+    assert run("extract", tmp_path / "store", sound(shards), "all", "on_corrupt=stop", *more) == 1
     told = capsys.readouterr().err
     assert "teacher touchy gives tokens of space patch that are not finite" in told
     assert "'im005' in shard " in told
@@ -156,6 +164,65 @@ def test_a_teacher_that_is_added_cannot_leave_out_a_row_that_others_have(
     assert "leave this teacher out" in told
     assert main(["drop", f"cache={store}", "teacher=touchy"]) == 0
     assert Cache.open(store).valid[BLANK]
+
+
+@pytest.fixture
+def without_the_blank_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration's sample that lacks it."""
+    monkeypatch.setattr(calibration, "sample_rows", lambda rows, wanted, seed: [0, 1, 3, 7])
+
+
+@pytest.mark.usefixtures("without_the_blank_one")
+def test_tokens_beyond_the_encoding_are_left_out_for_all_teachers_and_never_clipped(
+    shards: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    assert run("extract", store, shards, "far") == 0
+    cache = Cache.open(store)
+    rows = np.flatnonzero(np.asarray(cache.valid))
+    assert [row for row in range(COUNT) if row not in rows] == [BLANK, BROKEN]
+    damage = json.loads(store.with_name("store.extract.json").read_text())["damage"]
+    told = next(text for text in damage if "im005" in text)
+    assert "s-0.tar: the tokens of beacon/patch are too far from the calibrated mean" in told
+    # the other rows are those of the teacher alone, whose tokens are the same but for that image
+    assert run("extract", tmp_path / "alone", shards, "cnn") == 0
+    theirs = Cache.open(tmp_path / "alone")
+    assert theirs.valid[BLANK]
+    for ours, expected in zip(
+        cache["cnn/patch"].read(rows).parts.values(),
+        theirs["cnn/patch"].read(rows).parts.values(),
+        strict=True,
+    ):
+        assert (ours == expected).all()
+    before = contents(store)
+    for unit in ("rows", "cnn", "beacon"):
+        (store / f"commits/{unit}/1.json").unlink()
+    assert run("extract", store, shards, "far") == 0
+    assert contents(store) == before
+
+
+@pytest.mark.usefixtures("without_the_blank_one")
+@pytest.mark.parametrize("added", [False, True])
+def test_tokens_beyond_the_encoding_are_told_with_all_that_is_concerned(
+    added: bool, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    whole = sound(shards)
+    if added:
+        assert run("extract", store, whole, "cnn") == 0
+        assert run("add", store, whole, "beacon") == 1
+    else:
+        assert run("extract", store, whole, "far", "on_corrupt=stop") == 1
+    told = capsys.readouterr().err
+    for words in (
+        "teacher beacon gives tokens of space patch that are too far from the calibrated mean",
+        "for the encoding fp16, which holds 65,504 deviations (they have ",
+        "for image 'im005' in shard ",
+        "row 5 in shard 1 of the store",
+        "teachers.beacon.encoding=int8 or teachers.beacon.encoding=compact would hold",
+        "leave this teacher out" if added else "on_corrupt=skip",
+    ):
+        assert words in told
 
 
 def test_a_store_says_nothing_of_rows_before_a_shard_of_them_is_there(

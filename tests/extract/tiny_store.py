@@ -19,8 +19,8 @@ def teachers(**functions: str) -> str:
 
 def run(verb: str, store: Path, shards: str, *options: str) -> int:
     if verb in ("extract", "add"):
-        options = (*options, "calibration.images=6")
+        options = ("calibration.images=6", *options)
     if verb == "extract":
-        options = (*options, "shard_rows=4", "group_rows=2", "on_corrupt=skip")
+        options = ("shard_rows=4", "group_rows=2", "on_corrupt=skip", *options)
     given = [f"cache={store}", f"data.shards='{shards}'", "batch_size=3", "workers=0"]
     return main([verb, *options, *given, "engine=cpu"])
