@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _HOME = re.compile(r"(?<=[=\[,:\s'\"])~(?=/)")
 """The user's folder, where a word of a command line or a part of a list begins with it."""
 
+_WRITTEN = {"extract": "cache"}
+"""The option that says where a command writes, if it is not ``out``."""
+
 __all__ = [
     "CONFIGS",
     "check_options",
@@ -165,13 +168,15 @@ def _check_whole(
 
     fixed = [str(item.input_line) for item in overrides if not item.is_sweep_override()]
     swept = [item for item in overrides if item.is_sweep_override() and item.is_choice_sweep()]
+    written = _WRITTEN.get(verb, "out")
     outputs: dict[str, str] = {}
     for values in itertools.product(*(item.sweep_string_iterator() for item in swept)):
         chosen = [f"{i.key_or_group}={v}" for i, v in zip(swept, values, strict=True)]
         config = composer.compose([*fixed, *chosen])
         check_keys(verb, OmegaConf.to_container(config, resolve=False), sources)  # type: ignore[arg-type]
         try:
-            missing, out = sorted(OmegaConf.missing_keys(config)), config.get("out")
+            missing = sorted(OmegaConf.missing_keys(config))
+            out = None if written in missing else config.get(written)
         except OmegaConfBaseException as error:
             raise ConfigError(
                 f"an option refers to what is not there: {first_line(error)}"
@@ -185,7 +190,8 @@ def _check_whole(
         if out is not None and out in outputs:
             raise ConfigError(
                 f"the jobs {outputs[out]!r} and {job!r} of the sweep would both write to {out}; "
-                f"put what differs into the name, such as out='{out}-${{{swept[-1].key_or_group}}}'"
+                "put what differs into the name, such as "
+                f"{written}='{out}-${{{swept[-1].key_or_group}}}'"
             )
         outputs[out] = job
 

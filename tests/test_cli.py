@@ -325,6 +325,15 @@ def test_jobs_of_a_sweep_that_would_overwrite_each_other_are_refused() -> None:
     check_options("train", [*options, "out='x-${align.tokens}'"])
 
 
+def test_extractions_of_a_sweep_that_would_fill_one_store_are_refused() -> None:
+    options = ["data.shards=b", "seed=0,1", "-m"]
+    told = r"seed=0.*seed=1.*both write to a; .* such as cache='a-\$\{seed\}'"
+    with pytest.raises(ConfigError, match=told):
+        check_options("extract", ["cache=a", *options])
+    check_options("extract", ["cache='a-${seed}'", *options])
+    check_options("verify", ["cache=a", "seed=0,1", "-m"])
+
+
 @pytest.mark.parametrize("place", range(3))
 def test_flags_may_stand_anywhere(place: int, tmp_path: Path) -> None:
     given = ["cache=a", "seed=0,1"]
