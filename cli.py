@@ -148,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"and what it said tells why ({first_line(error)})",
                 file=sys.stderr,
             )
+        elif engine is not None and (sentence := engine.lost_decoder(error)):
+            print(f"preceptor {name}: {sentence}", file=sys.stderr)
         else:
             traceback.print_exc()
         return _failed(1)

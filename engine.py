@@ -108,6 +108,22 @@ def others_ended(error: BaseException) -> bool:
     return any(sign in text for sign in ("by peer", "remote process exited", "Broken pipe"))
 
 
+def lost_decoder(error: BaseException) -> str | None:
+    """A sentence for an error by which torch says that a process that decodes images was killed or
+    found no memory; None for others."""
+    line = first_line(error)
+    if isinstance(error, MemoryError):
+        what = f"there is no memory left ({line})" if line else "there is no memory left"
+    elif isinstance(error, RuntimeError) and line.startswith("DataLoader worker (pid"):
+        what = (
+            f"a process that decodes images was ended from outside ({line.rstrip(' .')}), as a "
+            "system does that has no memory left"
+        )
+    else:
+        return None
+    return f"{what}: say workers=N for fewer of them, or a smaller batch_size"
+
+
 def gathered(fabric: Fabric, value: T) -> list[T]:
     """The picklable value of every process, in the order of ranks; a collective call."""
     if fabric.world_size == 1:

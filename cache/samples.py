@@ -283,7 +283,7 @@ class SampleIndex:
             width, height = image.size
             if width * height > max_pixels:
                 raise DamagedImageError(
-                    f"image {self.where(i)} is {width} x {height}, more than {max_pixels:,} pixels"
+                    f"image {self.where(i)} is {width} x {height}, {_too_many(max_pixels)}"
                 )
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -292,12 +292,20 @@ class SampleIndex:
             raise
         except Exception as error:  # decoders of damaged bytes raise anything at all
             why = str(error)
+            if isinstance(error, Image.DecompressionBombError):  # knows of no option
+                raise DamagedImageError(
+                    f"image {self.where(i)} has {_too_many(max_pixels)}"
+                ) from error
             if isinstance(error, UnidentifiedImageError):  # names an object in memory
                 why = f"they are no {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
             raise DamagedImageError(
                 f"image {self.where(i)} ({len(data):,} bytes) cannot be decoded: {why}; "
                 "replace it, or let the extraction skip corrupt images"
             ) from error
+
+
+def _too_many(max_pixels: int) -> str:
+    return f"more than {max_pixels:,} pixels: if it is as it should be, raise max_pixels"
 
 
 def open_image(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:

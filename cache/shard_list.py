@@ -186,7 +186,7 @@ def _walk(
                 f"sample {key!r} in shard {shard.path} has "
                 f"{'images ' + ' and '.join(images) if images else 'no image'} "
                 f"(members: {', '.join([*own][:8])}{', ...' if len(own) > 8 else ''}); expected "
-                f"exactly one of {', '.join(IMAGE_KINDS)}{'' if images else _dotted(key, own)}"
+                f"exactly one of {', '.join(IMAGE_KINDS)}{'' if images else _remedy(key, own)}"
             )
         image = own[images[0]]
         keys.append(key)
@@ -213,8 +213,9 @@ def _walk(
     return ShardList(keys, labels, offsets, sizes, members, passed)
 
 
-def _dotted(key: str, kinds: Iterable[str]) -> str:
-    """What to do where a name has more dots than the one before its extension."""
+def _remedy(key: str, kinds: Iterable[str]) -> str:
+    """What to do where a name has more dots than the one before its extension, or is of a tar."""
+    kinds = list(kinds)
     for kind in kinds:
         stem, _, extension = kind.rpartition(".")
         if extension in IMAGE_KINDS:
@@ -223,6 +224,11 @@ def _dotted(key: str, kinds: Iterable[str]) -> str:
                 f". In WebDataset's tars a key ends at the first dot of the name: instead of "
                 f"{key}.{kind} write {other}, and so its label"
             )
+    if {"tar", "tgz"} & {*kinds}:
+        return (
+            ". A tar of tars, as ILSVRC2012_img_train.tar is: unpack it, and each tar in it into a "
+            "folder of its class, and name the folder that holds these"
+        )
     return ""
 
 

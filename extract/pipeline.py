@@ -224,9 +224,12 @@ def _sample_index(config: DictConfig, *, quiet: bool) -> SampleIndex:
         raise ConfigError("data.shards=null: teachers need the images; say data.shards=...")
     index = list_samples(shards, quiet=quiet)
     if index.ignored and not quiet:
+        count = len(index.ignored)
+        of_them = f"{count:,} files of {shards} are no images by their extension and are left out"
+        if count == 1:
+            of_them = f"one file of {shards} is no image by its extension and is left out"
         print(
-            f"warning: {len(index.ignored):,} files of {shards} are no images by their extension "
-            f"and are left out, such as {index.ignored[0]!r}",
+            f"warning: {of_them}{', such as' if count > 1 else ':'} {index.ignored[0]!r}",
             file=sys.stderr,
         )
     if config.order == "permuted":

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from preceptor.cache import RowBatch, SampleIndex, ViewPolicy
+from preceptor.cli import main
 from preceptor.errors import ConfigError
 from preceptor.extract import images
 from preceptor.extract.images import ViewBatch, ViewDataset, view_batches
+from preceptor.tests.extract.tiny_store import CALL
+from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
 
@@ -78,3 +83,37 @@ def test_an_image_is_decoded_once_for_all_its_views(shards, monkeypatch):
     for geometry in geometries:
         apart = torch.cat([one.pixels[geometry] for one in expected])
         assert torch.equal(found.pixels[geometry], apart)
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("killed", "a process that decodes images was ended from outside"),
+        ("memory", "there is no memory left"),
+    ],
+)
+def test_a_worker_that_is_lost_is_told_with_the_way_out(
+    end, words, shards, tmp_path, monkeypatch, capsys
+):
+    plain = ViewDataset.__getitem__
+
+    def get(self, item):
+        if get_worker_info() is not None and item == 2:
+            if end == "memory":
+                raise MemoryError
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, item)
+
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "one.yaml").write_text(f"vit: {{source: '{CALL}:vit'}}\n")
+    options = [f"cache={tmp_path / 'store'}", f"data.shards='{shards}'", "engine=cpu"]
+    options += ["batch_size=2", "shard_rows=4", "group_rows=2", "calibration.images=2"]
+    given = ["extract", "--config-dir", str(tmp_path), "teachers=one", *options]
+    with monkeypatch.context() as patch:
+        patch.setattr(ViewDataset, "__getitem__", get)
+        assert main([*given, "workers=1"]) == 1
+    told = capsys.readouterr().err
+    assert words in told
+    assert "say workers=N for fewer of them, or a smaller batch_size" in told
+    assert "Traceback (most" not in told.replace("Original Traceback", "")
+    assert main([*given, "workers=0"]) == 0
