@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ..errors import StoreError
 from .commit import COMMITS, Completion, completion_name
 from .layout import Layout
 from .manifest import MANIFEST, Manifest
 from .plan import ROWS
-from .source import Source
+from .source import LocalSource, Source
+from .spare import lost_manifest
 
 
 def open_units(
@@ -21,14 +23,7 @@ def open_units(
     Raises:
         StoreError: see ``Cache.open``.
     """
-    try:
-        raw = source.read(MANIFEST)
-    except FileNotFoundError:
-        raise StoreError(
-            f"{source.location} holds no store ({MANIFEST} is missing): run `preceptor extract` "
-            "to make one"
-        ) from None
-    manifest = Manifest.from_bytes(raw, f"{source.location}/{MANIFEST}")
+    manifest = _manifest(source)
     plan = manifest.plan
     named = (plan.teacher(name).name for name in teachers or ())
     units = [*plan.units] if teachers is None else [ROWS, *named]
@@ -61,6 +56,22 @@ def open_units(
             "verify` to see all of the damage and `preceptor repair` to mend it"
         )
     return manifest, completions
+
+
+def _manifest(source: Source) -> Manifest:
+    where = f"{source.location}/{MANIFEST}"
+    try:
+        return Manifest.from_bytes(source.read(MANIFEST), where)
+    except (FileNotFoundError, StoreError) as error:
+        if isinstance(source, LocalSource) and (copy := lost_manifest(Path(source.location))):
+            wrong = error if isinstance(error, StoreError) else f"{where} is missing"
+            raise StoreError(f"{wrong}; {copy}") from error
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(
+            f"{source.location} holds no store ({MANIFEST} is missing): run `preceptor extract` "
+            "to make one"
+        ) from None
 
 
 def _refuse_other(completion: Completion, manifest: Manifest, unit: str, where: str) -> None:

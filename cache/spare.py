@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from .commit import Completion, completion_name
+from .commit import COMMITS, Completion, completion_name
 from .constants import (
     calibration_files,
     calibration_values,
@@ -34,6 +34,16 @@ def write_twice(root: Path, name: str, raw: bytes) -> None:
     for path in (root / SPARE / name, root / name):
         make_directory(path.parent)
         write_whole(path, raw)
+
+
+def lost_manifest(root: Path) -> str | None:
+    """What to do of a store whose manifest is missing or damaged, where a sound copy of it is left
+    and a shard was written already; None: there is no such copy, or no need of it."""
+    copy = _read(root / SPARE / MANIFEST)
+    begun = any((root / COMMITS).glob("*/*.json"))
+    if not begun or copy is None or _manifest(root, copy) is None:
+        return None
+    return f"a sound copy of that file is kept, which `preceptor repair cache={root}` puts back"
 
 
 @dataclass(frozen=True)

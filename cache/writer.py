@@ -34,7 +34,7 @@ from .manifest import MANIFEST, Calibration, Manifest, read_manifest
 from .plan import PIXELS, ROWS, PixelSpec, SpaceSpec, StorePlan, TeacherRecord, plan_difference
 from .shard_writer import PARTIAL, ShardWriter
 from .source import local_path
-from .spare import SPARE, write_twice
+from .spare import SPARE, lost_manifest, write_twice
 from .stored_valid import stored_valid
 from .waiting import waiting
 
@@ -88,6 +88,8 @@ class StoreWriter:
             )
         with directory_lock(path):
             if not (path / MANIFEST).exists():
+                if copy := lost_manifest(path):  # of whatever configuration: not to be overwritten
+                    raise StoreError(f"{path / MANIFEST} is missing; {copy}")
                 manifest = Manifest(plan, writer=f"preceptor {__version__}")
                 layout = Layout(plan)
                 _make_nodes(path, list(layout.root_nodes()))
@@ -103,7 +105,13 @@ class StoreWriter:
     def open(cls, path: str | Path) -> StoreWriter:
         """Continue the store that is there, whatever its plan; removes torn temporary files."""
         path = local_path(path, "changing")
-        manifest = read_manifest(path)
+        try:
+            manifest = read_manifest(path)
+        except StoreError as error:
+            if copy := lost_manifest(path):
+                wrong = error if (path / MANIFEST).exists() else f"{path / MANIFEST} is missing"
+                raise StoreError(f"{wrong}; {copy}") from error
+            raise
         writer = cls(path, manifest)
         _make_nodes(path, list(writer._layout.root_nodes()))
         for unit in manifest.plan.units:

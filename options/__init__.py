@@ -176,7 +176,7 @@ def _check_whole(
         check_keys(verb, OmegaConf.to_container(config, resolve=False), sources)  # type: ignore[arg-type]
         try:
             missing = sorted(OmegaConf.missing_keys(config))
-            out = None if written in missing else config.get(written)
+            out: Any = None if written in missing else config.get(written)
         except OmegaConfBaseException as error:
             raise ConfigError(
                 f"an option refers to what is not there: {first_line(error)}"

@@ -211,3 +211,40 @@ def test_metadata_may_be_laid_out_otherwise_but_not_cut(
     assert [problem.file for problem in report.problems] == [name]
     repair_store(path, report.shards, fill)
     assert contents(path) == good
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+def test_a_store_that_has_lost_its_manifest_is_not_begun_anew_but_told_what_mends_it(
+    damage: str, good: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Not even by another configuration, to which all of its shards would be strangers."""
+    path = tmp_path / "store"
+    restore(path, good)
+    if damage == "gone":
+        (path / "manifest.json").unlink()
+    else:
+        (path / "manifest.json").write_bytes(good["manifest.json"][:100])
+    before = contents(path)
+    told = rf"manifest\.json is (missing|not the manifest).* kept.*preceptor repair cache={path}`"
+    for use in (
+        lambda: Cache.open(path),
+        lambda: StoreWriter.open(path),
+        lambda: StoreWriter.open_or_create(path, plan()),
+        lambda: StoreWriter.open_or_create(path, plan(rows=ROWS + 1)),
+    ):
+        with pytest.raises(StoreError, match=told):
+            use()
+        assert contents(path) == before
+    repair_store(path, verify_store(path).shards, None)
+    assert contents(path) == good
+
+
+def test_a_store_whose_making_was_interrupted_before_any_shard_is_begun_again(
+    good: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Its copy of the manifest is written first."""
+    path = tmp_path / "store"
+    StoreWriter.open_or_create(path, plan())
+    (path / "manifest.json").unlink()
+    extract(path)
+    assert contents(path) == good
