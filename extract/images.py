@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -123,13 +123,19 @@ class ViewDataset(Dataset[ViewBatch]):
         )
 
 
-def view_batches(dataset: ViewDataset, workers: int, *, pin: bool) -> Iterator[ViewBatch]:
-    """The dataset's batches in order, decoded ahead by `workers` processes (0: in this one)."""
-    options: dict[str, Any] = {}
+def view_batches(
+    dataset: ViewDataset, workers: int, *, pin: bool, order: Iterable[int] | None = None
+) -> Iterator[ViewBatch]:
+    """The dataset's batches, decoded ahead by `workers` processes (0: in this one).
+
+    Args:
+        order: of the items; asked for the next one when there is room for it. None: all of them.
+    """
+    options: dict[str, Any] = {} if order is None else {"sampler": order}
     if workers:
         _check_shared_memory(dataset, workers)
         start = dataset.index.start_method
-        options = {"prefetch_factor": PREFETCHED, "multiprocessing_context": start}
+        options |= {"prefetch_factor": PREFETCHED, "multiprocessing_context": start}
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pin, **options)
     return iter(loader)
 

@@ -1,7 +1,8 @@
 """Stage 1: images -> views -> teachers -> encoded shards of the store.
 
-Each process of a distributed launch takes every `world`-th pending shard; shards are independent,
-so there is nothing to synchronise but the calibration before and the statistics after.
+Each process of a distributed launch takes the next pending shard whenever it is free; shards are
+independent, so there is nothing else to synchronise but the calibration before and the statistics
+after.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from .turns import await_calibration, one_first, shares_of_all
 
 TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 PATIENCE = timedelta(days=7)
-"""How long processes wait for each other: their shares of a large store end hours apart."""
+"""How long processes wait for each other: a calibration, or a slow one's last shard, takes long."""
 
 
 def extract(config: DictConfig) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from .images import Geometry, ViewBatch, ViewDataset, batched, geometry, view_ba
 from .storable import Computed, StoredRows, Target
 from .teachers import Teacher
 from .teachers.base import named, refuse_other_shapes
+from .turns import WorkList
 
 
 class TeacherRunner:
@@ -52,20 +54,24 @@ class TeacherRunner:
                 teacher.to(fabric.device)
 
     def batches(
-        self, rows: Iterable[Sequence[int]], pixels: PixelSpec | None = None
+        self,
+        rows: Iterable[Sequence[int]],
+        pixels: PixelSpec | None = None,
+        order: Iterable[int] | None = None,
     ) -> Iterable[ViewBatch]:
         """Decode the given lists of rows; a damaged image stops the run unless skipping is on, one
         that cannot be read always does.
 
         Args:
             pixels: a further geometry, beside those of the teachers.
+            order: numbers of the lists that are wanted, as `view_batches` takes it.
         """
         geometries = [geometry(teacher.preprocessing) for teacher in self.teachers]
         if pixels is not None:
             geometries.append((pixels.size, pixels.interpolation))
         dataset = ViewDataset(self.index, self.policy, geometries, list(rows), self.max_pixels)
         pin = self.fabric.device.type == "cuda"
-        for batch in view_batches(dataset, self.workers, pin=pin):
+        for batch in view_batches(dataset, self.workers, pin=pin, order=order):
             if batch.unread is not None:
                 raise DataError(batch.unread)
             if batch.problems and not self.skip_corrupt:
@@ -105,30 +111,39 @@ class TeacherRunner:
         return found
 
     def fill(self, writer: StoreWriter) -> list[str]:
-        """Extract this process's share of the pending shards; returns the damaged images' names.
+        """Extract pending shards, as many as others leave to this process; returns the damaged
+        images' names. A collective.
 
         A shard is encoded to its end, written and read back while the teachers run for the next
         one.
-        The first process shows how far its own share is: shares are equal to a shard.
+        Processes take shard after shard from one list; the first shows how far all of them are.
         """
-        rank, world = self.fabric.global_rank, self.fabric.world_size
+        rank = self.fabric.global_rank
         # One list is shared out: who looked late would miss what the others have committed by then.
-        whole = self.fabric.broadcast(writer.pending() if rank == 0 else [])
-        if rank == 0 and (lack := lack_of_room(writer.path, bytes_to_come(writer.plan, whole))):
+        pending = self.fabric.broadcast(writer.pending() if rank == 0 else [])
+        if rank == 0 and (lack := lack_of_room(writer.path, bytes_to_come(writer.plan, pending))):
             print(f"warning: {lack}", file=sys.stderr)
-        pending = whole[rank::world]
         problems: list[str] = []
         # Batches never cross a shard and always start at its first row: a shard's bytes do not
-        # depend on where an earlier run was stopped.
-        steps = [
-            _Step(shard, units, numbers)
-            for shard, units in pending
-            for numbers in batched(writer.plan.rows_of(shard), self.batch_size)
-        ]
+        # depend on where an earlier run was stopped, nor on who does it.
+        steps: list[_Step] = []
+        ranges: list[range] = []  # of each shard's steps
+        for shard, units in pending:
+            lists = batched(writer.plan.rows_of(shard), self.batch_size)
+            ranges.append(range(len(steps), len(steps) + len(lists)))
+            steps += [_Step(shard, units, numbers) for numbers in lists]
+        work = WorkList(self.fabric, len(pending))
+        coming: deque[_Step] = deque()  # taken, and being decoded
+
+        def order() -> Iterator[int]:
+            for taken in work:
+                for number in ranges[taken]:
+                    coming.append(steps[number])
+                    yield number
+
         pixels = writer.plan.pixels if any(PIXELS in units for _, units in pending) else None
-        stream = iter(self.batches([step.numbers for step in steps], pixels))
-        total = sum(len(step.numbers) for step in steps)
-        line = ProgressLine("extract" if world == 1 else f"extract, 1 of {world}", total, "rows")
+        stream = iter(self.batches([step.numbers for step in steps], pixels, order()))
+        line = ProgressLine("extract", sum(len(step.numbers) for step in steps), "rows")
         stored = StoredRows(writer)
         teachers = {unit for _, units in pending for unit in units}
         targets = {
@@ -152,20 +167,23 @@ class TeacherRunner:
             out.append(found.batch.rows, found.tokens, shown)
             problems.extend(found.batch.problems)
             self.rows_extracted += len(found.numbers)
+            done = work.advance(len(found.numbers))
             if rank == 0:
-                line.advance(len(found.numbers))
+                line.advance(done - line.done)
             if out.full:
                 commits.commit(out)
                 out = None
 
         with line if rank == 0 else contextlib.nullcontext(), CommitThread() as commits:
             before: tuple[_Step, Computed] | None = None
-            for step in steps:
+            while True:
                 try:
-                    batch = next(stream)
-                    computed = Computed.of(
-                        step.numbers, batch, self.tokens(batch, step.units), targets
-                    )
+                    batch = next(stream, None)
+                    if batch is None:
+                        break
+                    step = coming.popleft()
+                    tokens = self.tokens(batch, step.units)
+                    computed = Computed.of(step.numbers, batch, tokens, targets)
                 except PreceptorError:
                     if before is not None:  # it may be the last of a shard, which is whole then
                         keep(*before)

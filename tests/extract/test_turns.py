@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from preceptor.extract import turns
+from torch.distributed import HashStore
 
 
 @pytest.fixture
@@ -83,3 +84,25 @@ def test_one_process_tells_for_all(
             expected = [told[0], "gathered", "over"]
         assert told == expected
         told.clear()
+
+
+def test_every_number_is_for_one_process_and_all_see_what_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = HashStore()
+    monkeypatch.setattr(turns.distributed_c10d, "_get_default_store", lambda: store)
+    fabric: Any = SimpleNamespace(world_size=2, broadcast=lambda name: "list")
+    first, second = (turns.WorkList(fabric, 5) for _ in range(2))
+    ours, theirs = iter(first), iter(second)
+    assert [next(ours), next(theirs), next(theirs), next(ours), next(theirs)] == [*range(5)]
+    assert list(ours) == list(theirs) == list(second) == []
+    assert [first.advance(3), second.advance(4), first.advance(1)] == [3, 7, 8]
+
+
+def test_a_process_alone_takes_all() -> None:
+    names = iter("ab")
+    fabric: Any = SimpleNamespace(world_size=1, broadcast=lambda name: next(names))
+    for _ in range(2):
+        work = turns.WorkList(fabric, 3)
+        assert list(work) == [0, 1, 2]
+        assert [work.advance(2), work.advance(5)] == [2, 7]
