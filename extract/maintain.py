@@ -20,7 +20,7 @@ from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path
 from ..cache.writer import remove_unit
-from ..engine import launch, refuse_several
+from ..engine import gathered, launch, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
 from .calibration import calibrate, check_calibration
@@ -33,7 +33,7 @@ from .pipeline import (
     teachers_precision,
 )
 from .runner import TeacherRunner
-from .turns import await_calibration, one_first, shares_of_all
+from .turns import await_calibration, one_first
 
 _SHOWN = 20
 
@@ -175,7 +175,7 @@ def add(config: DictConfig) -> dict[str, Any]:
     await_calibration(fabric)
     writer = StoreWriter.open(root)
     runner.fill(writer)
-    extracted = sum(shares_of_all(fabric, runner.rows_extracted))
+    extracted = sum(gathered(fabric, runner.rows_extracted))
     if not first:
         return {}
     writer.finish()

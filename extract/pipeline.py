@@ -45,7 +45,7 @@ from .images import stored_pixels
 from .runner import TeacherRunner
 from .teachers import OPTIONS, Teacher, load_teacher
 from .teachers.base import named
-from .turns import await_calibration, one_first, shares_of_all
+from .turns import await_calibration, one_first
 
 TEACHERS_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 PATIENCE = timedelta(days=7)
@@ -91,7 +91,7 @@ def extract(config: DictConfig) -> dict[str, Any]:
     await_calibration(fabric)
     check_same_folder(fabric, config.cache)
     writer = StoreWriter.open_or_create(config.cache, plan)
-    done = shares_of_all(fabric, (runner.fill(writer), runner.rows_extracted))
+    done = gathered(fabric, (runner.fill(writer), runner.rows_extracted))
     summary: dict[str, Any] = {}
     if fabric.global_rank == 0:
         writer.finish()

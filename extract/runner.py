@@ -26,7 +26,7 @@ from .images import Geometry, ViewBatch, ViewDataset, batched, geometry, view_ba
 from .storable import Computed, StoredRows, Target
 from .teachers import Teacher
 from .teachers.base import named, refuse_other_shapes
-from .turns import WorkList
+from .turns import WorkList, await_others
 
 
 class TeacherRunner:
@@ -174,27 +174,31 @@ class TeacherRunner:
                 commits.commit(out)
                 out = None
 
-        with line if rank == 0 else contextlib.nullcontext(), CommitThread() as commits:
-            before: tuple[_Step, Computed] | None = None
-            while True:
-                try:
-                    batch = next(stream, None)
-                    if batch is None:
-                        break
-                    step = coming.popleft()
-                    tokens = self.tokens(batch, step.units)
-                    computed = Computed.of(step.numbers, batch, tokens, targets)
-                except PreceptorError:
-                    if before is not None:  # it may be the last of a shard, which is whole then
+        with line if rank == 0 else contextlib.nullcontext():
+            with CommitThread() as commits:
+                before: tuple[_Step, Computed] | None = None
+                while True:
+                    try:
+                        batch = next(stream, None)
+                        if batch is None:
+                            break
+                        step = coming.popleft()
+                        tokens = self.tokens(batch, step.units)
+                        computed = Computed.of(step.numbers, batch, tokens, targets)
+                    except PreceptorError:
+                        if before is not None:  # it may be the last of a shard, which is whole then
+                            keep(*before)
+                        raise
+                    # the device is at these rows while those before them, which may be the last of
+                    # another shard, are looked at
+                    if before is not None:
                         keep(*before)
-                    raise
-                # the device is at these rows while those before them, which may be the last of
-                # another shard, are looked at
+                    before = step, computed
                 if before is not None:
                     keep(*before)
-                before = step, computed
-            if before is not None:
-                keep(*before)
+            await_others(self.fabric)
+            if rank == 0:
+                line.advance(work.advance(0) - line.done)
         return problems
 
 

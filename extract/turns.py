@@ -6,16 +6,13 @@ import contextlib
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from lightning_fabric import Fabric
 from torch.distributed import distributed_c10d
 
 from .. import engine
 from ..cache.waiting import waiting
-from ..engine import gathered
-
-T = TypeVar("T")
 
 
 def one_first(fabric: Fabric, what: str) -> contextlib.AbstractContextManager[None]:
@@ -84,8 +81,8 @@ def await_calibration(fabric: Fabric) -> None:
         fabric.barrier()
 
 
-def shares_of_all(fabric: Fabric, value: T) -> list[T]:
-    """The picklable value of every process once no shard is left to do. A collective.
+def await_others(fabric: Fabric) -> None:
+    """Every process comes here when no shard is left for it. A collective.
 
     Process 0 tells that it waits; where another does, process 0 shows how far it is.
     """
@@ -93,4 +90,4 @@ def shares_of_all(fabric: Fabric, value: T) -> list[T]:
     whose = "that of process 1" if last == 1 else f"those of processes 1 to {last}"
     what = f"process 0 finds no more shards to do and waits for {whose}"
     with waiting(what) if fabric.global_rank == 0 and last else contextlib.nullcontext():
-        return gathered(fabric, value)
+        fabric.barrier()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +47,7 @@ def test_two_processes_extract_and_add_what_one_does(
     assert summary["rows_extracted"] == summary["rows"] == COUNT
     assert f"{COUNT} rows extracted now" in done.stdout
     assert done.stdout.count("rows extracted") == 1
-    assert re.search(rf"extract: [0-9]+/{COUNT} rows", done.stderr)
+    assert f"extract: {COUNT}/{COUNT} rows" in done.stderr
 
     third = teachers(third="other_vit")
     assert run("add", store, shards, third) == 0
@@ -68,7 +67,7 @@ begun = Path(f"{store}.begun")
 def until(what):
     last = time.monotonic() + 60
     while not what():
-        if time.monotonic() > last: sys.exit(3)
+        if time.monotonic() > last: os._exit(3)
         time.sleep(0.05)
 def tokens(self, batch, only=None):
     if rank == 1:
