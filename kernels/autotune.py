@@ -170,7 +170,9 @@ def launch(
     """Run a kernel with the fastest of some configurations.
 
     Args:
-        key: names of the kernel's arguments that decide which one is fastest.
+        key: names of the kernel's arguments that decide which one is fastest. None of them may
+            follow from the size of the batch, or every last batch of an epoch or of an evaluation
+            would be timed anew.
     """
     fixed = bool(_FORCED) or INTERPRETED or len(tiles) == 1
     if not (fixed or torch.are_deterministic_algorithms_enabled()):

@@ -119,7 +119,7 @@ def forward(
             "OPERAND": layout.operand, "PRECISION": layout.precision, "EMULATE": layout.emulate,
             "SPLITS": splits,
         },
-        key=("rows", "dim", "HAS_WEIGHT", "NORM", "SPLITS"),
+        key=("rows", "dim", "HAS_WEIGHT", "NORM"),
     )  # fmt: skip
     if splits > 1:
         merge_parts[(batch * rows,)](
@@ -189,7 +189,7 @@ def backward(
             "LANES": layout.lanes, "OPERAND": layout.operand, "PRECISION": layout.precision,
             "EMULATE": layout.emulate, "SPLITS": splits,
         },
-        key=("rows", "dim", "HAS_GAIN", "NORM", "EMIT", "SPLITS"),
+        key=("rows", "dim", "HAS_GAIN", "NORM", "EMIT"),
     )  # fmt: skip
     if splits > 1:
         grad_query.copy_(parts.sum(0))

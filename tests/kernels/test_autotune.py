@@ -1,12 +1,13 @@
 """The committed launch configurations: what they must satisfy for any width."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from preceptor.kernels import autotune, triton_backward, triton_forward
+from preceptor.kernels import autotune, triton_backward, triton_forward, triton_launch
 
 KINDS = st.sampled_from([(1, 1), (4, 1), (1, 2), (1, 4)])
 
@@ -57,6 +58,35 @@ def test_configurations_name_arguments_of_their_kernel(kernel, names):
     assert names <= set(kernel.arg_names)
     for key in ("rows", "dim", "NORM"):
         assert key in kernel.arg_names
+
+
+@pytest.mark.parametrize("tokens", [torch.int8, torch.bfloat16])
+def test_a_smaller_batch_is_not_timed_anew(monkeypatch, tokens):
+    """Though its tokens are split into other parts, so that they fill the device."""
+    keys, splits = [], []
+
+    def recorded(kernel, grid, tiles, arguments, constants, key):
+        values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
+        splits.append(constants.get("SPLITS"))
+        keys[-1].append((kernel.fn.__name__, tiles, [(name, values[name]) for name in key]))
+
+    class Unlaunched:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: None
+
+    monkeypatch.setattr(autotune, "launch", recorded)
+    monkeypatch.setattr(triton_launch, "merge_parts", Unlaunched())
+    floats = tokens.is_floating_point
+    for batch in (64, 5, 1):
+        keys.append([])
+        query = torch.zeros(batch, 16, 64, dtype=torch.bfloat16)
+        stored = torch.zeros(batch, 256, 64, dtype=tokens)
+        weight = None if floats else torch.ones(batch, 256)
+        y, lse, gain, mean = triton_launch.forward(query, stored, weight, 1e-5)
+        triton_launch.backward(y, lse, query, stored, gain, mean, y, lse, floats)
+    assert len({repr(key) for key in keys}) == 1
+    assert len(keys[0]) == (3 if floats else 2)
+    assert len(set(splits)) > 2
 
 
 def test_forcing_a_configuration_ends_with_its_context():
