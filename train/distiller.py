@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ConfigError
 from .alignment import Alignment, AlignmentOutput, Target
+from .alignment.balance import PCGrad
 from .students import Student, StudentOutput
 
 
@@ -46,12 +47,26 @@ class Distiller(nn.Module):
         self.watched = False
         self.seen: tuple[StudentOutput, AlignmentOutput] | None = None
 
+    def compile_parts(self) -> None:
+        """Have `torch.compile` make the student's passes and, where it can, the alignment's loss.
+
+        ``align.balance=pcgrad`` takes a gradient for each teacher within the forward pass, of which
+        no compiler makes a graph: there the alignment stays as it is.
+        """
+        self.student.compile()
+        if not isinstance(self.alignment.balance, PCGrad):
+            self.alignment.compile()
+
     def forward(self, pixels: Tensor, targets: Targets) -> AlignmentOutput:
         """What the alignment says of normalised pixels [B, 3, H, W] and their targets."""
         features = self.alignment.run_student(self.student, pixels)
-        output: AlignmentOutput = self.alignment(features, targets.by_space)
         if self.watched:
-            self.seen = (features, output)
+            # Not as compiled, if it is: gradients are taken several times, and a compiled graph
+            # frees at the first what it needs.
+            self.seen = (features, self.alignment.forward(features, targets.by_space))
+            output = self.seen[1]
+        else:
+            output = self.alignment(features, targets.by_space)
         # Fabric lets gradients of what it returns be taken by itself alone.
         return output._replace(by_teacher={})
 

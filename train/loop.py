@@ -135,7 +135,7 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
     if config.engine.channels_last:
         student.to(memory_format=torch.channels_last)
     if config.engine.compile:
-        student.compile()
+        distiller.compile_parts()
     fused = getattr(fabric.strategy.precision, "scaler", None) is None
     module, optimizer = fabric.setup(distiller, build_optimizer(distiller, recipe, fused=fused))
     average = average_of(distiller, recipe)

@@ -34,6 +34,13 @@ VARIANTS = {
     "model_token, all": {"write_back": [0, 2], "teacher_stream": 0.5, "gamma": None},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+COMPILED = (
+    *ALIGNMENTS,
+    "model_token, cross",
+    "model_token, constant",
+    "model_token, hidden",
+    "model_token, all",
+)
 LOOKS_TWICE = ("masked", "model_token, hidden")
 
 
@@ -265,12 +272,33 @@ def test_bfloat16_autocast_keeps_losses_in_float32(make, run, targets, variant):
     assert all(torch.isfinite(p.grad).all() for p in alignment.parameters() if p.grad is not None)
 
 
-@every_variant
-def test_the_loss_compiles(make, run, targets, variant):
-    alignment = make(variant, balance="fixed").eval()
-    output = run(alignment)
-    compiled = torch.compile(alignment, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(output, targets).loss, alignment(output, targets).loss)
+@pytest.mark.parametrize("variant", COMPILED)
+def test_training_compiles_to_one_graph_that_serves_every_step(
+    make, run, targets, variant, given_student
+):
+    torch._dynamo.reset()  # what other tests compiled of the same code is no recompilation here
+    alignment, student = make(variant).double(), given_student(dtype=torch.float64)
+    compiled = torch.compile(alignment.forward, backend="aot_eager", fullgraph=True)
+    coded = {}
+    for name, tokens in targets.items():
+        scales = tokens.abs().amax(-1) / 127
+        coded[name] = Codes((tokens / scales.unsqueeze(-1)).round().to(torch.int8), scales)
+
+    def step(function, seed):
+        alignment.zero_grad()
+        student.seed = seed
+        torch.manual_seed(seed)
+        output = run(alignment, student)
+        ends = output.ends()
+        found = function(output, coded)
+        gradients = torch.autograd.grad(
+            found.loss, [*alignment.parameters(), *ends], materialize_grads=True
+        )
+        return [found.loss.detach(), *found.losses.values(), *gradients]
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2):
+            torch.testing.assert_close(step(compiled, seed), step(alignment, seed))
 
 
 @pytest.mark.parametrize("name", ALIGNMENTS)
