@@ -179,6 +179,17 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
             # Hydra prints a traceback for whatever leaves a job; a told error is not a bug.
             failure.append(error)
             raise SystemExit(1) from None
+        except Exception as error:
+            engine = sys.modules.get(f"{__package__}.engine")
+            if engine is None or not engine.out_of_memory(error):
+                raise
+            told = PreceptorError(
+                f"there is not enough memory ({first_line(error)}): lower batch_size, where the "
+                "command has it, or free what other programs hold"
+            )
+            told.__cause__ = error
+            failure.append(told)
+            raise SystemExit(1) from None
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     run = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=name)(job)
@@ -188,7 +199,7 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
         run()
     except SystemExit:
         if failure:
-            raise failure[0] from None
+            raise failure[0] from failure[0].__cause__
         raise
     except (HydraException, OSError) as error:
         if begun:

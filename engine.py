@@ -124,6 +124,15 @@ def lost_decoder(error: BaseException) -> str | None:
     return f"{what}: say workers=N for fewer of them, or a smaller batch_size"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left for a tensor."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # What CUDA's libraries and the CPU's allocator raise is of no kind of its own.
+    signs = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def gathered(fabric: Fabric, value: T) -> list[T]:
     """The picklable value of every process, in the order of ranks; a collective call."""
     if fabric.world_size == 1:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning_fabric.accelerators import MPSAccelerator
 from omegaconf import OmegaConf
+from preceptor import cli
 from preceptor.engine import decoders, launch
 from preceptor.errors import ConfigError
 from preceptor.train.ablate import job
@@ -179,3 +180,29 @@ def test_who_is_left_by_another_process_says_so(tmp_path, end):
     left, _, bug = done.stderr.partition("Traceback")
     assert "preceptor info: another process of this run has ended or cannot be reached" in left
     assert "RuntimeError: a bug" in bug
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("a bug"),
+    ],
+    ids=["a device's", "the machine's", "not that"],
+)
+def test_too_little_memory_is_no_traceback(monkeypatch, capsys, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(cli.Verb, "run", full)
+    assert cli.main(["info", "cache=a"]) == 1
+    said = capsys.readouterr().err
+    if str(error) == "a bug":
+        assert "Traceback" in said
+    else:
+        assert "Traceback" not in said
+        assert said == (
+            f"preceptor info: there is not enough memory ({error}): lower batch_size, where the "
+            "command has it, or free what other programs hold\n"
+        )

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..cache import Cache
 from ..cache.samples import SampleIndex, list_samples
-from ..engine import decoders, launch, one_first, precision
+from ..engine import decoders, launch, one_first, out_of_memory, precision
 from ..errors import ConfigError
 from ..measure import peak_memory_mb
 from ..options import plain
@@ -45,8 +45,8 @@ from .meter import FiniteWatch, Meter
 from .monitor import KnnMonitor
 from .optimizer import average_of, build_optimizer, learning_rate, parts_of_a_step
 from .photometric import ColorJitter
-from .settings import check_settings, identity_of
-from .state import RunState
+from .settings import check_settings, identity_of, without_memory
+from .state import RunState, judged_weights
 from .stop import StopRequest, continuing_command
 from .students import build_student
 from .views import Views, choose_views
@@ -69,13 +69,19 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, StoreError: an input cannot be used, or an output not be written;
             another process works in the output folder.
-        TrainingError: the loss or a weight is not finite, or logs cannot be written.
+        TrainingError: the loss or a weight is not finite, logs cannot be written, or a device has
+            not enough memory.
         SystemExit: with status 0, when a signal asked the run to stop and its state is saved.
     """
     check_settings(config)
     fabric = launch(config.engine, patience=PATIENCE)
     with training_alone(fabric, Path(config.out)):
-        return _train(config, fabric)
+        try:
+            return _train(config, fabric)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise without_memory(config, fabric, error) from error
 
 
 def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
@@ -305,13 +311,18 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
         summary["best"] = checkpoints.held_as_best() or None
         if summary["best"]:
             state = load_checkpoint(checkpoints.best)
-            distiller.load_state_dict(state["average"] or state["module"])
+            distiller.load_state_dict(judged_weights(state))
             save_model(out / BEST, student, alignment, identity, cache)
         write_json(out / SUMMARY, summary)
         print(
             f"{out}: {steps} steps in {summary['seconds']:.0f} s, "
             f"{summary['images_per_second']:,.0f} images/s, loss {summary['loss']:.4f}"
         )
+        if average is not None:
+            print(
+                f"{out} has the weights of the last step, whose loss this is; {out / AVERAGE} "
+                f"their average{', of which k-NN tells' if knn is not None else ''}"
+            )
     fabric.barrier()
     return summary
 

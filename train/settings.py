@@ -6,14 +6,16 @@ from collections.abc import Collection
 from importlib import resources
 from typing import Any
 
+from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from ..cache import Cache
 from ..cache.plan import ROWS
 from ..engine import precision
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError, first_line
 from ..options import plain
 from .logs import check_loggers
+from .optimizer import parts_of_a_step
 from .state import METRICS
 
 
@@ -119,6 +121,28 @@ def check_settings(config: DictConfig) -> None:
         )
     if keep.best == "knn" and not log.knn_every:
         raise ConfigError("keep.best=knn: say how often it is measured, log.knn_every=...")
+
+
+def without_memory(config: DictConfig, fabric: Fabric, error: BaseException) -> TrainingError:
+    """What to tell of a run for which there is not enough memory: how large it is, and what makes
+    it smaller."""
+    recipe, size = config.recipe, plain(config.student.size)
+    rows, passes = parts_of_a_step(recipe, fabric.world_size)
+    pixels = " x ".join(str(side) for side in (size if isinstance(size, list) else (size, size)))
+    used = str(precision(config.engine))
+    same = (
+        "the ranks then take more passes for the images of a step"
+        if recipe.get("images_a_step")
+        else f"recipe.accumulate={2 * passes} with half of it keeps the images of a step"
+    )
+    ways = [f"lower recipe.batch_size={recipe.batch_size} to less than {rows} ({same})"]
+    if used.startswith(("32", "64")) and fabric.device.type == "cuda":
+        ways.append("say engine.precision=bf16-mixed")
+    ways.append("take a smaller student.size")
+    return TrainingError(
+        f"there is not enough memory on {fabric.device} for {rows} images a rank and forward pass, "
+        f"of {pixels} pixels, in {used} ({first_line(error)}): {', or '.join(ways)}"
+    )
 
 
 def _check_number(

@@ -17,6 +17,14 @@ METRICS = {"loss": -1, "knn": 1}
 """What ``keep.best`` may name, and whether more of it is better."""
 
 
+def judged_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a checkpoint the weights that ``keep.best`` judged it by: k-NN asks the average where
+    there is one, the loss is of the weights that were trained."""
+    average = state["average"] if state["best"].get("metric") == "knn" else None
+    found: dict[str, Tensor] = average or state["module"]
+    return found
+
+
 @dataclass
 class RunState:
     """What a run changes as it goes, beside its configuration and the store.

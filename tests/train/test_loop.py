@@ -235,6 +235,35 @@ def test_weights_that_are_not_finite_take_no_checkpoint_s_place(
     assert state["step"] == 3
 
 
+@pytest.mark.parametrize(
+    ("error", "options", "advice"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"), (),
+         r"recipe.batch_size=16 to less than 16 \(recipe.accumulate=2 with half of it keeps"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+         ("+recipe.images_a_step=24",),
+         r"recipe.batch_size=16 to less than 12 \(the ranks then take more passes"),
+    ],
+    ids=["of torch", "of a library of CUDA"],
+)  # fmt: skip
+def test_too_little_memory_is_told_with_what_makes_a_run_smaller(
+    train_config, monkeypatch, error, options, advice
+):
+    forward = Student.forward
+
+    def full(student, pixels, **options):
+        if len(pixels) > 1:  # one image tells a student's shapes
+            raise error
+        return forward(student, pixels, **options)
+
+    monkeypatch.setattr(Student, "forward", full)
+    size = "of 32 x 32 pixels, in 32-true"
+    with pytest.raises(TrainingError, match=rf"enough memory on cpu .*{size}.*{advice}") as told:
+        train(train_config(*options))
+    assert told.value.__cause__ is error
+    assert "\n" not in str(told.value)
+
+
 def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     import os
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from preceptor.errors import ConfigError
 from preceptor.train.alignment import build_alignment
 from preceptor.train.alignment.base import Space
-from preceptor.train.checkpoint import load_model
+from preceptor.train.checkpoint import load_checkpoint, load_model
 from preceptor.train.distiller import Distiller
 from preceptor.train.loop import train
 from preceptor.train.optimizer import (
@@ -125,8 +125,9 @@ def test_the_average_is_the_sum_that_it_says():
     assert average_of(module, recipe()) is None
 
 
-def test_the_average_is_left_as_a_finished_run(train_config, tmp_path):
+def test_the_average_is_left_as_a_finished_run(train_config, tmp_path, capsys):
     train(train_config("recipe.ema=0.9"))
+    assert f"{tmp_path / 'run' / 'ema'} their average" in capsys.readouterr().out
     raw, _, _ = load_model(tmp_path / "run")
     averaged, _, model = load_model(tmp_path / "run" / "ema")
     assert model["student"]["model"] == "resnet10t"
@@ -136,6 +137,20 @@ def test_the_average_is_left_as_a_finished_run(train_config, tmp_path):
         if value.is_floating_point() and not torch.equal(value, raw.state_dict()[name])
     ]
     assert "model.conv1.0.weight" in differing
+
+
+@pytest.mark.parametrize(("metric", "judged"), [("loss", "module"), ("knn", "average")])
+def test_the_best_weights_are_those_that_were_judged(train_config, tmp_path, metric, judged):
+    """Beside an average: k-NN is the average's, the loss is not."""
+    options = ("log.knn_every=2", "recipe.checkpoint_every=2", "recipe.log_every=2", "log.to=[]")
+    train(train_config("recipe.ema=0.9", f"keep.best={metric}", *options))
+    best, _, _ = load_model(tmp_path / "run" / "best")
+    kept = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
+    name = "conv1.0.weight"
+    weight = best.state_dict()[f"model.{name}"]
+    assert torch.equal(weight, kept[judged][f"student.model.{name}"])
+    assert not torch.equal(kept["module"][f"student.model.{name}"],
+                           kept["average"][f"student.model.{name}"])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["lamb", "sgd"])
