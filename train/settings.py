@@ -18,6 +18,9 @@ from .logs import check_loggers
 from .optimizer import parts_of_a_step
 from .state import METRICS
 
+GENERAL = "imagenet_100ep"
+"""The recipe that a run has where none is chosen."""
+
 
 def identity_of(config: DictConfig, cache: Cache, spaces: Collection[str]) -> dict[str, Any]:
     """What determines the weights: plain containers, kept in every checkpoint.
@@ -121,6 +124,32 @@ def check_settings(config: DictConfig) -> None:
         )
     if keep.best == "knn" and not log.knn_every:
         raise ConfigError("keep.best=knn: say how often it is measured, log.knn_every=...")
+
+
+def recipe_of_its_own(config: DictConfig) -> str | None:
+    """A sentence for a student that takes the general recipe's rate and has a recipe with another.
+
+    None where its rate is that of its recipe, or no longer the general recipe's.
+    """
+    name, keys = str(config.student.name), ("optimizer", "lr", "weight_decay")
+    folder = resources.files("preceptor.configs").joinpath("recipe")
+    file = folder.joinpath(f"{name}_100ep.yaml")
+    if not file.is_file():
+        return None
+    general: dict[str, Any]
+    general, changed = (
+        plain(OmegaConf.create(path.read_text("utf-8")))
+        for path in (folder.joinpath(f"{GENERAL}.yaml"), file)
+    )
+    own = {**general, **changed}
+    if any(config.recipe.get(key) != general[key] for key in (*keys, "images_a_step", "epochs")):
+        return None
+    if not (differing := [f"{key} {own[key]}" for key in keys if own[key] != general[key]]):
+        return None
+    return (
+        f"recipe={GENERAL} is for any student; recipe={name}_100ep is {name}'s own "
+        f"({', '.join(differing)} at {own['images_a_step']} images a step)"
+    )
 
 
 def without_memory(config: DictConfig, fabric: Fabric, error: BaseException) -> TrainingError:

@@ -18,6 +18,7 @@ from preceptor.train import loop
 from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import Checkpoints, load_checkpoint, load_model, save_checkpoint
 from preceptor.train.loop import train
+from preceptor.train.settings import recipe_of_its_own
 from preceptor.train.students import Student, load_student
 from preceptor.train.views import StoredViews
 from safetensors.torch import load_file
@@ -307,6 +308,25 @@ def test_every_recipe_trains(train_config, recipe):
         named = compose("train", [f"recipe={recipe}"]).recipe
     assert recipe == "short" or recipe.endswith(f"_{named.epochs}ep")
     assert train(config)["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["student=vit_base"], "recipe=vit_base_100ep is vit_base's own (lr 0.0006, weight_decay "
+         "0.03 at 512 images a step)"),
+        (["student=resnet50"], "resnet50's own (optimizer lamb, lr 0.008, weight_decay 0.02 at "),
+        (["student=vit_small"], None),  # whose recipe has the general one's rate
+        (["student=resnet18"], None),  # has none
+        (["student=vit_base", "recipe.lr=0.001"], None),
+        (["student=vit_base", "recipe=vit_base_100ep"], None),
+        (["student=vit_base", "recipe=short"], None),
+    ],
+)  # fmt: skip
+def test_a_student_with_a_recipe_of_its_own_is_told_of_it(options, told):
+    with initialize_config_module("preceptor.configs", version_base="1.3"):
+        found = recipe_of_its_own(compose("train", options))
+    assert found is None if told is None else told in found
 
 
 def test_a_step_of_more_images_than_there_are_is_refused(train_config, tmp_path):
