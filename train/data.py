@@ -20,6 +20,30 @@ AHEAD = 3
 """Batches that are ready before they are asked for."""
 
 
+def epoch_of(
+    cache: Cache,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    world: int = 1,
+    first_views: int | None = None,
+) -> EpochViews:
+    """Which views an epoch uses; see `TrainData`.
+
+    Raises:
+        ConfigError: `first_views` is more than the store has.
+        DataError: the store has fewer images than one batch for every rank.
+    """
+    count = int(cache.plan.views.get("count", 1))
+    found = EpochViews(cache.valid, count, seed, first_views)
+    if found.images < batch_size * world:
+        raise DataError(
+            f"the store has {found.images} images with tokens, fewer than one batch of "
+            f"{batch_size} for each of {world} rank(s): lower recipe.batch_size"
+        )
+    return found
+
+
 class TrainData:
     """An endless, repeatable sequence of joined batches.
 
@@ -77,16 +101,12 @@ class TrainData:
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.rank, self.world, self.pin = rank, world, pin
         self.skip = on_damaged == "skip"
-        count = int(cache.plan.views.get("count", 1))
-        self.epoch_views = EpochViews(cache.valid, count, seed, first_views)
+        self.epoch_views = epoch_of(
+            cache, batch_size, seed=seed, world=world, first_views=first_views
+        )
         images = self.epoch_views.images
         self.steps_per_epoch = images // (batch_size * world)
         self.left_over = images - self.steps_per_epoch * batch_size * world
-        if not self.steps_per_epoch:
-            raise DataError(
-                f"the store has {images} images with tokens, fewer than one batch of {batch_size} "
-                f"for each of {world} rank(s): lower recipe.batch_size"
-            )
         self._grids = {name: grid for name in self.spaces if (grid := cache[name].grid)}
 
     def describe(self) -> str:

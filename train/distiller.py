@@ -6,12 +6,16 @@ from collections.abc import Mapping
 
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision import MixedPrecision
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..cache import Cache
 from ..errors import ConfigError
-from .alignment import Alignment, AlignmentOutput, Target
+from ..options import plain
+from .alignment import Alignment, AlignmentOutput, Target, build_alignment
 from .alignment.balance import PCGrad
+from .crops import RandomCrop, taught
 from .students import Student, StudentOutput
 
 
@@ -77,6 +81,25 @@ class Distiller(nn.Module):
             for part in ("student", "alignment")
             for name in getattr(self, part).no_weight_decay()
         }
+
+
+def alignment_of(
+    config: DictConfig, student: Student, cache: Cache, crop: RandomCrop | None, *, fitted: bool
+) -> Alignment:
+    """The alignment of a run, to those of a store's spaces that its crops can be taught by.
+
+    Args:
+        config: of ``preceptor train``.
+        fitted: whether the units of the targets are fitted to the store, whose tokens are then
+            looked at.
+
+    Raises:
+        ConfigError: as `taught` and `build_alignment`.
+    """
+    align = plain(config.align)
+    specs = {name: space.spec for name, space in cache.spaces.items()}
+    available = taught(crop, specs, align.get("spaces"))
+    return build_alignment(align, student, available, cache.__getitem__ if fitted else None)
 
 
 def check_gradients(module: nn.Module) -> None:

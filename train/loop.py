@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..measure import peak_memory_mb
 from ..options import plain
 from ..progress import ProgressLine
-from .alignment import AlignmentOutput, build_alignment
+from .alignment import AlignmentOutput
 from .batch import to_device
 from .checkpoint import (
     AVERAGE,
@@ -36,10 +36,10 @@ from .checkpoint import (
     write_json,
 )
 from .claim import training_alone
-from .crops import random_crop, taught
+from .crops import random_crop
 from .data import TrainData
 from .diagnosis import Diagnosis
-from .distiller import Distiller, Targets, check_gradients
+from .distiller import Distiller, Targets, alignment_of, check_gradients
 from .logs import Logs
 from .meter import FiniteWatch, Meter
 from .monitor import KnnMonitor
@@ -94,10 +94,7 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
     cache = Cache.open(config.cache)
     student = build_student(plain(config.student), config.seed)
     crop = random_crop(plain(recipe)["crop"] if "crop" in recipe else None, config.seed)
-    align = plain(config.align)
-    specs = {name: space.spec for name, space in cache.spaces.items()}
-    available = taught(crop, specs, align.get("spaces"))
-    alignment = build_alignment(align, student, available, cache.__getitem__)
+    alignment = alignment_of(config, student, cache, crop, fitted=True)
     shards = plain(config.data)["shards"]
 
     def open_index() -> SampleIndex:

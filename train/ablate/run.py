@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...cache import Cache
 from ...cache.convert import convert_store
+from ...cache.encodings import encoding
 from ...engine import refuse_several
-from ...errors import ConfigError, TrainingError, first_line
+from ...errors import ConfigError, PreceptorError, TrainingError, first_line
 from ...options import compose_options, plain
 from ..checkpoint import KEPT, flat, write_json
 from ..claim import holder
@@ -23,10 +24,10 @@ from ..evaluation.run import prepare as check_evaluation
 from ..evaluation.run import warn_of_views
 from ..evaluation.words import language_spaces, text_tower
 from ..evaluation.zeroshot import ZeroShot
-from ..settings import check_settings
+from .check import Rehearsal, refuse
 from .figure import draw
 from .job import EVAL, LOG, RESULT, TRAIN, enter, launched, raise_for, read_failure, read_result
-from .plan import ENCODING, SEED, PlannedRun, baseline_of, option, plan_runs
+from .plan import ENCODING, SEED, PlannedRun, Variant, baseline_of, option, plan_runs
 from .stopping import PoolStop, forget_stop
 from .table import Outcome, check_score, compare, print_table, write_tables
 
@@ -107,46 +108,44 @@ def _validated(config: DictConfig) -> list[PlannedRun]:
 
 
 def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
-    """Write what every run is, after everything that can be checked was checked."""
+    """Write what every run is, after everything that can be checked was checked of all of them."""
     directories = _directories()
     base, judged = plain(config.train or {}), plain(config.eval or {})
+    variants = list({run.variant.name: run.variant for run in runs}.values())
+    stores = _stores(config, out, variants)
     composed: dict[str, DictConfig] = {}
-    stores = _stores(config, out, runs)
-    evaluation: DictConfig | None = None
+    refused: dict[str, str] = {}
+    rehearsal = Rehearsal()
+    for variant in variants:
+        options = {"cache": config.cache, **base, **variant.options}
+        coded = options.pop(ENCODING, None)
+        if coded is not None:
+            options["cache"] = str(stores[str(coded)])
+        try:
+            training = composed[variant.name] = _composed("train", options, directories)
+            rehearsal.try_out(training, training.cache if coded is None else config.cache)
+        except PreceptorError as error:
+            refused[variant.name] = str(error)
+        except Exception as error:  # a bug's or a library's, which fails that run and no other
+            print(f"warning: {variant.name}: {first_line(error)}", file=sys.stderr, flush=True)
+    refuse(refused, len(variants))
+    for name, training in composed.items():
+        _check_weights(name, training, config.weights)
+    evaluation = _evaluation(config, composed[variants[0].name], judged, directories)
+    suite, train, test, truths = check_evaluation(evaluation)
+    asked = suite.protocols.get("zeroshot")
+    embeddings: Iterable[str] = ()
+    if isinstance(asked, ZeroShot):
+        embeddings = language_spaces(test.cache).values()
+        for teacher in embeddings:  # rather now than after the first training
+            text_tower(asked, test.cache, teacher)
+    if config.score is not None:
+        tasks = [truth.name for truth in truths]
+        check_score(str(config.score), list(suite.protocols), tasks, embeddings)
+    described = []
     for run in runs:
-        variant = run.variant
-        if variant.name not in composed:
-            options = {"cache": config.cache, **base, **variant.options}
-            encoding = options.pop(ENCODING, None)
-            if encoding is not None:
-                options["cache"] = str(stores[str(encoding)])
-            composed[variant.name] = _composed("train", options, directories)
-            _check_training(variant.name, composed[variant.name], config.weights)
-        if evaluation is None:
-            options = {"train.cache": config.cache}
-            if (shards := plain(composed[variant.name].data)["shards"]) is not None:
-                options["train.shards"] = shards
-            elif "train.shards" not in flat(judged):
-                raise ConfigError(
-                    "train.shards is required of the evaluation, as the training names no images "
-                    "(data.shards=null): say eval={train.shards: ...}"
-                )
-            options |= {"with_teachers": False, "with_floor": False, "features": None}
-            options |= {"zeroshot.kept": str(out / "words"), **judged}  # the same for all runs
-            evaluation = _composed("eval", options, directories)
-            suite, train, test, truths = check_evaluation(evaluation)
-            asked = suite.protocols.get("zeroshot")
-            embeddings: Iterable[str] = ()
-            if isinstance(asked, ZeroShot):
-                embeddings = language_spaces(test.cache).values()
-                for teacher in embeddings:  # rather now than after the first training
-                    text_tower(asked, test.cache, teacher)
-            if config.score is not None:
-                check_score(
-                    str(config.score), list(suite.protocols), [t.name for t in truths], embeddings
-                )
         folder = out / "runs" / run.name
-        ours = OmegaConf.merge(composed[variant.name], {"out": str(folder / "train")})
+        ours = OmegaConf.merge(composed[run.variant.name], {"out": str(folder / "train")})
         if run.seed is not None:
             ours = OmegaConf.merge(ours, {SEED: run.seed})
         theirs = OmegaConf.merge(
@@ -156,22 +155,44 @@ def _prepare(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> None:
                 "students": [str(folder / "train" / KEPT[config.weights])],
             },
         )
-        for name, what in ((TRAIN, ours), (EVAL, theirs)):
-            path = folder / name
-            _same(path, what)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(what, path, resolve=True)
+        described += [(folder / TRAIN, ours), (folder / EVAL, theirs)]
+    for path, what in described:
+        _same(path, what)
+    for name, store in stores.items():
+        if store != Path(config.cache):
+            store.parent.mkdir(parents=True, exist_ok=True)
+            convert_store(config.cache, store, name, progress=True)
+    for path, what in described:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(what, path, resolve=True)
     warn_of_views(train, test)  # once, where each run says so in its log alone
 
 
-def _check_training(name: str, training: DictConfig, weights: str) -> None:
-    """Refuse what a variant's training would, and weights that it would not keep."""
-    try:
-        check_settings(training)
-    except ConfigError as error:
+def _evaluation(
+    config: DictConfig,
+    training: DictConfig,
+    judged: Mapping[str, Any],
+    directories: Sequence[str],
+) -> DictConfig:
+    """The evaluation that all runs share, of the first variant's images where it names none."""
+    options = {"train.cache": config.cache}
+    if (shards := plain(training.data)["shards"]) is not None:
+        options["train.shards"] = shards
+    elif "train.shards" not in flat(judged):
         raise ConfigError(
-            f"preceptor train would not take the options of {name}: {error}"
-        ) from None
+            "train.shards is required of the evaluation, as the training names no images "
+            "(data.shards=null): say eval={train.shards: ...}"
+        )
+    options |= {"with_teachers": False, "with_floor": False, "features": None}
+    options |= {"zeroshot.kept": str(Path(config.out).absolute() / "words"), **judged}
+    try:
+        return _composed("eval", options, directories)
+    except ConfigError as error:
+        raise ConfigError(f"preceptor eval would not take these options: {error}") from None
+
+
+def _check_weights(name: str, training: DictConfig, weights: str) -> None:
+    """Refuse weights that a variant would not keep."""
     if weights == "ema" and not training.recipe.ema:
         raise ConfigError(
             f"weights=ema: {name} keeps no average; say train={{recipe.ema: 0.999}}, or another "
@@ -190,7 +211,7 @@ def _composed(verb: str, options: Mapping[str, Any], directories: Sequence[str])
         return compose_options(verb, [*flags, *typed])
     except ConfigError as error:
         told = re.sub(r"say ([\w.]+)=\.\.\.", rf"say {verb}={{\1: ...}}", str(error))
-        raise ConfigError(f"preceptor {verb} would not take these options: {told}") from None
+        raise ConfigError(told) from None
 
 
 def _same(path: Path, ours: Any) -> None:
@@ -211,20 +232,18 @@ def _same(path: Path, ours: Any) -> None:
         )
 
 
-def _stores(config: DictConfig, out: Path, runs: Sequence[PlannedRun]) -> dict[str, Path]:
-    """A store for every encoding that a factor names, converted where it is not there."""
-    wanted = dict.fromkeys(
-        str(run.variant.options[ENCODING]) for run in runs if ENCODING in run.variant.options
-    )
+def _stores(config: DictConfig, out: Path, variants: Sequence[Variant]) -> dict[str, Path]:
+    """Where the store of every encoding is, or is to be, that a factor names.
+
+    Raises:
+        StoreError: there is no such encoding.
+    """
+    wanted = dict.fromkeys(str(v.options[ENCODING]) for v in variants if ENCODING in v.options)
     found = {}
-    for encoding in wanted:
-        cache = Cache.open(config.cache)
-        if all(cache[space].encoding == encoding for space in cache.spaces):
-            found[encoding] = Path(config.cache)
-        else:
-            found[encoding] = out / "stores" / encoding
-            found[encoding].parent.mkdir(parents=True, exist_ok=True)
-            convert_store(config.cache, found[encoding], encoding, progress=True)
+    for name in wanted:
+        cache, _ = Cache.open(config.cache), encoding(name)
+        there = all(cache[space].encoding == name for space in cache.spaces)
+        found[name] = Path(config.cache) if there else out / "stores" / name
     return found
 
 
