@@ -51,6 +51,16 @@ def launch(
         elif SLURMEnvironment.detect() and "SLURM_NTASKS_PER_NODE" in os.environ:
             devices = int(os.environ["SLURM_NTASKS_PER_NODE"])
             nodes = int(os.environ["SLURM_NNODES"])
+    if engine.accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        built = (
+            f"{torch.__version__} finds none here"
+            if torch.version.cuda
+            else (f"{torch.__version__} was built without CUDA")
+        )
+        raise ConfigError(
+            f"engine.accelerator={engine.accelerator}: there is no CUDA device to be used (torch "
+            f"{built}); engine=auto takes what there is, engine=cpu the processor"
+        )
     try:
         accelerator = engine.accelerator
         if accelerator == "auto":  # Fabric might choose MPS, which has no float64 for statistics
@@ -68,8 +78,11 @@ def launch(
         raise ConfigError(f"engine: {first_line(error)}") from error
     cluster = getattr(fabric.strategy, "cluster_environment", None)
     if fabric.world_size > 1 and cluster is not None and not cluster.creates_processes_externally:
+        asked = f"engine.devices={engine.devices}"
+        if engine.num_nodes != 1:
+            asked += f" engine.num_nodes={engine.num_nodes}"
         raise ConfigError(
-            f"engine.devices={engine.devices}: several processes are started by torchrun "
+            f"{asked}: several processes are started by torchrun "
             f"--nproc-per-node={fabric.world_size} -m preceptor ... (or by Slurm)"
         )
     fabric.launch()

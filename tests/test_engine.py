@@ -148,6 +148,13 @@ def test_auto_is_no_accelerator_that_was_never_tried(monkeypatch):
     assert launch(OmegaConf.create({**engine, "precision": "auto"})).device.type == "cpu"
 
 
+def test_a_device_that_is_not_there_is_told_in_this_program_s_words(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    engine = {"accelerator": "cuda", "devices": "auto", "num_nodes": 1, "strategy": "auto"}
+    with pytest.raises(ConfigError, match=r"no CUDA device to be used \(torch .*engine=auto takes"):
+        launch(OmegaConf.create({**engine, "precision": "bf16-mixed"}))
+
+
 @pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)"])
 def test_who_is_left_by_another_process_says_so(tmp_path, end):
     """By the command line, instead of a traceback of the library that joins them."""

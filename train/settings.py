@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..cache import Cache
 from ..cache.plan import ROWS
+from ..cache.views import INTERPOLATIONS
 from ..engine import precision
 from ..errors import ConfigError, TrainingError, first_line
 from ..options import plain
@@ -79,6 +80,12 @@ def check_settings(config: DictConfig) -> None:
     length = "epochs" if recipe.steps is None else "steps"
     for key in (length, "batch_size", "accumulate", "log_every"):
         _check_number(recipe, f"recipe.{key}", whole=True, positive=True)
+    if recipe.get("images_a_step") is not None:
+        _check_number(recipe, "recipe.images_a_step", whole=True, positive=True)
+    if recipe.interpolation not in INTERPOLATIONS:
+        raise ConfigError(
+            f"recipe.interpolation={recipe.interpolation}: valid are {', '.join(INTERPOLATIONS)}"
+        )
     for key in ("lr", "alignment_lr"):
         _check_number(recipe, f"recipe.{key}", positive=True)
     for key in ("warmup", "layer_decay", "ema", "min_lr"):

@@ -381,6 +381,12 @@ def test_half_precision_resumes_with_its_gradient_scale(
         ("seed=-1", "seed=-1: expected a number from 0 up"),
         ("align.spaces=[clip]", "does not hold; there are vit/patch, vit/cls"),
         ("engine.precision=float8", "engine: "),
+        (
+            "engine.num_nodes=2",
+            "engine.devices=1 engine.num_nodes=2: several processes are started",
+        ),
+        ("recipe.interpolation=nearst", "recipe.interpolation=nearst: valid are nearest, box"),
+        ("+recipe.images_a_step=abc", "recipe.images_a_step=abc: expected a whole number"),
         (["recipe.steps=null", "recipe.epochs=0.5"], "recipe.epochs=0.5: expected a whole number"),
         (["keep.best=loss", "align.balance=drop"], "balance=drop does not.*say keep.best=knn"),
         (["keep.best=loss", "align.balance=normalised"], "balance=normalised does not tell"),
