@@ -84,7 +84,7 @@ def refuse(reasons: Mapping[str, str], of: int) -> None:
     for reason, names in list(by_reason.items())[:_SHOWN]:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         whose = f"the options of {' and '.join(names[:_SHOWN])}{more}"
-        parts.append(f"{'these options' if len(names) == of > 1 else whose}: {reason}")
+        parts.append(f"{'these options' if len(names) == of else whose}: {reason}")
     if len(by_reason) > _SHOWN:
         parts.append(f"{len(by_reason) - _SHOWN} others")
     raise ConfigError(f"preceptor train would not take {'; nor '.join(parts)}")

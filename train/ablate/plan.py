@@ -21,6 +21,8 @@ ALIASES = {
 ENCODING = "encoding"
 """A factor whose values are encodings: the store is converted to each."""
 SEED = "seed"
+OWN = {"out": "every run has a folder of its own in that of the ablation"}
+"""Options of ``preceptor train`` that an ablation gives, with the reason."""
 _BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./+-]*")
 _WORDS = ("null", "true", "false", "nan", "inf")
 
@@ -91,6 +93,8 @@ def plan_runs(factors: Mapping[str, Any]) -> list[PlannedRun]:
     for factor, values in factors.items():
         own = _levels(factor, values)
         for key in dict.fromkeys(key for level in own for key in level.options):
+            if key in OWN:
+                raise ConfigError(f"factors.{factor}: {key} is no factor, {OWN[key]}")
             # A store of another encoding takes the place of the one that is converted.
             key = "cache" if key == ENCODING else key
             if (other := decided.setdefault(key, factor)) != factor:
@@ -207,8 +211,8 @@ def _seed(level: Level) -> int:
             "in their seed alone, so give that to another factor"
         )
     value = level.options.get(SEED)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"factors.seed: {value!r} is not a whole number")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"factors.seed: {value!r} is not a whole number from 0 up")
     return value
 
 

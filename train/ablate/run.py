@@ -27,7 +27,7 @@ from ..evaluation.zeroshot import ZeroShot
 from .check import Rehearsal, refuse
 from .figure import draw
 from .job import EVAL, LOG, RESULT, TRAIN, enter, launched, raise_for, read_failure, read_result
-from .plan import ENCODING, SEED, PlannedRun, Variant, baseline_of, option, plan_runs
+from .plan import ENCODING, OWN, SEED, PlannedRun, Variant, baseline_of, option, plan_runs
 from .stopping import PoolStop, forget_stop
 from .table import Outcome, check_score, compare, print_table, write_tables
 
@@ -100,6 +100,8 @@ def _validated(config: DictConfig) -> list[PlannedRun]:
     for key in ("train", "eval"):
         if config[key] is not None and not OmegaConf.is_dict(config[key]):
             raise ConfigError(f"{key}={config[key]}: expected options, such as {{workers: 0}}")
+    for key in sorted(OWN.keys() & plain(config.train or {}).keys()):
+        raise ConfigError(f"train.{key}: leave it out, {OWN[key]}")
     if config.weights not in KEPT:
         raise ConfigError(f"weights={config.weights}: valid are {', '.join(KEPT)}")
     if not 0 < config.level < 1:

@@ -238,6 +238,7 @@ def test_mistakes_are_told_before_anything_runs(
     told("hydra/launcher=jblib", "joblib", more=("hydra/launcher=jblib",))
     told("level=2", more=("level=2.0",))
     told("train=short: expected options", more=("train=short",))
+    told("train.out: leave it out, every run has a folder", more=("train={out: x}",))
     told("weights=mean: valid are last, ema, best", more=("weights=mean",))
     some = "recipe.ema: [0.9, 0]"
     told("weights=ema: ema=0 keeps no average", "recipe.ema:", factors=some, more=("weights=ema",))
