@@ -28,11 +28,11 @@ from .durable import Staged, directory_lock, make_directory, sync_directory, wri
 from .encoded import Encoded
 from .encodings.base import largest_magnitude
 from .encodings.prediction import Prediction
-from .layout import ArraySpec, Layout, pad_to_chunks
+from .layout import Layout, pad_to_chunks
 from .manifest import Manifest
 from .plan import PIXELS, ROWS, SpaceSpec
 from .rows import RowBatch
-from .sharding import shard_file
+from .sharding import shard_file, shard_file_as_sealed
 from .statistics import Accumulator, Moments
 
 PARTIAL = "partial"
@@ -302,7 +302,7 @@ class ShardWriter:
             sealed = best_completion(self._path, self._manifest, unit)
             for path, spec in self._layout.unit_arrays(unit).items():
                 length = None if sealed is None else sealed.sizes[path][self._shard]
-                buffers, sums = _file_of(spec, self._buffer(path), length)
+                buffers, sums = shard_file_as_sealed(spec, self._buffer(path), length)
                 file = self._stage(self._path / spec.file(self._shard), buffers, undo)
                 staged.append(file)
                 files[path] = FileRecord(file.bytes, file.sha256, tuple(sums))
@@ -383,27 +383,6 @@ class ShardWriter:
         if path == PIXELS and self._pixels is not None:
             return self._pixels
         return self._values[parent.removeprefix("spaces/")][name]
-
-
-def _file_of(
-    spec: ArraySpec, values: np.ndarray, length: int | None
-) -> tuple[list[Any], list[int]]:
-    """The buffers of a shard's file, and its chunks' checksums.
-
-    Args:
-        length: of the file that was sealed in its place, in a store that is being repaired. Stores
-            of before chunks were aligned have no gaps; the file is then written without them, so
-            that it is the one that was there to the byte.
-    """
-    found = shard_file(spec, values)
-    if length is None or length == _length(found[0]):
-        return found
-    packed = shard_file(spec, values, aligned=1)
-    return packed if length == _length(packed[0]) else found
-
-
-def _length(buffers: Iterable[Any]) -> int:
-    return sum(memoryview(buffer).nbytes for buffer in buffers)
 
 
 def partial_name(space: SpaceSpec, shard: int) -> str:

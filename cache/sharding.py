@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,27 @@ def shard_file(
         raw = index.tobytes()
         buffers += [raw, crc32c(raw).to_bytes(CRC, "little")]
     return buffers, sums
+
+
+def shard_file_as_sealed(
+    spec: ArraySpec, values: np.ndarray, length: int | None
+) -> tuple[list[Any], list[int]]:
+    """:func:`shard_file`, of the length of one that was sealed.
+
+    Args:
+        length: of the file that was sealed in its place, in a store that is being repaired; None
+            in others. Stores of before chunks were aligned have no gaps; the file is then written
+            without them, so that it is the one that was there to the byte.
+    """
+    found = shard_file(spec, values)
+    if length is None or length == _length(found[0]):
+        return found
+    packed = shard_file(spec, values, aligned=1)
+    return packed if length == _length(packed[0]) else found
+
+
+def _length(buffers: Iterable[Any]) -> int:
+    return sum(memoryview(buffer).nbytes for buffer in buffers)
 
 
 def parse_index(spec: ArraySpec, raw: bytes, file_bytes: int, chunks: int) -> np.ndarray:
