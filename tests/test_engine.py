@@ -1,7 +1,8 @@
-"""How many processes decode images, and how long processes wait for each other."""
+"""How many processes decode images, how ranks find each other, and how long they wait."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from lightning_fabric.accelerators import MPSAccelerator
 from omegaconf import OmegaConf
 from preceptor import cli
+from preceptor.benchmarks import torture_train
 from preceptor.engine import decoders, launch
 from preceptor.errors import ConfigError
 from preceptor.train.ablate import job
@@ -213,3 +215,38 @@ def test_too_little_memory_is_no_traceback(monkeypatch, capsys, error):
             f"preceptor info: there is not enough memory ({error}): lower batch_size, where the "
             "command has it, or free what other programs hold\n"
         )
+
+
+def test_slurm_starts_the_ranks(tmp_path):
+    """Two processes with the variables that srun sets find each other and the engine's default."""
+    script = (
+        "from omegaconf import OmegaConf; import preceptor, torch, pathlib, sys\n"
+        "from preceptor.engine import launch\n"
+        "root = pathlib.Path(preceptor.__file__).parent\n"
+        "fabric = launch(OmegaConf.load(root / 'configs' / 'engine' / 'cpu.yaml'))\n"
+        "total = fabric.all_reduce(torch.tensor(fabric.global_rank + 1.0), reduce_op='sum')\n"
+        "print(fabric.world_size, float(total))\n"
+    )
+    port = str(torture_train.free_port())
+    ranks = []
+    for rank in "01":
+        slurm = {
+            "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2",
+            "SLURM_PROCID": rank, "SLURM_LOCALID": "0", "SLURM_NODEID": rank,
+            "SLURM_JOB_ID": "4", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1",
+            "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script],
+                env={**os.environ, **slurm},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path,
+            )
+        )
+    for rank in ranks:
+        out, errors = rank.communicate()
+        assert rank.returncode == 0, errors
+        assert out.split()[-2:] == ["2", "3.0"]

@@ -11,9 +11,6 @@ from huggingface_hub import constants
 from preceptor.errors import TeacherError
 from preceptor.extract.teachers import load_teacher
 
-# Small networks of every layout that timm's features come in.
-NETWORKS = ["test_vit", "test_vit3", "test_efficientnet", "test_convnext", "resnet10t"]
-
 
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -355,41 +355,6 @@ def test_a_copied_checkpoint_of_other_options_is_refused_with_the_difference(tra
         train(train_config("recipe.steps=2", "recipe.ema=0.5"))
 
 
-def test_slurm_starts_the_ranks(tmp_path):
-    """Two processes with the variables that srun sets find each other and the engine's default."""
-    script = (
-        "from omegaconf import OmegaConf; import preceptor, torch, pathlib, sys\n"
-        "from preceptor.engine import launch\n"
-        "root = pathlib.Path(preceptor.__file__).parent\n"
-        "fabric = launch(OmegaConf.load(root / 'configs' / 'engine' / 'cpu.yaml'))\n"
-        "total = fabric.all_reduce(torch.tensor(fabric.global_rank + 1.0), reduce_op='sum')\n"
-        "print(fabric.world_size, float(total))\n"
-    )
-    port = str(torture_train.free_port())
-    ranks = []
-    for rank in "01":
-        slurm = {
-            "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2",
-            "SLURM_PROCID": rank, "SLURM_LOCALID": "0", "SLURM_NODEID": rank,
-            "SLURM_JOB_ID": "4", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1",
-            "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-c", script],
-                env={**os.environ, **slurm},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=Path(tmp_path),
-            )
-        )
-    for rank in ranks:
-        out, errors = rank.communicate()
-        assert rank.returncode == 0, errors
-        assert out.split()[-2:] == ["2", "3.0"]
-
-
 def test_teachers_that_nothing_is_learnt_from_may_come_and_go(train_config, bed):
     cache = Cache.open(bed.cache)
     config = train_config("align.spaces=[vit/cls]")
