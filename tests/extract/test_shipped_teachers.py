@@ -15,11 +15,10 @@ import pytest
 import timm
 import torch
 import yaml
-from preceptor import configs
+from preceptor import configs, contrastive
 from preceptor.cache.encodings import encoding
 from preceptor.extract.teachers import (
     Teacher,
-    from_open_clip,
     from_timm,
     load_teacher,
     network,
@@ -47,7 +46,7 @@ def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         return open_clip.create_model(architecture, device="meta", **options)
 
     monkeypatch.setattr(from_timm, "_from_hub", of_timm)
-    monkeypatch.setattr(from_open_clip, "_from_hub", of_open_clip)
+    monkeypatch.setattr(contrastive, "_from_hub", of_open_clip)
     monkeypatch.setattr(network, "weights_sha256", lambda network: "")
 
 
