@@ -146,6 +146,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
+def not_compiled(error: BaseException) -> bool:
+    """Whether an error is of `torch.compile`, whose modules take long to import."""
+    own = ("torch._dynamo.", "torch._inductor.")
+    return any(kind.__module__.startswith(own) for kind in type(error).__mro__)
+
+
 def gathered(fabric: Fabric, value: T) -> list[T]:
     """The picklable value of every process, in the order of ranks; a collective call."""
     if fabric.world_size == 1:

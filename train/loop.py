@@ -17,8 +17,8 @@ from torch import nn
 
 from ..cache import Cache
 from ..cache.samples import SampleIndex, list_samples
-from ..engine import decoders, launch, one_first, out_of_memory, precision
-from ..errors import ConfigError
+from ..engine import decoders, launch, not_compiled, one_first, out_of_memory, precision
+from ..errors import ConfigError, TrainingError, first_line
 from ..measure import peak_memory_mb
 from ..options import plain
 from ..progress import ProgressLine
@@ -70,7 +70,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         ConfigError, DataError, StoreError: an input cannot be used, or an output not be written;
             another process works in the output folder.
         TrainingError: the loss or a weight is not finite, logs cannot be written, or a device has
-            not enough memory.
+            not enough memory, or `torch.compile` fails.
         SystemExit: with status 0, when a signal asked the run to stop and its state is saved.
     """
     check_settings(config)
@@ -79,9 +79,13 @@ def train(config: DictConfig) -> dict[str, Any]:
         try:
             return _train(config, fabric)
         except Exception as error:
-            if not out_of_memory(error):
-                raise
-            raise without_memory(config, fabric, error) from error
+            if out_of_memory(error):
+                raise without_memory(config, fabric, error) from error
+            if not_compiled(error):
+                raise TrainingError(
+                    f"torch.compile failed ({first_line(error)}): say engine.compile=false"
+                ) from error
+            raise
 
 
 def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
@@ -139,6 +143,8 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
         student.to(memory_format=torch.channels_last)
     if config.engine.compile:
         distiller.compile_parts()
+        if rank_zero:
+            print("engine.compile: the first steps are compiled, which takes minutes", flush=True)
     fused = getattr(fabric.strategy.precision, "scaler", None) is None
     module, optimizer = fabric.setup(distiller, build_optimizer(distiller, recipe, fused=fused))
     average = average_of(distiller, recipe)

@@ -147,36 +147,6 @@ def last(out: Path) -> Path:
     return found
 
 
-@pytest.mark.parametrize(
-    ("align", "parts"),
-    [
-        (("align=regression", "align.balance=pcgrad"), ["Student"]),
-        (("align=model_token", "align.write_back=1"), ["Student", "ModelToken"]),
-    ],
-    ids=["regression", "model tokens inside"],
-)
-def test_a_compiled_run_learns_the_same(train_config, tmp_path, align, parts, monkeypatch):
-    compile_module, compiled_parts = torch.nn.Module.compile, []
-
-    def traced(module: torch.nn.Module) -> None:  # all but the slow making of machine code
-        compiled_parts.append(type(module).__name__)
-        compile_module(module, backend="aot_eager")
-
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    # Gradients of each teacher are looked at in the second step of three.
-    options = (*align, "align.targets=phis", "recipe.steps=3", "recipe.lr=1e-4",
-               "log.gradients_every=2", "engine.precision=64-true")  # fmt: skip
-    for out, compiled in (("plain", "false"), ("compiled", "true")):
-        train(train_config(*options, f"engine.compile={compiled}", student=CNN, out=out))
-    plain, compiled = (
-        load_file(tmp_path / out / "student.safetensors") for out in ("plain", "compiled")
-    )
-    assert list(plain) == list(compiled)
-    for name, weight in plain.items():
-        torch.testing.assert_close(compiled[name], weight, rtol=1e-6, atol=1e-9)
-    assert compiled_parts == parts
-
-
 def test_workers_change_nothing(train_config, tmp_path):
     for workers in (0, 2):
         train(
