@@ -6,12 +6,15 @@ answered at once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -141,19 +144,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"preceptor {name}: interrupted", file=sys.stderr)
         return _failed(130)
     except Exception as error:
-        engine = sys.modules.get(f"{__package__}.engine")
-        if engine is not None and engine.others_ended(error):
-            print(
-                f"preceptor {name}: another process of this run has ended or cannot be reached, "
-                f"and what it said tells why ({first_line(error)})",
-                file=sys.stderr,
-            )
-        elif engine is not None and (sentence := engine.lost_decoder(error)):
-            print(f"preceptor {name}: {sentence}", file=sys.stderr)
-        else:
-            traceback.print_exc()
+        with _undisturbed():
+            _tell_of_a_bug(name, error)
         return _failed(1)
     return 0
+
+
+def _tell_of_a_bug(name: str, error: Exception) -> None:
+    """What is known of an error that is not meant for people, or its traceback."""
+    engine = sys.modules.get(f"{__package__}.engine")
+    if engine is not None and engine.others_ended(error):
+        print(
+            f"preceptor {name}: another process of this run has ended or cannot be reached, "
+            f"and what it said tells why ({first_line(error)})",
+            file=sys.stderr,
+        )
+    elif engine is not None and (sentence := engine.lost_decoder(error)):
+        print(f"preceptor {name}: {sentence}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A decoder's death is not heard of anew: torch raises for it wherever this process is."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _failed(status: int) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -127,7 +128,9 @@ def lost_decoder(error: BaseException) -> str | None:
     line = first_line(error)
     if isinstance(error, MemoryError):
         what = f"there is no memory left ({line})" if line else "there is no memory left"
-    elif isinstance(error, RuntimeError) and line.startswith("DataLoader worker (pid"):
+    elif (
+        isinstance(error, RuntimeError) and line.startswith("DataLoader worker (pid")
+    ) or _while_handing_over(error):
         what = (
             f"a process that decodes images was ended from outside ({line.rstrip(' .')}), as a "
             "system does that has no memory left"
@@ -135,6 +138,17 @@ def lost_decoder(error: BaseException) -> str | None:
     else:
         return None
     return f"{what}: say workers=N for fewer of them, or a smaller batch_size"
+
+
+def _while_handing_over(error: BaseException) -> bool:
+    """Whether a batch was being taken from a process that decodes images when it ended, which torch
+    does not tell of in words of its own."""
+    if not isinstance(error, EOFError | ConnectionError | FileNotFoundError):
+        return False
+    walked = traceback.walk_tb(error.__traceback__)
+    rooms = {str(frame.f_globals.get("__name__")) for frame, _ in walked}
+    ours = any(room.startswith("torch.utils.data.") for room in rooms)
+    return ours and any(room.startswith("multiprocessing.") for room in rooms)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Client
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lightning_fabric.accelerators import MPSAccelerator
 from omegaconf import OmegaConf
 from preceptor import cli
 from preceptor.benchmarks import torture_train
-from preceptor.engine import decoders, launch
+from preceptor.engine import decoders, launch, lost_decoder
 from preceptor.errors import ConfigError
 from preceptor.train.ablate import job
 
@@ -250,3 +252,47 @@ def test_slurm_starts_the_ranks(tmp_path):
         out, errors = rank.communicate()
         assert rank.returncode == 0, errors
         assert out.split()[-2:] == ["2", "3.0"]
+
+
+def test_a_decoder_that_ends_while_it_hands_a_batch_over_is_a_lost_one():
+    """Of its death torch may hear by a connection that has ended, before it hears the signal."""
+    loader = {"__name__": "torch.utils.data.dataloader"}
+    exec("def taken(take, *given):\n    return take(*given)", loader)
+    ours, theirs = Pipe()
+    theirs.close()
+    for take, *given in ((ours.recv,), (Client, "/nowhere/socket")):
+        with pytest.raises((EOFError, FileNotFoundError)) as raised:
+            loader["taken"](take, *given)
+        assert "a process that decodes images was ended" in str(lost_decoder(raised.value))
+        with pytest.raises((EOFError, FileNotFoundError)) as raised:
+            take(*given)  # for another process than a decoder
+        assert lost_decoder(raised.value) is None
+
+    def refused():
+        raise ConnectionResetError("a bucket's")
+
+    with pytest.raises(ConnectionResetError) as raised:
+        loader["taken"](refused)
+    assert lost_decoder(raised.value) is None
+
+
+def test_what_is_told_of_an_error_is_not_disturbed_by_a_decoder_s_death(monkeypatch, capsys):
+    def heard(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    def dies_late(name, error):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        print("told")
+
+    def work(verb, config):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli.Verb, "run", work)
+    monkeypatch.setattr(cli, "_tell_of_a_bug", dies_late)
+    before = signal.signal(signal.SIGCHLD, heard)
+    try:
+        assert cli.main(["info", "cache=a"]) == 1
+        assert signal.getsignal(signal.SIGCHLD) is heard
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert "told" in capsys.readouterr().out
