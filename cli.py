@@ -6,7 +6,6 @@ answered at once.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import re
@@ -14,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -144,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"preceptor {name}: interrupted", file=sys.stderr)
         return _failed(130)
     except Exception as error:
-        with _undisturbed():
-            _tell_of_a_bug(name, error)
+        _hear_of_no_more_decoders()
+        _tell_of_a_bug(name, error)
         return _failed(1)
     return 0
 
@@ -165,17 +164,10 @@ def _tell_of_a_bug(name: str, error: Exception) -> None:
         traceback.print_exception(error)
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A decoder's death is not heard of anew: torch raises for it wherever this process is."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+def _hear_of_no_more_decoders() -> None:
+    """torch raises for a decoder's death wherever this process is, its exit included."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _failed(status: int) -> int:

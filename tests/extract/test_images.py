@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +16,6 @@ from preceptor.errors import ConfigError
 from preceptor.extract import images
 from preceptor.extract.images import ViewBatch, ViewDataset, view_batches
 from preceptor.tests.extract.tiny_store import CALL
-from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
 
@@ -85,6 +84,24 @@ def test_an_image_is_decoded_once_for_all_its_views(shards, monkeypatch):
         assert torch.equal(found.pixels[geometry], apart)
 
 
+LOSES_A_WORKER = """
+import os, signal, sys
+from torch.utils.data import get_worker_info
+from preceptor.cli import main
+from preceptor.extract.images import ViewDataset
+end, *given = sys.argv[1:]
+plain = ViewDataset.__getitem__
+def get(self, item):
+    if get_worker_info() is not None and item == 2:
+        if end == "memory":
+            raise MemoryError
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, item)
+ViewDataset.__getitem__ = get
+sys.exit(main(given))
+"""
+
+
 @pytest.mark.parametrize(
     ("end", "words"),
     [
@@ -92,27 +109,17 @@ def test_an_image_is_decoded_once_for_all_its_views(shards, monkeypatch):
         ("memory", "there is no memory left"),
     ],
 )
-def test_a_worker_that_is_lost_is_told_with_the_way_out(
-    end, words, shards, tmp_path, monkeypatch, capsys
-):
-    plain = ViewDataset.__getitem__
-
-    def get(self, item):
-        if get_worker_info() is not None and item == 2:
-            if end == "memory":
-                raise MemoryError
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(self, item)
-
+def test_a_worker_that_is_lost_is_told_with_the_way_out(end, words, shards, tmp_path):
     (tmp_path / "teachers").mkdir()
     (tmp_path / "teachers" / "one.yaml").write_text(f"vit: {{source: '{CALL}:vit'}}\n")
     options = [f"cache={tmp_path / 'store'}", f"data.shards='{shards}'", "engine=cpu"]
     options += ["batch_size=2", "shard_rows=4", "group_rows=2", "calibration.images=2"]
     given = ["extract", "--config-dir", str(tmp_path), "teachers=one", *options]
-    with monkeypatch.context() as patch:
-        patch.setattr(ViewDataset, "__getitem__", get)
-        assert main([*given, "workers=1"]) == 1
-    told = capsys.readouterr().err
+    # In a process of its own: torch goes on telling of that worker in the one that had it.
+    script = [sys.executable, "-c", LOSES_A_WORKER, end]
+    done = subprocess.run([*script, *given, "workers=1"], capture_output=True, text=True)
+    assert done.returncode == 1
+    told = done.stderr
     assert words in told
     assert "say workers=N for fewer of them, or a smaller batch_size" in told
     assert "Traceback (most" not in told.replace("Original Traceback", "")
