@@ -8,8 +8,8 @@ import open_clip
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
 from .checkpoints import read_checkpoint
-from .errors import TeacherError, closest
-from .hub import first_sentence, hub_or_cache
+from .errors import TeacherError, closest, first_sentence
+from .hub import hub_or_cache
 
 SCHEME = "open_clip"
 """Of a source."""

@@ -56,7 +56,7 @@ def launch(
         built = (
             f"{torch.__version__} finds none here"
             if torch.version.cuda
-            else (f"{torch.__version__} was built without CUDA")
+            else f"{torch.__version__} was built without CUDA"
         )
         raise ConfigError(
             f"engine.accelerator={engine.accelerator}: there is no CUDA device to be used (torch "

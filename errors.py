@@ -12,6 +12,11 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip()[:300] if lines else type(error).__name__
 
 
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of another library's error: hubs say a great deal in one line."""
+    return first_line(error).split(". ")[0].rstrip(".")[:200]
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the most similar known ones, or all if few."""
     known = list(known)

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import first_line
-
 HUB_TIMEOUT = 5.0
 """Seconds until a model hub that does not answer counts as absent."""
 
@@ -39,8 +37,3 @@ def hub_or_cache() -> Iterator[str]:
         yield f"{constants.ENDPOINT}, which does not answer, nor from the local cache"
     finally:
         constants.HF_HUB_OFFLINE = False
-
-
-def first_sentence(error: BaseException) -> str:
-    """The first sentence of an error, for a message: hubs say a great deal in one line."""
-    return first_line(error).split(". ")[0].rstrip(".")[:200]

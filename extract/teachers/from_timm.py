@@ -12,8 +12,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ...checkpoints import read_checkpoint
-from ...errors import TeacherError, closest
-from ...hub import first_sentence, hub_or_cache
+from ...errors import TeacherError, closest, first_sentence
+from ...hub import hub_or_cache
 from .base import Preprocessing
 from .network import NetworkTeacher, Offer, Tap, check_whole_patches, size_pair, taps_from
 

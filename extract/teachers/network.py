@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints import weights_sha256
-from ...errors import TeacherError
-from ...hub import first_sentence
+from ...errors import TeacherError, first_sentence
 from ...pixels import not_whole_patches
 from .base import Preprocessing, SpaceShape, Teacher
 
