@@ -4,7 +4,7 @@ Codes are decoded by a scale a token and a gain a dimension, as `align.targets=s
 `eager` decodes the codes into a float tensor and calls torch.nn.functional; `compiled` is the same
 under torch.compile; `ours_compiled` is the fused loss inside a compiled function, which on a CPU
 is traced and left to the compiler. Times are of the forward and the backward pass together, taken
-in turns.
+in turns; on CUDA those of a CUDA graph, and once more `as called` by eager Python.
 
     python benchmarks/alignment_loss.py --device cpu --threads 2 --json results.json
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -68,15 +69,23 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
         torch.compiler.reset()
         rivals["ours_compiled"] = torch.compile(fused)
         rivals["compiled"] = torch.compile(eager)
-    works, failed, agreed = {}, {}, None
+    # Each turn reads and writes memory of its own.
+    nbytes = prediction.nbytes + codes.nbytes
+    turns = [(prediction, codes)]
+    for number in range(1, timing.copies_beyond_caches(nbytes, options.device)):
+        rolled = prediction.detach().roll(number, 0).requires_grad_()
+        turns.append((rolled, codes.roll(number, 0)))
+    works: dict[str, list[Callable[[], Tensor]]] = {}
+    failed, agreed = {}, None
     for name, loss in rivals.items():
 
-        def work(loss: Callable[..., Tensor] = loss) -> Tensor:
+        def work(turn: int, loss: Callable[..., Tensor] = loss) -> Tensor:
+            prediction, codes = turns[turn]
             (gradient,) = torch.autograd.grad(loss(prediction, codes, scale, gain), prediction)
             return gradient
 
         try:
-            gradient = work().float()
+            gradient = work(0).float()
         except Exception as error:
             if name == "ours":
                 raise
@@ -85,14 +94,23 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
         agreed = gradient if agreed is None else agreed
         if float((gradient - agreed).norm() / agreed.norm()) > 2e-2:
             raise RuntimeError(f"the gradient of {name} differs from ours at {shape}")
-        works[name] = work
-    found = timing.alternate(works, options.device, options.rounds, options.repeats)
+        works[name] = [partial(work, turn) for turn in range(len(turns))]
+    take = partial(
+        timing.alternate, device=options.device, rounds=options.rounds, repeats=options.repeats
+    )
+    called = {name: each[0] for name, each in works.items()}
+    eagerly = take(called)
+    found = eagerly
+    if options.device == "cuda":
+        graphs = {name: timing.captured(each) for name, each in works.items()}
+        found = take(graphs, calls=len(turns))
     for name, entry in found.items():
-        entry["peak_bytes"] = timing.peak_bytes(works[name], options.device)
+        entry["peak_bytes"] = timing.peak_bytes(called[name], options.device)
     # Prediction and codes are read by both passes, the gradient is written.
     moved = 3 * prediction.nbytes + 2 * codes.nbytes
     found["ours"]["bytes_per_s"] = moved / found["ours"]["median_s"]
-    return {"shape": shape, "failed": failed, "forward_backward": found}
+    measured = {"shape": shape, "failed": failed, "forward_backward": found}
+    return measured if found is eagerly else {**measured, "called": eagerly}
 
 
 def main() -> None:
@@ -118,11 +136,13 @@ def main() -> None:
                 entry["quartiles_s"][1] * 1e3,
                 entry["median_s"] / ours,
                 entry["peak_bytes"] / 2**20,
+                found["called"][rival]["median_s"] * 1e3 if "called" in found else None,
             )
             for rival, entry in times.items()
         ]
         print(f"\n{name} B{shape[0]} N{shape[1]} D{shape[2]}")
-        print(timing.table(("", "ms", "q1", "q3", "x ours", "peak MiB"), rows))
+        columns = ("", "ms", "q1", "q3", "x ours", "peak MiB", "as called ms")
+        print(timing.table(columns, rows))
         summary[name] = {
             rival: round(entry["median_s"] / ours, 2)
             for rival, entry in times.items()

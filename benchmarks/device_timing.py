@@ -116,16 +116,46 @@ def seconds(work: Callable[[], Any], device: str, repeats: int) -> float:
     return (time.process_time() - begin) / repeats
 
 
+def captured(works: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """All works in a row as one CUDA graph, whose replay costs the host a single launch.
+
+    What is timed is then the device's work alone, however long Python takes to ask for it.
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for work in works:
+            work()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in works:
+            work()
+    return graph.replay
+
+
+def copies_beyond_caches(nbytes: int, device: str) -> int:
+    """How many inputs of this size to take in turns so that none is still in the L2 cache."""
+    if device != "cuda":
+        return 1
+    properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return max(1, -(-3 * properties.L2_cache_size // nbytes))
+
+
 def alternate(
-    works: Mapping[str, Callable[[], Any]], device: str, rounds: int, repeats: int
+    works: Mapping[str, Callable[[], Any]], device: str, rounds: int, repeats: int, calls: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Median, least and quartiles of the seconds of each work, all measured in turns."""
+    """Median, least and quartiles of the seconds of each work, all measured in turns.
+
+    Args:
+        calls: how many calls one run of a work stands for; the seconds are of one of them.
+    """
     samples: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
     for _ in range(rounds):
         for name, work in works.items():
-            samples[name].append(seconds(work, device, repeats))
+            samples[name].append(seconds(work, device, repeats) / calls)
     result = {}
     for name, values in samples.items():
         quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
