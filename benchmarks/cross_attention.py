@@ -3,9 +3,15 @@
 Each contender is the whole module (query projection to output projection) with the same weights;
 they are timed in turns. `standard` projects keys and values and calls PyTorch's attention,
 `absorbed_bmm` and `absorbed_sdpa` fold the projections but leave the rest to PyTorch operations,
-`flex` is `standard` with compiled flex_attention. Tokens: `cached` floats without gradients, `int8`
-codes (rivals decode them first), `student` floats with gradients. Bandwidth counts the tokens'
-bytes once a pass, and their gradient's, and is held against a measured copy.
+`flex` is `standard` with compiled flex_attention, and `ours_whole`, on CUDA, is ours where one
+block may hold all tokens of a sample (`kernels.autotune.whole_samples`). Tokens: `cached` floats
+without gradients, `int8` codes (rivals decode them first), `student` floats with gradients.
+Bandwidth counts the tokens' bytes once a pass, and their gradient's, and is held against a measured
+copy.
+
+On CUDA every contender is timed as a CUDA graph over inputs taken in turns, so that neither Python
+nor the L2 cache is measured, and once more `as called` by eager Python, launches and all: small
+calls cost the host more than the device there.
 
     python benchmarks/cross_attention.py --device cpu --threads 2 --json results.json --png roof.png
 """
@@ -13,9 +19,11 @@ bytes once a pass, and their gradient's, and is held against a measured copy.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,11 +70,13 @@ SIZES = {
     },
 }
 
+COLUMNS = ("", "forward ms", "+backward ms", "q1", "q3", "x ours", "peak MiB", "as called ms")
+
 # Of no size worth timing: whether everything runs, on the CPU under Triton's interpreter as well.
 TINY = Size(2, 5, 32, 2, 1)
 
 # At least as many as `row_tiles` and `token_tiles` give for one width.
-MOST_CONFIGURATIONS = 6
+MOST_CONFIGURATIONS = 9
 
 Contender = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -143,9 +153,18 @@ def contenders(
         found["standard_compiled"] = torch.compile(standard)
         if device == "cuda":
             found["flex"] = flex(standard)
+    if ours.implementation == "triton":
+        found["ours_whole"] = ours
     found["absorbed_bmm"] = absorbed_bmm(standard)
     found["absorbed_sdpa"] = absorbed_sdpa(standard)
-    return {name: (run, ours if name == "ours" else standard) for name, run in found.items()}
+    return {name: (run, ours if run is ours else standard) for name, run in found.items()}
+
+
+def allowed(name: str) -> contextlib.AbstractContextManager[None]:
+    """What a contender's calls, and its backward passes, are made within."""
+    from preceptor.kernels import autotune
+
+    return autotune.whole_samples() if name == "ours_whole" else contextlib.nullcontext()
 
 
 def inputs(
@@ -175,11 +194,11 @@ def warm(size: Size, kind: str, device: str, dtype: torch.dtype, compiled: bool)
 
     model, tokens, scale = inputs(size, kind, device, dtype)
     for name, (run, _) in contenders(size, device, dtype, compiled).items():
-        for position in range(MOST_CONFIGURATIONS if name == "ours" else 1):
+        for position in range(MOST_CONFIGURATIONS if name.startswith("ours") else 1):
             try:
-                with autotune.only(position), torch.no_grad():
+                with allowed(name), autotune.only(position), torch.no_grad():
                     run(model, tokens, scale)
-                with autotune.only(position):
+                with allowed(name), autotune.only(position):
                     run(model, tokens, scale).sum().backward()
             except Exception as error:
                 if name == "ours":
@@ -189,9 +208,14 @@ def warm(size: Size, kind: str, device: str, dtype: torch.dtype, compiled: bool)
 
 def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    model, tokens, scale = inputs(size, kind, options.device, dtype)
-    forwards: dict[str, Callable[[], Any]] = {}
-    both: dict[str, Callable[[], Any]] = {}
+    drawn = inputs(size, kind, options.device, dtype)
+    tokens = drawn[1]
+    turns = [drawn]
+    for number in range(1, timing.copies_beyond_caches(tokens.nbytes, options.device)):
+        moved = tokens.detach().roll(number, 0).requires_grad_(tokens.requires_grad)
+        turns.append((drawn[0], moved, drawn[2]))
+    forwards: dict[str, list[Callable[[], Any]]] = {}
+    both: dict[str, list[Callable[[], Any]]] = {}
     failed = {}
     if options.device == "cpu":
         failed["flex"] = "flex_attention has no backward pass on a CPU"
@@ -199,19 +223,21 @@ def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any
     torch.compiler.reset()
     for name, (run, module) in contenders(size, options.device, dtype, options.compile).items():
 
-        def forward(run: Contender = run) -> Tensor:
-            with torch.no_grad():
-                return run(model, tokens, scale)
+        def forward(turn: int, run: Contender = run, name: str = name) -> Tensor:
+            with allowed(name), torch.no_grad():
+                return run(*turns[turn])
 
-        def forward_backward(run: Contender = run, module: nn.Module = module) -> None:
+        def forward_backward(
+            turn: int, run: Contender = run, module: nn.Module = module, name: str = name
+        ) -> tuple[Tensor, ...]:
+            model, tokens, scale = turns[turn]
             wanted = [model, *([tokens] if tokens.requires_grad else []), *module.parameters()]
-            torch.autograd.backward(run(model, tokens, scale).sum(), inputs=wanted)
-            for tensor in wanted:
-                tensor.grad = None
+            with allowed(name):
+                return torch.autograd.grad(run(model, tokens, scale).sum(), wanted)
 
         try:
-            result = forward().float()
-            forward_backward()
+            result = forward(0).float()
+            forward_backward(0)
         except Exception as error:
             # A rival that cannot run this size is reported as such, not left out.
             if name == "ours":
@@ -222,16 +248,26 @@ def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any
         gap = float((result - agreed).norm() / agreed.norm())
         if gap > (2e-2 if dtype == torch.bfloat16 else 1e-3):
             raise RuntimeError(f"{name} differs from ours by {gap:.1e} at {size.name} {kind}")
-        forwards[name], both[name] = forward, forward_backward
+        forwards[name] = [partial(forward, turn) for turn in range(len(turns))]
+        both[name] = [partial(forward_backward, turn) for turn in range(len(turns))]
     found: dict[str, Any] = {
         "size": size.name, "shape": list(size), "tokens": kind, "failed": failed,
     }  # fmt: skip
-    found["forward"] = timing.alternate(forwards, options.device, options.rounds, options.repeats)
-    found["forward_backward"] = timing.alternate(
-        both, options.device, options.rounds, options.repeats
+    take = partial(
+        timing.alternate, device=options.device, rounds=options.rounds, repeats=options.repeats
     )
+    called = {name: works[0] for name, works in both.items()}
+    if options.device == "cuda":
+        for phase, works in (("forward", forwards), ("forward_backward", both)):
+            graphs = {name: timing.captured(each) for name, each in works.items()}
+            found[phase] = take(graphs, calls=len(turns))
+            del graphs
+        found["called"] = take(called)
+    else:
+        found["forward"] = take({name: works[0] for name, works in forwards.items()})
+        found["forward_backward"] = take(called)
     for name, entry in found["forward_backward"].items():
-        entry["peak_bytes"] = timing.peak_bytes(both[name], options.device)
+        entry["peak_bytes"] = timing.peak_bytes(called[name], options.device)
     passes = {"forward": 1, "forward_backward": 3 if kind == "student" else 2}
     for phase, count in passes.items():
         ours = found[phase]["ours"]
@@ -242,11 +278,18 @@ def measure(size: Size, kind: str, options: argparse.Namespace) -> dict[str, Any
 
 def summarise(name: str, found: dict[str, Any], copy: float, summary: dict[str, Any]) -> None:
     times = found["forward_backward"]
-    ratios = {
+    ratios: dict[str, Any] = {
         rival: round(entry["median_s"] / times["ours"]["median_s"], 2)
         for rival, entry in times.items()
         if rival != "ours"
     }
+    if "called" in found:
+        ours = found["called"]["ours"]["median_s"]
+        ratios["as_called"] = {
+            rival: round(entry["median_s"] / ours, 2)
+            for rival, entry in found["called"].items()
+            if rival != "ours"
+        }
     ratios["forward_share_of_copy"] = round(found["forward"]["ours"]["bytes_per_s"] / copy, 3)
     summary[f"{name} {found['size']} {found['tokens']}"] = ratios
 
@@ -355,15 +398,12 @@ def main() -> None:
                     entry["quartiles_s"][1] * 1e3,
                     entry["median_s"] / found["forward_backward"]["ours"]["median_s"],
                     entry["peak_bytes"] / 2**20,
+                    found["called"][rival]["median_s"] * 1e3 if "called" in found else None,
                 )
                 for rival, entry in found["forward_backward"].items()
             ]
             print(f"\n{name} {found['size']} {kind} tokens, {str(dtype).split('.')[1]}")
-            print(
-                timing.table(
-                    ("", "forward ms", "+backward ms", "q1", "q3", "x ours", "peak MiB"), rows
-                )
-            )
+            print(timing.table(COLUMNS, rows))
             for rival, reason in found["failed"].items():
                 print(f"{rival}: {reason}")
             share = found["forward"]["ours"]["bytes_per_s"] / ceilings["copy_bytes_per_s"]

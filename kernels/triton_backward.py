@@ -27,6 +27,7 @@ from .triton_tiles import (
     to_operand,
     zeros,
 )
+from .triton_whole import backward_whole
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Rows that share one partial sum over the rows, whatever the block of rows.
@@ -41,15 +42,10 @@ def attend_backward_query(
     query_batch_stride, query_row_stride, token_batch_stride, token_stride,
     HAS_GAIN: tl.constexpr, NORM: tl.constexpr, EMIT: tl.constexpr, LANES: tl.constexpr,
     EVEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
-    SPLITS: tl.constexpr, RELOAD: tl.constexpr,
+    SPLITS: tl.constexpr, RELOAD: tl.constexpr, WHOLE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, NC: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of one sample over one part of its tokens.
-
-    The stored y is rounded, so ``ds = p (a u - dy . y)`` does not sum to zero over the tokens as it
-    must. What is left over, the residual of each row, is summed and taken out again: from dq here
-    and, with EMIT, from dx in the other kernel.
-    """
+    """One block of rows of one sample over one part of its tokens, or with WHOLE over all."""
     row_blocks = tl.cdiv(rows, BM)
     program = tl.program_id(0)
     row_block = program % row_blocks
@@ -61,7 +57,47 @@ def attend_backward_query(
     query += sample * query_batch_stride
     tokens += sample * token_batch_stride
     grad_output += row_place * dim
-    output += row_place * dim
+    if WHOLE:
+        if LANES == 4:
+            tokens = tokens.to(tl.pointer_type(tl.int8), bitcast=True)
+        backward_whole(
+            query, tokens, gain, mean_kept, lse, grad_output, grad_lse,
+            grad_query, residual_kept, coefficient_key, coefficient_value, sum_kept, along_kept,
+            sample, row, row_inside, row_place, row_block, batch, rows, count, dim,
+            query_row_stride, token_stride * LANES,
+            HAS_GAIN, NORM, EMIT, EVEN, OPERAND, PRECISION, EMULATE, GRANULE,
+            BM, BN, DC, NC,
+        )  # fmt: skip
+    else:
+        backward_streamed(
+            query, tokens, gain, mean_kept, output + row_place * dim, lse, grad_output, grad_lse,
+            grad_query, residual_kept, coefficient_key, coefficient_value, sum_kept, along_kept,
+            sample, row, row_inside, row_place, row_block, split * batch * rows + row_place,
+            batch, rows, count, split * split_length,
+            tl.minimum((split + 1) * split_length, count), dim, width,
+            query_row_stride, token_stride,
+            HAS_GAIN, NORM, EMIT, LANES, EVEN, OPERAND, PRECISION, EMULATE, RELOAD,
+            BM, BN, DC, NC,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward_streamed(
+    query, tokens, gain, mean_kept, output, lse, grad_output, grad_lse,
+    grad_query, residual_kept, coefficient_key, coefficient_value, sum_kept, along_kept,
+    sample, row, row_inside, row_place, row_block, part_place, batch, rows, count, begin, end,
+    dim, width, query_row_stride, token_stride,
+    HAS_GAIN: tl.constexpr, NORM: tl.constexpr, EMIT: tl.constexpr, LANES: tl.constexpr,
+    EVEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr,
+    RELOAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, NC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one block of rows over the tokens from ``begin`` to ``end``, BN at a time.
+
+    The stored y is rounded, so ``ds = p (a u - dy . y)`` does not sum to zero over the tokens as it
+    must. What is left over, the residual of each row, is summed and taken out again: from dq here
+    and, with EMIT, from dx in the other kernel.
+    """
 
     q, q_factor, q_sum = row_operands(
         query, row, row_inside, query_row_stride, dim,
@@ -88,8 +124,6 @@ def attend_backward_query(
     # anywhere between 1e-10 and 1e5.
     unit = tl.zeros((BM,), tl.float32)
 
-    begin = split * split_length
-    end = tl.minimum(begin + split_length, count)
     for start in tl.range(begin, end, BN):
         position = start + tl.arange(0, BN)
         valid = position < end
@@ -170,7 +204,6 @@ def attend_backward_query(
 
     if OPERAND != tl.float16:
         unit = tl.full((BM,), 1.0, tl.float32)
-    part_place = split * batch * rows + row_place
     for chunk in tl.static_range(NC):
         summed = (join_lanes(accumulators, chunk, LANES) - centre[:, None]) * unit[:, None]
         y = load_row_chunk(output, row, row_inside, dim, dim, chunk, DC, EVEN, LANES)

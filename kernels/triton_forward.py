@@ -13,6 +13,7 @@ from .triton_tiles import (
     join_lanes,
     load_token_chunk,
     load_tokens,
+    merge_statistics,
     products,
     round_to_bfloat16,
     row_operands,
@@ -20,6 +21,7 @@ from .triton_tiles import (
     to_operand,
     zeros,
 )
+from .triton_whole import forward_whole
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,10 +36,10 @@ def attend_forward(
     query_batch_stride, query_row_stride, token_batch_stride, token_stride, norm_eps,
     HAS_WEIGHT: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, SPLITS: tl.constexpr,
-    RELOAD: tl.constexpr,
+    RELOAD: tl.constexpr, WHOLE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, NC: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of one sample over one part of its tokens.
+    """One block of rows of one sample over one part of its tokens, or with WHOLE over all.
 
     Writes y and its logsumexp: to [B, R, D] if SPLITS is 1, else its part to [SPLITS, B, R, D].
     With NORM the first row block also keeps the gain and the mean of each token.
@@ -53,7 +55,35 @@ def attend_forward(
 
     query += sample * query_batch_stride
     tokens += sample * token_batch_stride
+    if WHOLE:
+        if LANES == 4:
+            tokens = tokens.to(tl.pointer_type(tl.int8), bitcast=True)
+        forward_whole(
+            query, tokens, weight, output, lse, gain_kept, mean_kept,
+            sample, row, row_inside, sample * rows, row_block == 0, count, dim,
+            query_row_stride, token_stride * LANES, norm_eps,
+            HAS_WEIGHT, NORM, EVEN, OPERAND, PRECISION, EMULATE, TINY, BM, BN, DC, NC,
+        )  # fmt: skip
+    else:
+        forward_streamed(
+            query, tokens, weight, output, lse, gain_kept, mean_kept,
+            sample, row, row_inside, split * batch * rows + sample * rows, row_block == 0,
+            count, split * split_length, tl.minimum((split + 1) * split_length, count), dim, width,
+            query_row_stride, token_stride, norm_eps,
+            HAS_WEIGHT, NORM, LANES, EVEN, OPERAND, PRECISION, EMULATE, RELOAD, BM, BN, DC, NC,
+        )  # fmt: skip
 
+
+@triton.jit
+def forward_streamed(
+    query, tokens, weight, output, lse, gain_kept, mean_kept,
+    sample, row, row_inside, row_place, first, count, begin, end, dim, width,
+    query_row_stride, token_stride, norm_eps,
+    HAS_WEIGHT: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr, EVEN: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, EMULATE: tl.constexpr, RELOAD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DC: tl.constexpr, NC: tl.constexpr,
+):  # fmt: skip
+    """y [BM, D] and its logsumexp over the tokens from ``begin`` to ``end``, BN at a time."""
     operands, factor, row_sum = row_operands(
         query, row, row_inside, query_row_stride, dim,
         NC, DC, EVEN, LANES, OPERAND, EMULATE, RELOAD, BM,
@@ -65,8 +95,6 @@ def attend_forward(
     denominator = tl.zeros((BM,), tl.float32)
     centre = tl.zeros((BM,), tl.float32)
 
-    begin = split * split_length
-    end = tl.minimum(begin + split_length, count)
     for start in tl.range(begin, end, BN):
         position = start + tl.arange(0, BN)
         valid = position < end
@@ -95,9 +123,8 @@ def attend_forward(
                 gain = tl.rsqrt(deviation + norm_eps)
             kept = tl.where(attended, gain, -1.0)
             place = sample * count + position
-            first = valid & (row_block == 0)
-            tl.store(gain_kept + place, kept, mask=first)
-            tl.store(mean_kept + place, mean, mask=first)
+            tl.store(gain_kept + place, kept, mask=valid & first)
+            tl.store(mean_kept + place, mean, mask=valid & first)
             t -= row_sum[:, None] * mean[None, :]
         s = t * (factor * LOG2E)[:, None]
         if HAS_WEIGHT or NORM:
@@ -126,7 +153,6 @@ def attend_forward(
     # Not "> 0": a row that is NaN must not look like one that attends nothing.
     some = denominator != 0.0
     reciprocal = tl.where(some, 1.0 / tl.where(some, denominator, 1.0), 0.0)
-    row_place = split * batch * rows + sample * rows
     for chunk in tl.static_range(NC):
         y = (join_lanes(accumulators, chunk, LANES) - centre[:, None]) * reciprocal[:, None]
         store_row_chunk(
@@ -157,34 +183,6 @@ def token_statistics(
             tiles = x[chunk * LANES : (chunk + 1) * LANES]
             mean, squares = merge_statistics(mean, squares, tiles, chunk, width, DC, EVEN, LANES)
     return mean, squares / dim
-
-
-@triton.jit
-def merge_statistics(
-    mean, squares, tiles, chunk, width, DC: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """Mean and sum of squared deviations [BN] with one more chunk of channels.
-
-    Chunk by chunk, so that one chunk at a time is in registers, and exact about whatever mean the
-    tokens have (Chan, Golub and LeVeque, 1983).
-    """
-    columns = chunk * DC + tl.arange(0, DC)
-    size = DC * 1.0
-    if not EVEN:
-        size = tl.minimum(width - chunk * DC, DC).to(tl.float32)
-    seen = chunk * (DC * LANES) * 1.0
-    for lane in tl.static_range(LANES):
-        tile = tiles[lane].to(tl.float32)
-        part_mean = tl.sum(tile, axis=1) / size
-        centred = tile - part_mean[:, None]
-        if not EVEN:
-            centred = tl.where((columns < width)[None, :], centred, 0.0)
-        gap = part_mean - mean
-        together = seen + size
-        squares += tl.sum(centred * centred, axis=1) + gap * gap * (seen * size / together)
-        mean += gap * (size / together)
-        seen = together
-    return mean, squares
 
 
 @triton.jit

@@ -107,7 +107,7 @@ def forward(
     autotune.launch(
         attend_forward,
         lambda tile: (triton.cdiv(rows, tile["BM"]) * splits * batch,),
-        _row_tiles("forward", layout),
+        _row_tiles("forward", layout, rows, count if splits == 1 else None, most=64),
         (
             query, layout.tokens, weight, *parts, gain, mean,
             batch, rows, count, length, dim, layout.width,
@@ -170,6 +170,8 @@ def backward(
     key = torch.empty(cells, dtype=kept_type, device=device)
     value = torch.empty(cells, dtype=kept_type, device=device)
     slots = triton.cdiv(rows, GRANULE.value)
+    # What is written beside the query's gradient leaves registers for fewer rows.
+    most = 64 if not tokens_need_grad else 16 if normalised else 32
     sums = torch.empty(
         (slots, batch, count) if tokens_need_grad and normalised else (0,), **options
     )
@@ -177,7 +179,7 @@ def backward(
     autotune.launch(
         attend_backward_query,
         lambda tile: (triton.cdiv(rows, tile["BM"]) * splits * batch,),
-        _row_tiles("backward", layout),
+        _row_tiles("backward", layout, rows, count if splits == 1 else None, most),
         (
             query, layout.tokens, gain, mean, output, lse, grad_output, grad_lse,
             parts, residual, key, value, sums, along,
@@ -220,10 +222,19 @@ def backward(
     return grad_query, grad_tokens
 
 
-def _row_tiles(kernel: str, layout: Layout) -> autotune.FrozenTiles:
+def _row_tiles(
+    kernel: str, layout: Layout, rows: int, count: int | None, most: int
+) -> autotune.FrozenTiles:
+    """Configurations for a call; with the count of tokens also those that hold all of them.
+
+    Args:
+        most: rows of a block that holds all tokens.
+    """
     limit = shared_limit(layout.tokens.device)
     itemsize = layout.tokens.element_size() // layout.lanes
-    return fitting_tiles(kernel, layout.width, layout.lanes, itemsize, limit)
+    block = autotune.block_of(count)
+    most = max(16, min(most, triton.next_power_of_2(rows))) if block else 0
+    return fitting_tiles(kernel, layout.width, layout.lanes, itemsize, limit, block, most)
 
 
 def shared_limit(device: torch.device) -> int | None:
@@ -236,9 +247,10 @@ def shared_limit(device: torch.device) -> int | None:
 
 @cache
 def fitting_tiles(
-    kernel: str, width: int, lanes: int, itemsize: int, limit: int | None
-) -> autotune.FrozenTiles:
-    tiles = autotune.row_tiles(kernel, width, lanes, itemsize)
+    kernel: str, width: int, lanes: int, itemsize: int, limit: int | None,
+    block: int = 0, most: int = 0,
+) -> autotune.FrozenTiles:  # fmt: skip
+    tiles = autotune.row_tiles(kernel, width, lanes, itemsize, block, most)
     if limit is not None:
         tiles = autotune.fitting(
             tiles, lambda tile: autotune.shared_bytes(kernel, tile, lanes, itemsize), limit

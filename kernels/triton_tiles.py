@@ -60,6 +60,34 @@ def load_tokens(
 
 
 @triton.jit
+def merge_statistics(
+    mean, squares, tiles, chunk, width, DC: tl.constexpr, EVEN: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Mean and sum of squared deviations [BN] with one more chunk of channels.
+
+    Chunk by chunk, so that one chunk at a time is in registers, and exact about whatever mean the
+    tokens have (Chan, Golub and LeVeque, 1983).
+    """
+    columns = chunk * DC + tl.arange(0, DC)
+    size = DC * 1.0
+    if not EVEN:
+        size = tl.minimum(width - chunk * DC, DC).to(tl.float32)
+    seen = chunk * (DC * LANES) * 1.0
+    for lane in tl.static_range(LANES):
+        tile = tiles[lane].to(tl.float32)
+        part_mean = tl.sum(tile, axis=1) / size
+        centred = tile - part_mean[:, None]
+        if not EVEN:
+            centred = tl.where((columns < width)[None, :], centred, 0.0)
+        gap = part_mean - mean
+        together = seen + size
+        squares += tl.sum(centred * centred, axis=1) + gap * gap * (seen * size / together)
+        mean += gap * (size / together)
+        seen = together
+    return mean, squares
+
+
+@triton.jit
 def load_row_chunk(
     base,
     rows,

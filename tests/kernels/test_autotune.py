@@ -46,8 +46,11 @@ def test_every_chip_has_a_configuration(quarter, kind, kernel):
 @pytest.mark.parametrize(
     ("kernel", "names"),
     [
-        (triton_forward.attend_forward, {"BM", "BN", "DC", "NC", "EVEN", "RELOAD"}),
-        (triton_backward.attend_backward_query, {"BM", "BN", "DC", "NC", "EVEN", "RELOAD"}),
+        (triton_forward.attend_forward, {"BM", "BN", "DC", "NC", "EVEN", "RELOAD", "WHOLE"}),
+        (
+            triton_backward.attend_backward_query,
+            {"BM", "BN", "DC", "NC", "EVEN", "RELOAD", "WHOLE"},
+        ),
         (triton_backward.attend_backward_tokens, {"BN", "BD", "BK"}),
     ],
 )

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from chip import SHARED_LIMIT, Launch, chip  # noqa: E402
 from preceptor.kernels import autotune, triton_launch, triton_loss  # noqa: E402
 
+BLOCKS = ("BM", "BN", "DC", "NC", "RELOAD", "WHOLE")
 TABLE = Path(__file__).with_name("resources.json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 FUNCTIONS = {
@@ -44,11 +45,16 @@ class Case:
     norm: bool = False
     emit: bool = False
     gain: bool = False
+    count: int = 37
 
     @property
     def name(self) -> str:
         flags = " norm" * self.norm + " emit" * self.emit + " gain" * self.gain
         return f"{self.kernel} {str(self.dtype).removeprefix('torch.')} D{self.dim}{flags}"
+
+    @property
+    def rows(self) -> int:
+        return 64 if self.count > 64 else 6
 
     @property
     def lanes(self) -> int:
@@ -68,7 +74,9 @@ class Case:
 
     def launch(self) -> None:
         """A call of the kernel; what the tensors hold is of no account."""
-        samples, rows, count = (2, 6, 197) if self.kernel == "merge" else (32, 6, 37)
+        samples, rows, count = (
+            (2, 6, 197) if self.kernel == "merge" else (32, self.rows, self.count)
+        )
         floating = torch.bfloat16 if self.dtype == torch.int8 else self.dtype
         query = torch.zeros(samples, rows, self.dim, dtype=floating)
         tokens = torch.zeros(samples, count, self.dim, dtype=self.dtype)
@@ -120,13 +128,16 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-def most_spilled(case: Case) -> int:
+def most_spilled(case: Case, tile: autotune.Tile) -> int:
     """Bytes a thread that a committed configuration may spill: 16 of 255 registers.
 
     More where no smaller block is left: float32 products are three on the tensor cores and take
     the operands' space threefold; codes that are not packed are widened one by one. And where a
     configuration is shared: float16 rescales what bfloat16 only adds, and the autotuner decides.
+    And where a device was faster with it all the same.
     """
+    if case.kernel == "backward" and tile["BN"] == 32 and tile["num_warps"] == 4:
+        return 320
     if case.dtype == torch.float32 and case.dim > 768:
         return 168
     if case.dtype == torch.float16:
@@ -135,7 +146,8 @@ def most_spilled(case: Case) -> int:
 
 
 def label(case: Case, tile: autotune.Tile, arch: int) -> str:
-    settings = "".join(f" {k.removeprefix('num_')}{v}" for k, v in tile.items() if k != "NC")
+    told = {k: v for k, v in tile.items() if k not in ("NC", "WHOLE")}
+    settings = "".join(f" {k.removeprefix('num_')}{v}" for k, v in told.items())
     return f"{case.name} sm_{arch}{settings}"
 
 
@@ -225,6 +237,43 @@ def test_every_configuration(job):
     check(case, tile, arch, resources(compiled(case, position, arch).compiled))
 
 
+WHOLE = [
+    Case(kernel, dtype, 768, norm, emit, count=256)
+    for kernel in ("forward", "backward")
+    for dtype in (torch.bfloat16, torch.float16, torch.int8)
+    for norm in (False, True)
+    for emit in (False, True)
+    if not (emit and (kernel == "forward" or dtype == torch.int8))
+]
+
+
+QUICK_WHOLE = ("forward bfloat16 D768", "backward bfloat16 D768 emit", "backward int8 D768 norm")
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
+def test_a_block_that_holds_a_sample_fits_the_chip(case):
+    """All that hold 256 tokens on sm_90: they come first, and spill nothing to speak of."""
+    if case.name not in QUICK_WHOLE and "PRECEPTOR_SWEEP" not in os.environ:
+        pytest.skip("minutes; PRECEPTOR_SWEEP=1 runs it")
+    with autotune.whole_samples():
+        for position in range(3):
+            launch = compiled(case, position, 90)
+            if not launch.settings["WHOLE"]:
+                break
+            found = resources(launch.compiled)
+            assert found["spilled"] <= 48
+            assert found["async"] > 0
+            assert found["narrow"] == 0
+            tile = {name: launch.settings[name] for name in (*BLOCKS, "num_stages")}
+            needed = autotune.shared_bytes(case.kernel, tile, case.lanes, case.dtype.itemsize)
+            assert found["shared"] <= needed <= SHARED_LIMIT[90]
+            # 64 rows are what the tensor cores of sm_90 take at a time.
+            wide = "wgmma.mma_async" in launch.compiled.asm["ptx"]
+            assert wide == (launch.settings["BM"] == 64)
+    assert position > 0
+    assert launch.settings["BN"] == 256 or not launch.settings["WHOLE"]
+
+
 def test_table_lists_the_committed_configurations():
     names = {label(case, tile, arch) for case, _, tile, arch in jobs()}
     for version, table in json.loads(TABLE.read_text()).items():
@@ -236,7 +285,7 @@ def test_no_committed_configuration_outgrows_its_chip():
         for case, _, tile, arch in jobs():
             name = label(case, tile, arch)
             entry = table[name]
-            assert entry["spilled"] <= most_spilled(case), (version, name)
+            assert entry["spilled"] <= most_spilled(case, tile), (version, name)
             assert entry["shared"] <= SHARED_LIMIT[arch], (version, name)
             if case in ATTENTION:
                 # What a launch prunes by must not be less than what the kernel takes.

@@ -4,6 +4,7 @@ With PRECEPTOR_REHEARSAL=1 and TRITON_INTERPRET=1 the same tests run over tiny t
 but for those of what only a device has: that nothing but the device can make them fail.
 """
 
+import contextlib
 import os
 from functools import partial
 
@@ -57,6 +58,9 @@ BOUNDS = {
 SHAPES = [
     scaled(2, 8, 1, 192),
     scaled(2, 6, 197, 384),
+    # As many samples as keep their tokens together.
+    scaled(272, 48, 197, 384),
+    scaled(272, 12, 64, 1536),
     *(
         []
         if REHEARSAL
@@ -69,6 +73,20 @@ SHAPES = [
         ]
     ),
 ]
+
+
+@pytest.fixture(params=[False, True], ids=["streamed", "whole"])
+def whole(request):
+    """Whether one block may hold all tokens of a sample."""
+    with autotune.whole_samples() if request.param else contextlib.nullcontext():
+        yield request.param
+
+
+def skip_without(whole, dtype, shape):
+    """Skip where the tokens are streamed whatever is allowed: a small batch is split, too."""
+    most = 64 if shape[0] < 128 else autotune.MOST_WHOLE
+    if whole and (dtype == torch.float32 or shape[2] > most):
+        pytest.skip("streamed all the same")
 
 
 def on_gpu(problem):
@@ -89,7 +107,8 @@ def check(judge, problem, norm_eps, dtype, factor=1.0):
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(judge, shape, norm_eps, dtype):
+def test_output_and_gradients(judge, shape, norm_eps, dtype, whole):
+    skip_without(whole, dtype, shape)
     if shape[2] == 1 and norm_eps:
         pytest.skip("the LayerNorm of one token leaves a gradient of rounding alone")
     if shape[2] == 1 and dtype != torch.int8:
@@ -102,15 +121,18 @@ def test_output_and_gradients(judge, shape, norm_eps, dtype):
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("dim", widths(384, 768, 1536))
 @pytest.mark.parametrize("position", range(6))
-def test_every_configuration(judge, dtype, dim, position):
+def test_every_configuration(judge, dtype, dim, position, whole):
+    shape = scaled(2, 35, 50 if whole else 130, dim)
+    skip_without(whole, dtype, shape)
     lanes = 4 if dtype == torch.int8 else 1
     most = max(
         len(autotune.row_tiles(kernel, dim // lanes, lanes, dtype.itemsize))
         for kernel in ("forward", "backward")
     )
-    if position >= most:
-        pytest.skip(f"this width has {most} configurations")
-    problem = on_gpu(judge.problem(*scaled(2, 35, 130, dim), dtype))
+    # Of blocks that hold a sample there are three, and they come first.
+    if position >= (3 if whole else most):
+        pytest.skip(f"this width has {3 if whole else most} configurations")
+    problem = on_gpu(judge.problem(*shape, dtype))
     with autotune.only(position):
         check(judge, problem, 1e-5, dtype)
 
@@ -123,8 +145,10 @@ def test_tuned(judge):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("size", [1e-6, 1e4])
-def test_gradients_of_any_size(judge, dtype, size):
-    problem = judge.problem(*scaled(2, 12, 197, 384), dtype, query_dtype=torch.float32)
+def test_gradients_of_any_size(judge, dtype, size, whole):
+    problem = judge.problem(
+        *scaled(2, 12, 64 if whole else 197, 384), dtype, query_dtype=torch.float32
+    )
     problem.grad_output *= size
     problem.grad_lse *= size
     problem = on_gpu(problem)
@@ -136,9 +160,9 @@ def test_gradients_of_any_size(judge, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_common_mean_and_outlier_channels(judge, dtype):
+def test_common_mean_and_outlier_channels(judge, dtype, whole):
     for outliers in (False, True):
-        problem = judge.problem(*scaled(2, 12, 197, 384), torch.float32)
+        problem = judge.problem(*scaled(2, 12, 64 if whole else 197, 384), torch.float32)
         tokens = problem.tokens.clone()
         if outliers:
             tokens[..., ::17] *= 50
@@ -154,8 +178,9 @@ def test_common_mean_and_outlier_channels(judge, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_results_repeat_bit_for_bit(judge, dtype):
-    problem = on_gpu(judge.problem(*scaled(2, 48, 1369, 768), dtype))
+def test_results_repeat_bit_for_bit(judge, dtype, whole):
+    shape = scaled(272, 48, 256, 768) if whole else scaled(2, 48, 1369, 768)
+    problem = on_gpu(judge.problem(*shape, dtype))
     first = judge.gradients(fused, problem, 1e-5)
     for _ in range(3):
         again = judge.gradients(fused, problem, 1e-5)

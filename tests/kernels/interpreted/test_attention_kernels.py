@@ -1,5 +1,6 @@
 """The Triton attention kernels, run by the interpreter, against float64."""
 
+import contextlib
 import os
 from functools import partial
 
@@ -30,10 +31,23 @@ def check(judge, problem, norm_eps, dtype, factor=1.0):
         assert error <= bound * factor
 
 
+@pytest.fixture(params=[False, True], ids=["streamed", "whole"])
+def whole(request):
+    """Whether one block may hold all tokens of a sample."""
+    with autotune.whole_samples() if request.param else contextlib.nullcontext():
+        yield request.param
+
+
+def skip_without(whole, dtype, shape):
+    if whole and (dtype == torch.float32 or shape[2] > 64 or shape[3] % 4):
+        pytest.skip("streamed all the same")
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(judge, shape, norm_eps, dtype):
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 5, 37, 40)], ids=str)
+def test_output_and_gradients(judge, shape, norm_eps, dtype, whole):
+    skip_without(whole, dtype, shape)
     masked = shape[2] > 40
     check(judge, judge.problem(*shape, dtype, masked=masked and shape[0] > 1), norm_eps, dtype)
 
@@ -52,7 +66,8 @@ REAL_SHAPES = [
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize(("shape", "norm_eps"), REAL_SHAPES, ids=str)
-def test_real_widths(judge, shape, norm_eps, dtype):
+def test_real_widths(judge, shape, norm_eps, dtype, whole):
+    skip_without(whole, dtype, shape)
     check(judge, judge.problem(*shape, dtype, masked=shape[0] > 1 < shape[2]), norm_eps, dtype)
 
 
@@ -73,7 +88,8 @@ def test_every_configuration(judge, dtype, position):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_lengths_hide_the_rest_of_a_sample(judge, dtype):
+def test_lengths_hide_the_rest_of_a_sample(judge, dtype, whole):
+    skip_without(whole, dtype, (3, 6, 37, 384))
     problem = judge.problem(3, 6, 37, 384, dtype)
     lengths = torch.tensor([37, 33, 0])
     problem.mask = torch.arange(37) < lengths[:, None]
@@ -151,7 +167,7 @@ def test_shapes(judge, batch, rows, count, dim, norm, masked, codes, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("size", [1e-6, 1e4])
-def test_gradients_of_any_size(judge, dtype, size):
+def test_gradients_of_any_size(judge, dtype, size, whole):
     problem = judge.problem(1, 5, 33, 48, dtype, query_dtype=torch.float32)
     problem.grad_output *= size
     problem.grad_lse *= size
@@ -164,7 +180,7 @@ def test_gradients_of_any_size(judge, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_common_mean_under_layer_norm(judge, dtype):
+def test_common_mean_under_layer_norm(judge, dtype, whole):
     problem = judge.problem(1, 5, 33, 64, torch.float32)
     tokens = problem.tokens + 30.0
     if dtype == torch.int8:
@@ -178,7 +194,7 @@ def test_common_mean_under_layer_norm(judge, dtype):
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-def test_outlier_channels(judge, dtype, norm_eps):
+def test_outlier_channels(judge, dtype, norm_eps, whole):
     problem = judge.problem(1, 5, 33, 64, torch.float32)
     tokens = problem.tokens.clone()
     tokens[..., ::17] *= 50
@@ -192,7 +208,7 @@ def test_outlier_channels(judge, dtype, norm_eps):
     check(judge, problem, norm_eps, dtype, factor=2.0)
 
 
-def test_common_mean_without_layer_norm(judge):
+def test_common_mean_without_layer_norm(judge, whole):
     # The stored output is rounded at 30 deviations; the residual of ds takes that out again.
     problem = judge.problem(1, 5, 33, 64, torch.float32)
     problem.tokens = (problem.tokens + 30.0).to(torch.bfloat16)
@@ -207,7 +223,7 @@ def test_common_mean_without_layer_norm(judge):
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e3])
-def test_scales_of_any_size(judge, scale):
+def test_scales_of_any_size(judge, scale, whole):
     problem = judge.problem(1, 4, 33, 48, torch.int8)
     problem.scale = problem.scale * scale
     problem.scale[0, ::2] *= 0.01
@@ -218,7 +234,7 @@ def test_scales_of_any_size(judge, scale):
     assert all(e <= 2 * b for e, b in zip(errors, BOUNDS[torch.int8], strict=True))
 
 
-def test_scales_of_zero(judge):
+def test_scales_of_zero(judge, whole):
     problem = judge.problem(1, 4, 33, 48, torch.int8)
     problem.scale[0, ::2] = 0.0
     check(judge, problem, None, torch.int8)
@@ -236,7 +252,7 @@ def test_results_repeat_bit_for_bit(judge):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_strided_and_unaligned_inputs_are_read_where_they_lie(judge):
+def test_strided_and_unaligned_inputs_are_read_where_they_lie(judge, whole):
     problem = judge.problem(2, 4, 33, 48, torch.int8)
     storage = torch.empty(2 * 33 * 48 + 1, dtype=torch.int8)
     storage[1:] = problem.tokens.flatten()
@@ -251,7 +267,7 @@ def test_strided_and_unaligned_inputs_are_read_where_they_lie(judge):
         assert judge.errors([y[0]], [expected[0]])[0] <= 6e-4
 
 
-def test_codes_in_a_borrowed_buffer_that_starts_anywhere(judge):
+def test_codes_in_a_borrowed_buffer_that_starts_anywhere(judge, whole):
     problem = judge.problem(1, 4, 33, 48, torch.int8)
     buffer = bytearray(33 * 48 + 8)
     for start in range(4):
@@ -298,7 +314,7 @@ def test_weights_of_any_strides(judge):
 
 
 @pytest.mark.parametrize("count", [33, 130])  # in one part, and in several
-def test_a_row_that_is_not_a_number_is_no_row_that_attends_nothing(judge, count):
+def test_a_row_that_is_not_a_number_is_no_row_that_attends_nothing(judge, count, whole):
     problem = judge.problem(1, 3, count, 48)
     problem.query[0, 1, 5] = torch.nan
     y, lse = fused(problem.query, problem.tokens)
@@ -307,7 +323,7 @@ def test_a_row_that_is_not_a_number_is_no_row_that_attends_nothing(judge, count)
     assert torch.isfinite(lse[0, ::2]).all()
 
 
-def test_no_tokens_give_zero(judge):
+def test_no_tokens_give_zero(judge, whole):
     problem = judge.problem(2, 3, 0, 16)
     y, lse = fused(problem.query.requires_grad_(), problem.tokens)
     assert not y.any()
