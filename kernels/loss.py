@@ -79,17 +79,18 @@ def alignment_loss(
     scale = None if scale is None else scale.detach()
     gain = None if gain is None else gain.detach()
     if torch.compiler.is_compiling() and not use_triton:
-        cosine, smooth = _traced(prediction, tokens.detach(), scale, gain, float(beta))
+        losses = _traced(prediction, tokens.detach(), scale, gain, float(beta))
     else:
-        cosine, smooth, _ = torch.ops.preceptor.alignment_loss(
+        losses, _ = torch.ops.preceptor.alignment_loss(
             prediction, tokens, scale, gain, float(beta), use_triton
         )
+    # Both at once: where a device is fast, calls on tensors as small as these are what takes time.
     if mask is not None:
-        cosine, smooth = torch.where(mask, cosine, 0.0), torch.where(mask, smooth, 0.0)
+        losses = torch.where(mask, losses, 0.0)
     if reduction == "none":
-        return AlignmentLoss(cosine, smooth)
-    count = max(cosine.numel(), 1) if mask is None else mask.sum().clamp_min(1)
-    return AlignmentLoss(cosine.sum() / count, smooth.sum() / count)
+        return AlignmentLoss(*losses.unbind())
+    count = max(losses[0].numel(), 1) if mask is None else mask.sum().clamp_min(1)
+    return AlignmentLoss(*(losses.sum((1, 2)) / count).unbind())
 
 
 def _check(
@@ -158,8 +159,9 @@ def _forward(
     gain: Tensor | None,
     beta: float,
     triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B, N] and the statistics [3, B, N] (p . z, |p|^2, |z|^2) that the backward needs."""
+) -> tuple[Tensor, Tensor]:
+    """Losses [2, B, N] (cosine, smooth-L1) and what the backward needs, the statistics [3, B, N]
+    (p . z, |p|^2, |z|^2)."""
     if triton:
         from . import triton_loss
 
@@ -168,31 +170,26 @@ def _forward(
     dtype = _accumulate_dtype(prediction)
     options: dict[str, Any] = {"dtype": dtype, "device": prediction.device}
     batch, count = prediction.shape[:2]
-    smooth = torch.empty(batch * count, **options)
+    losses = torch.empty(2, batch * count, **options)
     statistics = torch.empty(3, batch * count, **options)
     inner, predicted, stored = statistics
     for step, p, z, spare in _chunks(prediction, tokens, scale, gain, dtype):
         torch.ops.aten.smooth_l1_loss.out(p, z, 0, beta, out=spare)
-        torch.mean(spare, -1, out=smooth[step])
+        torch.mean(spare, -1, out=losses[1][step])
         torch.sum(torch.mul(p, z, out=spare), -1, out=inner[step])
         torch.linalg.vector_norm(p, dim=-1, out=predicted[step])
         torch.linalg.vector_norm(z, dim=-1, out=stored[step])
     statistics[1:].square_()
-    cosine = 1 - inner * _inverse_norm(predicted) * _inverse_norm(stored)
-    return (
-        cosine.view(batch, count),
-        smooth.view(batch, count),
-        statistics.view(3, batch, count),
-    )
+    losses[0] = 1 - inner * _inverse_norm(predicted) * _inverse_norm(stored)
+    return losses.view(2, batch, count), statistics.view(3, batch, count)
 
 
 @register_fake("preceptor::alignment_loss")
-def _forward_fake(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, count, _ = prediction.shape
     dtype = _accumulate_dtype(prediction)
     return (
-        prediction.new_empty((batch, count), dtype=dtype),
-        prediction.new_empty((batch, count), dtype=dtype),
+        prediction.new_empty((2, batch, count), dtype=dtype),
         prediction.new_empty((3, batch, count), dtype=dtype),
     )
 
@@ -203,20 +200,30 @@ def _backward(
     tokens: Tensor,
     scale: Tensor | None,
     gain: Tensor | None,
-    along_prediction: Tensor,
-    along_target: Tensor,
-    smooth_factor: Tensor,
+    statistics: Tensor,
+    grad_losses: Tensor,
     beta: float,
     triton: bool,
 ) -> Tensor:
-    """``along_prediction p + along_target z + smooth_factor clamp((p - z) / beta, -1, 1)``."""
+    """``a p + b z + c clamp((p - z) / beta, -1, 1)`` of each token, by its statistics, with
+
+    ``b = -g_cosine / (|p| |z|)``, ``a = g_cosine p . z / (|p|^3 |z|)`` and ``c = g_smooth / D``.
+    """
     if triton:
         from . import triton_loss
 
         with torch.cuda.device_of(tokens):
             return triton_loss.backward(
-                prediction, tokens, scale, gain, along_prediction, along_target, smooth_factor, beta
+                prediction, tokens, scale, gain, statistics, grad_losses, beta
             )
+    grad_cosine, grad_smooth = grad_losses
+    inner, predicted, stored = statistics
+    inverse_p, inverse_z = _inverse_norm(predicted), _inverse_norm(stored)
+    # Below the epsilon the norm of p is a constant: only the numerator depends on p.
+    long_enough = predicted > _NORM_EPS**2
+    along_prediction = torch.where(long_enough, grad_cosine * inner * inverse_p**3 * inverse_z, 0.0)
+    along_target = -grad_cosine * inverse_p * inverse_z
+    smooth_factor = grad_smooth / prediction.shape[-1]
     dtype = _accumulate_dtype(prediction)
     gradient = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     rows = gradient.view(-1, prediction.shape[-1])
@@ -238,29 +245,15 @@ def _backward_fake(prediction: Tensor, *rest: Any) -> Tensor:
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     prediction, tokens, scale, gain, ctx.beta, ctx.triton = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(prediction, tokens, scale, gain, output[2])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(prediction, tokens, scale, gain, output[1])
 
 
 def _differentiate(
-    ctx: Any, grad_cosine: Tensor, grad_smooth: Tensor, unused: Tensor | None
+    ctx: Any, grad_losses: Tensor, unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    prediction, tokens, scale, gain, statistics = ctx.saved_tensors
-    inner, predicted, stored = statistics
-    by_p, by_z = _inverse_norm(predicted), _inverse_norm(stored)
-    # Below the epsilon the norm of p is a constant: only the numerator depends on p.
-    long_enough = predicted > _NORM_EPS**2
-    along_prediction = torch.where(long_enough, grad_cosine * inner * by_p**3 * by_z, 0.0)
     gradient = torch.ops.preceptor.alignment_loss_backward(
-        prediction,
-        tokens,
-        scale,
-        gain,
-        along_prediction,
-        -grad_cosine * by_p * by_z,
-        grad_smooth / prediction.shape[-1],
-        ctx.beta,
-        ctx.triton,
+        *ctx.saved_tensors, grad_losses, ctx.beta, ctx.triton
     )
     return gradient, None, None, None, None, None
 
@@ -306,8 +299,8 @@ def _chunks(
 
 def _traced(
     prediction: Tensor, tokens: Tensor, scale: Tensor | None, gain: Tensor | None, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Losses [B, N] by operations that autograd and a compiler see."""
+) -> Tensor:
+    """Losses [2, B, N] by operations that autograd and a compiler see."""
     dtype = _accumulate_dtype(prediction)
     p, z = prediction.to(dtype), tokens.to(dtype)
     if scale is not None:
@@ -316,4 +309,4 @@ def _traced(
         z = z * gain.to(dtype)
     norms = _inverse_norm((p * p).sum(-1)) * _inverse_norm((z * z).sum(-1))
     smooth = functional.smooth_l1_loss(p, z, reduction="none", beta=beta).mean(-1)
-    return 1 - (p * z).sum(-1) * norms, smooth
+    return torch.stack((1 - (p * z).sum(-1) * norms, smooth))

@@ -93,23 +93,24 @@ def cross_attention(
     rows = query if query.dim() == 3 else query.expand(batch, -1, -1)
     # Constant over the tokens, q . mean shifts the logsumexp and cancels in the softmax.
     folded = rows if std is None else (rows * std.to(rows)).to(rows.dtype)
-    with torch.autocast(device_type, enabled=False):
-        weight = token_weight(scale, mask, lengths, batch, count, tokens)
-        if implementation == "standard":
+    weight = token_weight(scale, mask, lengths, batch, count, tokens)
+    if implementation == "standard":
+        with torch.autocast(device_type, enabled=False):
             y, lse = attend_materialised(
                 folded, tokens, weight, norm_eps, need_lse=return_lse or mean is not None
             )
-        else:
-            use_triton = _use_triton(folded, tokens, implementation)
-            y, lse, *_ = torch.ops.preceptor.cross_attention(
-                folded, tokens, weight, norm_eps, use_triton
-            )
-        if std is not None:
-            y = y * std.to(y)
-        if mean is not None:
-            attended = (lse > -torch.inf).unsqueeze(-1)
-            y = torch.where(attended, y + mean.to(y), y)
-            lse = lse + (rows * mean.to(rows)).sum(-1, dtype=lse.dtype)
+    else:
+        use_triton = _use_triton(folded, tokens, implementation)
+        y, lse, *_ = torch.ops.preceptor.cross_attention(
+            folded, tokens, weight, norm_eps, use_triton
+        )
+    if std is not None:
+        y = y * std.to(y)
+    if mean is not None:
+        attended = (lse > -torch.inf).unsqueeze(-1)
+        y = torch.where(attended, y + mean.to(y), y)
+        # Of other operations autocast knows nothing here, but it has sums of float16 in float32.
+        lse = lse + (rows * mean.to(rows)).sum(-1, dtype=lse.dtype)
     return (y, lse) if return_lse else y
 
 
@@ -132,12 +133,11 @@ def token_weight(
         weight = torch.ones((batch, count), dtype=dtype, device=tokens.device)
     else:
         weight = scale.detach().to(dtype)
-    hidden = torch.full((), -1.0, dtype=dtype, device=tokens.device)
     if mask is not None:
-        weight = torch.where(mask, weight, hidden)
+        weight = torch.where(mask, weight, -1.0)
     if lengths is not None:
         positions = torch.arange(count, device=tokens.device)
-        weight = torch.where(positions < lengths.unsqueeze(1), weight, hidden)
+        weight = torch.where(positions < lengths.unsqueeze(1), weight, -1.0)
     return weight.contiguous()
 
 
@@ -259,7 +259,8 @@ def _forward(
         with torch.cuda.device_of(tokens):
             results = triton_launch.forward(query, tokens, weight, norm_eps)
             return (*results, results[1].new_empty(0))
-    return absorbed.forward(query, tokens, weight, norm_eps)
+    with torch.autocast(query.device.type, enabled=False):
+        return absorbed.forward(query, tokens, weight, norm_eps)
 
 
 @register_fake("preceptor::cross_attention")

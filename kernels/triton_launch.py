@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import autotune
+from .autotune import blocks
 from .availability import MAX_REACH
 from .triton_backward import GRANULE, attend_backward_query, attend_backward_tokens
 from .triton_forward import attend_forward, merge_parts
@@ -64,6 +65,7 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+@lru_cache(maxsize=1024)
 def splits_of(batch: int, rows: int, count: int, device: torch.device) -> tuple[int, int]:
     """Into how many parts a sample's tokens are split, and the length of each.
 
@@ -73,12 +75,12 @@ def splits_of(batch: int, rows: int, count: int, device: torch.device) -> tuple[
     processors = 8
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    programs = batch * triton.cdiv(rows, 16)
+    programs = batch * blocks(rows, 16)
     # Rounded down: parts cost memory, and two programs a processor are only a wish.
     wanted = 2 * processors // max(programs, 1)
-    splits = max(1, min(wanted, triton.cdiv(count, _SPLIT_UNIT), _MOST_SPLITS))
-    length = triton.cdiv(triton.cdiv(count, splits), _SPLIT_UNIT) * _SPLIT_UNIT
-    return max(1, triton.cdiv(count, max(length, 1))), max(length, 1)
+    splits = max(1, min(wanted, blocks(count, _SPLIT_UNIT), _MOST_SPLITS))
+    length = blocks(blocks(count, splits), _SPLIT_UNIT) * _SPLIT_UNIT
+    return max(1, blocks(count, max(length, 1))), max(length, 1)
 
 
 def forward(
@@ -106,7 +108,7 @@ def forward(
         )
     autotune.launch(
         attend_forward,
-        lambda tile: (triton.cdiv(rows, tile["BM"]) * splits * batch,),
+        lambda tile: (blocks(rows, tile["BM"]) * splits * batch,),
         _row_tiles("forward", layout, rows, count if splits == 1 else None, most=64),
         (
             query, layout.tokens, weight, *parts, gain, mean,
@@ -169,7 +171,7 @@ def backward(
     cells = (batch, rows, count) if tokens_need_grad else (0,)
     key = torch.empty(cells, dtype=kept_type, device=device)
     value = torch.empty(cells, dtype=kept_type, device=device)
-    slots = triton.cdiv(rows, GRANULE.value)
+    slots = blocks(rows, GRANULE.value)
     # What is written beside the query's gradient leaves registers for fewer rows.
     most = 64 if not tokens_need_grad else 16 if normalised else 32
     sums = torch.empty(
@@ -178,7 +180,7 @@ def backward(
     along = torch.empty_like(sums)
     autotune.launch(
         attend_backward_query,
-        lambda tile: (triton.cdiv(rows, tile["BM"]) * splits * batch,),
+        lambda tile: (blocks(rows, tile["BM"]) * splits * batch,),
         _row_tiles("backward", layout, rows, count if splits == 1 else None, most),
         (
             query, layout.tokens, gain, mean, output, lse, grad_output, grad_lse,
@@ -203,8 +205,8 @@ def backward(
     half = tokens.dtype == torch.float16
     autotune.launch(
         attend_backward_tokens,
-        lambda tile: (triton.cdiv(count, tile["BN"]) * triton.cdiv(dim, tile["BD"]) * batch,),
-        autotune.frozen(autotune.token_tiles(tokens.element_size())),
+        lambda tile: (blocks(count, tile["BN"]) * blocks(dim, tile["BD"]) * batch,),
+        _token_tiles(tokens.element_size()),
         (
             query, layout.tokens, gain, mean, grad_output, residual.sum(0),
             key, value, sums, along, grad_tokens,
@@ -237,6 +239,12 @@ def _row_tiles(
     return fitting_tiles(kernel, layout.width, layout.lanes, itemsize, limit, block, most)
 
 
+@cache
+def _token_tiles(itemsize: int) -> autotune.FrozenTiles:
+    return autotune.frozen(autotune.token_tiles(itemsize))
+
+
+@cache
 def shared_limit(device: torch.device) -> int | None:
     """Bytes of shared memory that a block may have; None where there is no such limit."""
     if device.type != "cuda":

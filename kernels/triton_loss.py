@@ -12,6 +12,9 @@ from torch import Tensor
 from . import autotune
 from .triton_tiles import round_to_bfloat16
 
+# The epsilon of a norm, 1e-8 as in torch.nn.functional.cosine_similarity, squared.
+NORM_EPS = tl.constexpr(1e-16)
+
 
 @triton.jit
 def load_target(
@@ -28,7 +31,7 @@ def load_target(
 
 @triton.jit
 def loss_forward(
-    prediction, tokens, scale, gain, cosine, smooth, statistics, rows, dim, beta,
+    prediction, tokens, scale, gain, losses, statistics, rows, dim, beta,
     HAS_SCALE: tl.constexpr, HAS_GAIN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -41,10 +44,9 @@ def loss_forward(
     stored = tl.sum(z * z, axis=0)
     gap = tl.abs(p - z)
     huber = tl.where(gap < beta, 0.5 * gap * gap / beta, gap - 0.5 * beta)
-    # The norms' epsilon of 1e-8, squared.
-    norms = tl.rsqrt(tl.maximum(predicted, 1e-16)) * tl.rsqrt(tl.maximum(stored, 1e-16))
-    tl.store(cosine + row, 1.0 - inner * norms)
-    tl.store(smooth + row, tl.sum(huber, axis=0) / dim)
+    norms = tl.rsqrt(tl.maximum(predicted, NORM_EPS)) * tl.rsqrt(tl.maximum(stored, NORM_EPS))
+    tl.store(losses + row, 1.0 - inner * norms)
+    tl.store(losses + rows + row, tl.sum(huber, axis=0) / dim)
     tl.store(statistics + row, inner)
     tl.store(statistics + rows + row, predicted)
     tl.store(statistics + 2 * rows + row, stored)
@@ -52,8 +54,9 @@ def loss_forward(
 
 @triton.jit
 def loss_backward(
-    prediction, tokens, scale, gain, along_prediction, along_target, smooth_factor, gradient,
-    dim, beta, HAS_SCALE: tl.constexpr, HAS_GAIN: tl.constexpr, EMULATE: tl.constexpr,
+    prediction, tokens, scale, gain, statistics, grad_losses, gradient,
+    rows, dim, grad_stride, grad_row_stride, beta,
+    HAS_SCALE: tl.constexpr, HAS_GAIN: tl.constexpr, EMULATE: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -61,9 +64,17 @@ def loss_backward(
     inside = column < dim
     p = tl.load(prediction + row * dim + column, mask=inside, other=0.0).to(tl.float32)
     z = load_target(tokens, scale, gain, row, column, inside, dim, HAS_SCALE, HAS_GAIN)
+    inner = tl.load(statistics + row)
+    predicted = tl.load(statistics + rows + row)
+    stored = tl.load(statistics + 2 * rows + row)
+    grad_cosine = tl.load(grad_losses + row * grad_row_stride)
+    grad_smooth = tl.load(grad_losses + grad_stride + row * grad_row_stride)
+    inverse_p = tl.rsqrt(tl.maximum(predicted, NORM_EPS))
+    both = grad_cosine * inverse_p * tl.rsqrt(tl.maximum(stored, NORM_EPS))
+    # Below the epsilon the norm of p is a constant: only the numerator depends on p.
+    along_prediction = tl.where(predicted > NORM_EPS, both * inner * inverse_p * inverse_p, 0.0)
     slope = tl.minimum(tl.maximum((p - z) / beta, -1.0), 1.0)
-    total = slope * tl.load(smooth_factor + row)
-    total += p * tl.load(along_prediction + row) + z * tl.load(along_target + row)
+    total = slope * (grad_smooth / dim) + p * along_prediction - z * both
     if EMULATE:
         total = round_to_bfloat16(total)
     tl.store(gradient + row * dim + column, total.to(gradient.dtype.element_ty), mask=inside)
@@ -71,19 +82,19 @@ def loss_backward(
 
 def forward(
     prediction: Tensor, tokens: Tensor, scale: Tensor | None, gain: Tensor | None, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [B, N] and statistics [3, B, N], float32."""
+) -> tuple[Tensor, Tensor]:
+    """Losses [2, B, N] and statistics [3, B, N], float32."""
     prediction, tokens, scale, gain = _contiguous(prediction, tokens, scale, gain)
     batch, count, dim = prediction.shape
     options = {"dtype": torch.float32, "device": prediction.device}
-    cosine, smooth = torch.empty(batch, count, **options), torch.empty(batch, count, **options)
+    losses = torch.empty(2, batch, count, **options)
     statistics = torch.empty(3, batch, count, **options)
     if batch * count:
         loss_forward[(batch * count,)](
-            prediction, tokens, scale, gain, cosine, smooth, statistics, batch * count, dim, beta,
+            prediction, tokens, scale, gain, losses, statistics, batch * count, dim, beta,
             HAS_SCALE=scale is not None, HAS_GAIN=gain is not None, **_shape(dim),
         )  # fmt: skip
-    return cosine, smooth, statistics
+    return losses, statistics
 
 
 def backward(
@@ -91,19 +102,20 @@ def backward(
     tokens: Tensor,
     scale: Tensor | None,
     gain: Tensor | None,
-    along_prediction: Tensor,
-    along_target: Tensor,
-    smooth_factor: Tensor,
+    statistics: Tensor,
+    grad_losses: Tensor,
     beta: float,
 ) -> Tensor:
-    """The gradient of the prediction [B, N, D]."""
+    """The gradient of the prediction [B, N, D], of the losses' [2, B, N]."""
     prediction, tokens, scale, gain = _contiguous(prediction, tokens, scale, gain)
     batch, count, dim = prediction.shape
     gradient = torch.empty_like(prediction)
+    # As the mean hands it down, one number for all tokens, it is read where it lies.
+    grad_losses = grad_losses.reshape(2, -1)
     if batch * count:
         loss_backward[(batch * count,)](
-            prediction, tokens, scale, gain, along_prediction.contiguous(),
-            along_target.contiguous(), smooth_factor.contiguous(), gradient, dim, beta,
+            prediction, tokens, scale, gain, statistics.contiguous(), grad_losses, gradient,
+            batch * count, dim, grad_losses.stride(0), grad_losses.stride(1), beta,
             HAS_SCALE=scale is not None, HAS_GAIN=gain is not None,
             EMULATE=autotune.INTERPRETED and prediction.dtype == torch.bfloat16, **_shape(dim),
         )  # fmt: skip

@@ -87,8 +87,9 @@ class Case:
             triton_loss.forward(tokens.to(floating), tokens, weight, each_dim, 1.0)
         elif self.kernel == "loss_backward":
             triton_loss.backward(
-                tokens.to(floating), tokens, weight, each_dim, one_each, one_each, one_each, 1.0
-            )
+                tokens.to(floating), tokens, weight, each_dim, torch.zeros(3, samples, count),
+                torch.zeros(2, samples, count), 1.0,
+            )  # fmt: skip
         elif self.kernel in ("forward", "merge"):
             triton_launch.forward(query, tokens, weight, 1e-5 if self.norm else None)
         else:

@@ -69,7 +69,8 @@ def test_loss_compiles_for_one_token_and_unaligned_storage(gained):
         for count in (1, 2):
             p, scale = torch.zeros(1, count, 50, dtype=torch.bfloat16), torch.ones(1, count)
             triton_loss.forward(p, codes[:, :count], scale, gain, 0.5)
-            triton_loss.backward(p, codes[:, :count], scale, gain, scale, scale, scale, 0.5)
+            losses, statistics = torch.ones(2, 1, count), torch.ones(3, 1, count)
+            triton_loss.backward(p, codes[:, :count], scale, gain, statistics, losses, 0.5)
     assert [launch.grid for launch in launches] == [(1,), (1,), (2,), (2,)]
 
 
@@ -94,13 +95,13 @@ def test_fake_results_are_laid_out_like_the_real_ones(shape, dtype, norm_eps):
         )
         scale, prediction = weight, tokens.transpose(0, 1).contiguous().transpose(0, 1)
         prediction = prediction.to(torch.bfloat16)
-        each, losses = torch.ones(batch, count), []
+        losses = []
         for gain in (None, torch.ones(dim)):
-            loss = ops.alignment_loss(prediction, tokens, scale, gain, 1.0, True)
+            loss, statistics = ops.alignment_loss(prediction, tokens, scale, gain, 1.0, True)
             gradient = ops.alignment_loss_backward(
-                prediction, tokens, scale, gain, each, each, each, 1.0, True
+                prediction, tokens, scale, gain, statistics, loss, 1.0, True
             )
-            losses += [*loss, gradient]
+            losses += [loss, statistics, gradient]
         return [*forward, *backward, *losses]
 
     with chip(90, kernels=()):
@@ -119,7 +120,7 @@ def two_configurations(monkeypatch):
     other = {**dict(tiles[1]), "num_warps": 4}
     tiles = (tiles[0], *autotune.frozen([other]))
     monkeypatch.setattr(triton_launch, "fitting_tiles", lambda *arguments: tiles)
-    monkeypatch.setattr(autotune, "_TUNED", set())
+    monkeypatch.setattr(autotune, "_TUNED", {})
     autotune._tuner.cache_clear()
     yield [dict(tile)["num_warps"] for tile in tiles]
     autotune._tuner.cache_clear()

@@ -30,3 +30,29 @@ def test_values_and_gradient(dim, dtype, codes, gained):
         torch.testing.assert_close(
             ours.double(), theirs, rtol=tolerance, atol=tolerance * max(size, 0.1)
         )
+
+
+@pytest.mark.parametrize(
+    "upstream",
+    [
+        torch.tensor([0.7, 1.3]).view(2, 1, 1).expand(2, 5, 1),
+        # Contiguous, whatever the stride of its last dimension says.
+        torch.arange(1.0, 11.0).view(2, 1, 5).transpose(1, 2),
+        torch.arange(1.0, 21.0).view(5, 2, 2).transpose(0, 1),
+    ],
+    ids=["one for all", "one token a sample", "strided"],
+)
+def test_upstream_gradients_of_any_strides(upstream):
+    generator = torch.Generator().manual_seed(1)
+    shape = (*upstream.shape[1:], 33)
+    prediction, tokens = (torch.randn(shape, generator=generator) for _ in range(2))
+    ops = torch.ops.preceptor
+    gradients = []
+    for triton in (True, False):
+        _, statistics = ops.alignment_loss(prediction, tokens, None, None, 1.0, triton)
+        gradients.append(
+            ops.alignment_loss_backward(
+                prediction, tokens, None, None, statistics, upstream, 1.0, triton
+            )
+        )
+    torch.testing.assert_close(*gradients)
