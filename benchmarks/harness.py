@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+T = TypeVar("T")
 
 
 def machine(packages: Sequence[str] = ("numpy", "torch")) -> dict[str, Any]:
@@ -29,8 +33,16 @@ def machine(packages: Sequence[str] = ("numpy", "torch")) -> dict[str, Any]:
         "processor": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str | None:
+    """None of a package that is only on the path, which has left no record of its version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cold(paths: Iterable[Path]) -> None:
@@ -98,6 +110,20 @@ class Patience:
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
         own = os.times()
         return busy - (own.user + own.system + own.children_user + own.children_system)
+
+
+def side_by_side(work: Callable[..., T], items: Sequence[Sequence[Any]], workers: int) -> list[T]:
+    """What `work` gives for the arguments of every item, in order, from several processes.
+
+    Args:
+        work: a function of a module; the processes are copies of this one and use no device.
+        workers: how many; 1 works here.
+    """
+    if workers <= 1 or len(items) < 2:
+        return [work(*item) for item in items]
+    copies = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=copies) as pool:
+        return list(pool.map(work, *zip(*items, strict=True)))
 
 
 def median(values: Sequence[float]) -> float:

@@ -18,6 +18,7 @@ from ...errors import DataError
 from ...train.alignment.base import descriptor_spaces
 from ...train.evaluation.features import quarters
 from ..testbed import shards
+from ..testbed.stores import TASKS, pool_store
 
 PARTS = ("train", "validation", "test")
 LOOK = 800
@@ -86,37 +87,50 @@ class Bed:
 
     @cached_property
     def pixels(self) -> dict[str, NDArray[np.uint8]]:
-        """uint8 [n, 48, 48, 3] by ``pool`` (its first `LOOK` images) and ``TASK/PART``."""
+        """uint8 [n, size, size, 3] by ``pool`` (its first `LOOK` images) and ``TASK/PART``."""
         found = {}
         for name, folder in self.sets().items():
+            store, rows = self.rows(name)
+            if store.pixels is not None:
+                found[name] = store.read_pixels(rows).numpy()
+                continue
             index = SampleIndex.from_shards(shards.pattern(self.folder / folder))
-            count = min(LOOK, len(index)) if name == "pool" else len(index)
-            images = [index.image(i, 10**6).convert("RGB") for i in range(count)]
+            images = [index.image(i, 10**6).convert("RGB") for i in range(len(rows))]
             found[name] = np.stack([np.asarray(image) for image in images])
         return found
 
-    def store(self, name: str) -> Cache:
-        """The store of an image set."""
-        encoding = self.facts["plan"]["encoding"]
-        path = f"pool-{encoding}" if name == "pool" else self.sets()[name]
-        return Cache.open(self.folder / "stores" / path)
+    def rows(self, name: str) -> tuple[Cache, NDArray[np.int64]]:
+        """The store that holds an image set, and its rows there, of the pool `LOOK`."""
+        facts, folder = self.facts["plan"], self.sets()[name]
+        if name == "pool":
+            store = self._store(pool_store(facts["encoding"]))
+            return store, np.arange(min(LOOK, len(store)))
+        if not facts.get("one_store"):
+            store = self._store(folder)
+            return store, np.arange(len(store))
+        store = self._store(TASKS)
+        prefix = folder.replace("/", "-") + "-"
+        own = [row for row, key in enumerate(store.keys) if key.startswith(prefix)]
+        return store, np.array(own)
+
+    def _store(self, name: str) -> Cache:
+        return Cache.open(self.folder / "stores" / name)
 
     def teacher(self, teacher: str) -> dict[str, Outputs]:
         """A teacher's features of every image set, from the stores."""
-        return {name: self._teacher(self.store(name), teacher, name) for name in self.sets()}
+        return {name: self._teacher(*self.rows(name), teacher) for name in self.sets()}
 
     @cached_property
     def teachers(self) -> list[str]:
-        store = self.store("pool")
+        store, _ = self.rows("pool")
         return list(dict.fromkeys(store[name].spec.teacher for name in store.spaces))
 
-    def _teacher(self, store: Cache, teacher: str, name: str) -> Outputs:
+    def _teacher(self, store: Cache, rows: NDArray[np.int64], teacher: str) -> Outputs:
         specs = {
             space: store[space].spec
             for space in store.spaces
             if store[space].spec.teacher == teacher
         }
-        rows = np.arange(min(LOOK, len(store)) if name == "pool" else len(store))
         (descriptor,) = descriptor_spaces(specs).values()
         dense = next(space for space, spec in specs.items() if spec.grid is not None)
         grid = specs[dense].grid

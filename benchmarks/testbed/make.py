@@ -21,42 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from preceptor.benchmarks.harness import machine
+from preceptor.benchmarks.harness import machine, side_by_side
 from preceptor.benchmarks.testbed import shards
 from preceptor.benchmarks.testbed.specialists import NETWORKS
+from preceptor.benchmarks.testbed.stores import TASKS as TASKS_STORE
+from preceptor.benchmarks.testbed.stores import (
+    checkpoint,
+    extract,
+    pool_store,
+    run,
+    write_teachers,
+)
 from preceptor.benchmarks.testbed.surfaces import SIZE
 from preceptor.benchmarks.testbed.tasks import TASKS, samples
 from preceptor.benchmarks.testbed.training import Course, train_specialist
 from preceptor.cache.durable import write_whole
-from preceptor.cli import main as preceptor
 from preceptor.errors import DataError
 
 PARTS = ("train", "validation", "test")
-
-PACKAGED = """\
-efficientnet_lite0:   # CNN, ImageNet-1k classes
-  source: call:preceptor.examples.teachers:efficientnet_lite0
-  size: 96
-  encoding: {encoding}
-  spaces: {{map: {{block: 4}}, pooled: {{}}}}
-vit_s_focus:          # ViT-S/14 of a saliency model
-  source: call:preceptor.examples.teachers:vit_s_focus
-  size: 84
-  encoding: {encoding}
-  spaces: {{patch: {{block: 7}}, mean: {{block: 7}}}}
-u2netp:               # saliency CNN
-  source: call:preceptor.benchmarks.testbed.saliency:u2netp
-  size: 64
-  encoding: {encoding}
-  spaces: {{map: {{block: 7}}, mean: {{block: 7}}}}
-"""
-SPECIALIST = """\
-{name}:
-  source: call:preceptor.benchmarks.testbed.specialists:{name}
-  checkpoint: {checkpoint}
-  encoding: {encoding}
-  spaces: {{map: {{}}, mean: {{}}}}
-"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +53,9 @@ class Plan:
         packaged: whether the three pretrained teachers of packages are used.
         course: how the specialists are taught.
         encoding: of the extracted stores; the pool is converted to int8 beside it.
+        size: side of all images in pixels.
+        one_store: all tasks' parts are in one store, and the stores hold the images' pixels: so
+            that many images are asked about, and read, quickly.
     """
 
     seed: int = 0
@@ -81,43 +66,68 @@ class Plan:
     packaged: bool = True
     course: Course = field(default_factory=Course)
     encoding: str = "fp16"
+    size: int = SIZE
+    one_store: bool = False
 
     def count(self, task: str, part: str) -> int:
         """Images of a task's part; a whole number of sights where tasks show things repeatedly."""
         return max(20, round(self.share * TASKS[task].counts[PARTS.index(part)] / 5) * 5)
 
 
-def make(out: Path, plan: Plan) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Means:
+    """By what it is made; the images are the same whatever they are.
+
+    Attributes:
+        device: of the specialists' training and, where it is cuda, of the teachers.
+        workers: processes that draw images, and that decode them where the device is cuda.
+    """
+
+    device: str = "cpu"
+    workers: int = 1
+
+    def extraction(self, plan: Plan) -> tuple[str, ...]:
+        """Options of `preceptor extract`."""
+        pixels = (f"pixels.size={plan.size}",) if plan.one_store else ()
+        if self.device == "cpu":
+            return (f"seed={plan.seed}", "workers=0", *pixels)
+        # float32, as on a CPU: these teachers are small, and autocast would add kernels to start
+        engine = (f"engine.accelerator={self.device}", "engine.precision=32-true")
+        return (f"seed={plan.seed}", f"workers={self.workers}", "batch_size=256", *engine, *pixels)
+
+
+def make(out: Path, plan: Plan, means: Means | None = None) -> dict[str, Any]:
     """Make what is not there yet, and write ``bed.json``.
 
     Raises:
         DataError: a package is missing, or `out` holds the bed of another plan.
         SystemExit: a command failed; it has said why.
     """
+    means = means or Means()
     out.mkdir(parents=True, exist_ok=True)
     _same_plan(out / "plan.json", plan)
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    digests = _images(out, plan)
+    digests = _images(out, plan, means.workers)
     seconds["images"] = time.monotonic() - started
 
     started = time.monotonic()
-    scores = {name: _specialist(out, name, plan) for name in NETWORKS}
+    scores = {name: _specialist(out, name, plan, means) for name in NETWORKS}
     seconds["specialists"] = time.monotonic() - started
 
-    groups = out / "configs"
-    (groups / "teachers").mkdir(parents=True, exist_ok=True)
-    (groups / "teachers" / "testbed.yaml").write_text(_teachers(out, plan), encoding="utf-8")
+    write_teachers(out, plan.size, plan.encoding, packaged=plan.packaged)
     started = time.monotonic()
-    for name in digests:
-        _store(out, name, plan)
-    _run("convert", f"cache={out}/stores/pool-{plan.encoding}", f"out={out}/stores/pool",
-         "encoding=int8")  # fmt: skip
+    options = means.extraction(plan)
+    for name, parts in _stores(plan, list(digests)).items():
+        extract(out, name, parts, plan.encoding, options)
+    if pool_store(plan.encoding) != "pool":
+        run("convert", f"cache={out}/stores/{pool_store(plan.encoding)}", f"out={out}/stores/pool",
+            "encoding=int8")  # fmt: skip
     seconds["stores"] = time.monotonic() - started
 
     bed = {
         "plan": _describe(plan),
-        "size": SIZE,
+        "size": plan.size,
         "digests": digests,
         "specialists": scores,
         "tasks": {
@@ -144,60 +154,58 @@ def folders(plan: Plan) -> dict[str, tuple[str, str, int]]:
     return found
 
 
-def _images(out: Path, plan: Plan) -> dict[str, str]:
-    digests = {}
-    for folder, (name, split, count) in folders(plan).items():
+def _stores(plan: Plan, folders: Sequence[str]) -> dict[str, list[str]]:
+    """By the name of every store the folders that it is made of; the pool's first."""
+    found: dict[str, list[str]] = {}
+    for folder in folders:
+        name = TASKS_STORE if plan.one_store and folder.startswith("tasks/") else folder
+        found.setdefault(pool_store(plan.encoding) if name == "pool" else name, []).append(folder)
+    return found
+
+
+def _images(out: Path, plan: Plan, workers: int) -> dict[str, str]:
+    wanted = folders(plan)
+    drawn: dict[str, list[str]] = {}
+    parts: list[tuple[Path, str, str, str, int, Plan]] = []
+    for folder, (name, split, count) in wanted.items():
         if not (out / folder / "sources.json").exists():
             print(f"{out / folder}: {count} images", flush=True)
-            drawn = samples(name, split, count, plan.seed)
-            shards.write(out / folder, folder.replace("/", "-"), drawn)
-        digests[folder] = shards.digest(out / folder)
-    return digests
+            drawn[folder] = []
+            numbers = range(-(-count // shards.SHARD))
+            parts += [(out, folder, name, split, number, plan) for number in numbers]
+    for part, sources in zip(parts, side_by_side(_shard, parts, workers), strict=True):
+        drawn[part[1]] += sources
+    for folder, names in drawn.items():
+        shards.write_sources(out / folder, names)
+    return {folder: shards.digest(out / folder) for folder in wanted}
 
 
-def _specialist(out: Path, name: str, plan: Plan) -> dict[str, float]:
-    path, record = _checkpoint(out, name), out / "specialists" / f"{name}.json"
+def _shard(out: Path, folder: str, name: str, split: str, number: int, plan: Plan) -> list[str]:
+    first = number * shards.SHARD
+    count = min(shards.SHARD, folders(plan)[folder][2] - first)
+    drawn = samples(name, split, count, plan.seed, plan.size, first)
+    return shards.write_shard(out / folder, folder.replace("/", "-"), number, drawn)
+
+
+def _specialist(out: Path, name: str, plan: Plan, means: Means) -> dict[str, float]:
+    path, record = checkpoint(out, name), out / "specialists" / f"{name}.json"
     if not (path.exists() and record.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = train_specialist(name, path, plan.seed, plan.course)
+        found = train_specialist(
+            name, path, plan.seed, plan.course,
+            size=plan.size, device=means.device, workers=means.workers,
+        )  # fmt: skip
         write_whole(record, (json.dumps(found) + "\n").encode())
     return dict(json.loads(record.read_text()))
-
-
-def _store(out: Path, folder: str, plan: Plan) -> None:
-    pool = f"{out}/stores/pool-{plan.encoding}"
-    store = pool if folder == "pool" else f"{out}/stores/{folder}"
-    if Path(f"{store}.extract.json").exists():
-        return
-    borrowed = [] if folder == "pool" else [f"calibration.store={pool}"]
-    _run(
-        "extract", "--config-dir", str(out / "configs"), "teachers=testbed",
-        f"data.shards='{shards.pattern(out / folder)}'", f"cache={store}", "views.name=full",
-        f"seed={plan.seed}", "workers=0", "calibration.images=1024", *borrowed,
-    )  # fmt: skip
-
-
-def _teachers(out: Path, plan: Plan) -> str:
-    text = PACKAGED.format(encoding=plan.encoding) if plan.packaged else ""
-    for name in NETWORKS:
-        checkpoint = json.dumps(str(_checkpoint(out, name).resolve()))
-        text += SPECIALIST.format(name=name, checkpoint=checkpoint, encoding=plan.encoding)
-    return text
-
-
-def _checkpoint(out: Path, name: str) -> Path:
-    return out / "specialists" / f"{name}.safetensors"
-
-
-def _run(*arguments: str) -> None:
-    print(f"$ preceptor {' '.join(arguments)}", flush=True)
-    if status := preceptor(arguments):
-        raise SystemExit(status)
 
 
 def _describe(plan: Plan) -> dict[str, Any]:
     counts = {task: [plan.count(task, part) for part in PARTS] for task in plan.tasks}
     described = {**vars(plan), "course": vars(plan.course), "tasks": counts}
+    # Beds that were begun when there was no choice say nothing of it.
+    for name, default in (("size", SIZE), ("one_store", False)):
+        if described[name] == default:
+            del described[name]
     return dict(json.loads(json.dumps(described)))
 
 
@@ -220,13 +228,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", type=int, default=Plan.pool, help="unlabelled images")
     parser.add_argument("--share", type=float, default=1.0, help="of every task's images")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the images in pixels")
+    parser.add_argument("--one-store", action="store_true", help="int8, for all tasks, with "
+                        "the images' pixels: for a GPU")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="of specialists and teachers; or cuda")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw and decode")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    plan = Plan(seed=options.seed, pool=options.pool, share=options.share)
+    plan = Plan(
+        seed=options.seed, pool=options.pool, share=options.share,
+        size=options.size, one_store=options.one_store,
+        encoding="int8" if options.one_store else Plan.encoding,
+    )  # fmt: skip
     try:
-        bed = make(options.out, plan)
+        bed = make(options.out, plan, Means(options.device, options.workers))
     except DataError as error:
         sys.exit(str(error))
     print(json.dumps({"seconds": bed["seconds"], "specialists": bed["specialists"]}, indent=2))

@@ -71,7 +71,8 @@ class Pose:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Attributes: pixels uint8 [48, 48, 3], mask uint8 [48, 48] (1 where the figure is), pose."""
+    """Attributes: pixels uint8 [size, size, 3], mask uint8 [size, size] (1 where the figure is),
+    pose."""
 
     pixels: Pixels
     mask: NDArray[np.uint8]
@@ -105,10 +106,12 @@ def compose(
     """Put a figure before a ground.
 
     Args:
-        fill: what a figure is made of, uint8 [48, 48, 3]; without one, a colour that stands out
+        ground: uint8 [size, size, 3], which fixes the size of the scene.
+        fill: what a figure is made of, uint8 [size, size, 3]; without one, a colour that stands out
             from the ground, darkened by the figure's own shade.
     """
-    alpha = _placed(figure.coverage, pose)[..., None] / 255.0
+    size = len(ground)
+    alpha = _placed(figure.coverage, pose, size)[..., None] / 255.0
     if fill is None:
         mean = float((ground * (alpha > 0.5)).sum() / max(1.0, 3 * (alpha > 0.5).sum()))
         colour = random.uniform(0, 1, 3)
@@ -116,7 +119,7 @@ def compose(
         colour *= bright / max(colour.mean(), 0.05)
         paint = np.broadcast_to(np.clip(colour, 0, 255), ground.shape)
         if figure.shade is not None:
-            shade = _placed(figure.shade, pose)[..., None] / 255.0
+            shade = _placed(figure.shade, pose, size)[..., None] / 255.0
             paint = paint * (0.35 + 0.65 * shade)
     else:
         paint = fill.astype(np.float64)
@@ -124,27 +127,29 @@ def compose(
     return Scene(pixels.astype(np.uint8), (alpha[..., 0] > 0.5).astype(np.uint8), pose)
 
 
-def ground(split: str, random: Random, photographs: float = 0.25) -> tuple[str, Pixels]:
+def ground(
+    split: str, random: Random, photographs: float = 0.25, size: int = SIZE
+) -> tuple[str, Pixels]:
     """Something to stand before: a photograph, else plain or a surface; and its source."""
     if random.uniform() < photographs:
-        return surfaces.photograph(split, random)
+        return surfaces.photograph(split, random, size)
     if random.uniform() < 0.6:
-        return "made", surfaces.plain(random)
-    return "made", surfaces.any_surface(random)
+        return "made", surfaces.plain(random, size)
+    return "made", surfaces.any_surface(random, size)
 
 
-def _placed(values: NDArray[np.uint8], pose: Pose) -> NDArray[np.float64]:
-    """A square of values, turned, scaled and moved: float64 [48, 48], 0 outside."""
+def _placed(values: NDArray[np.uint8], pose: Pose, size: int) -> NDArray[np.float64]:
+    """A square of values, turned, scaled and moved: float64 [size, size], 0 outside."""
     side = values.shape[0]
-    zoom = side / (SIZE * pose.scale)  # source pixels a target pixel
+    zoom = side / (size * pose.scale)  # source pixels a target pixel
     cos, sin = math.cos(pose.angle) * zoom, math.sin(pose.angle) * zoom
-    cx, cy = SIZE / 2 * (1 + pose.x), SIZE / 2 * (1 + pose.y)
+    cx, cy = size / 2 * (1 + pose.x), size / 2 * (1 + pose.y)
     # From target to source; y points downwards, so counterclockwise is (cos -sin; sin cos).
     matrix = (
         cos, -sin, side / 2 - cos * cx + sin * cy,
         sin, cos, side / 2 - sin * cx - cos * cy,
     )  # fmt: skip
     placed = Image.fromarray(values).transform(
-        (SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+        (size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
     )
     return np.asarray(placed).astype(np.float64)

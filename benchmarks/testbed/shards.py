@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,14 +68,24 @@ def write(folder: Path, prefix: str, samples: Iterable[Sample]) -> list[str]:
     Returns:
         The source of every sample, in order.
     """
+    sources: list[str] = []
+    for number, part in enumerate(_parts(samples)):
+        sources += write_shard(folder, prefix, number, part)
+    write_sources(folder, sources)
+    return sources
+
+
+def write_shard(folder: Path, prefix: str, number: int, samples: Iterable[Sample]) -> list[str]:
+    """Write one shard: its number, and no more than `SHARD` samples.
+
+    Returns:
+        The source of every sample, in order.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sources: list[str] = []
     shard: list[tuple[str, bytes]] = []
-    for number, sample in enumerate(samples):
-        if number and number % SHARD == 0:
-            _write_tar(folder, number // SHARD - 1, shard)
-            shard = []
-        key = f"{prefix}-{number:06d}"
+    for place, sample in enumerate(samples, number * SHARD):
+        key = f"{prefix}-{place:06d}"
         shard.append((f"{key}.png", _png(sample.pixels)))
         if sample.label is not None:
             shard.append((f"{key}.cls", str(sample.label).encode()))
@@ -83,9 +94,13 @@ def write(folder: Path, prefix: str, samples: Iterable[Sample]) -> list[str]:
         if sample.mask is not None:
             shard.append((f"{key}.mask.png", _png(sample.mask)))
         sources.append(sample.source)
-    _write_tar(folder, (len(sources) - 1) // SHARD, shard)
-    write_whole(folder / "sources.json", (json.dumps(sources) + "\n").encode())
+    _write_tar(folder, number, shard)
     return sources
+
+
+def write_sources(folder: Path, sources: Sequence[str]) -> None:
+    """Write ``sources.json``, by which a folder is known to be whole."""
+    write_whole(folder / "sources.json", (json.dumps(sources) + "\n").encode())
 
 
 def pattern(folder: Path) -> str:
@@ -113,6 +128,12 @@ def digest(folder: Path) -> str:
     for path in sorted(folder.glob("*.tar")):
         found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def _parts(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    remaining = iter(samples)
+    while part := list(itertools.islice(remaining, SHARD)):
+        yield part
 
 
 def _samples(folder: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,28 +12,37 @@ from PIL import Image
 from . import sources
 
 SIZE = 48
-"""Side of every image of the bed in pixels."""
+"""Side in pixels of the images of the default bed, and of what the specialists see."""
 
 Pixels = NDArray[np.uint8]
 Random = np.random.Generator
 
-_ROWS, _COLUMNS = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
+
+@lru_cache(maxsize=4)
+def _places(size: int) -> tuple[NDArray, NDArray]:
+    """Row and column of every pixel, float64 [size, size] each."""
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float64)
+    return rows, columns
 
 
-def surface(family: str, random: Random) -> Pixels:
+def surface(family: str, random: Random, size: int = SIZE) -> Pixels:
     """A surface of a family, in two random colours, at a random angle, frequency and phase.
+
+    A larger image shows as many periods: the same surface, drawn more finely.
 
     Args:
         family: a key of `FAMILIES`.
 
     Returns:
-        uint8 [48, 48, 3].
+        uint8 [size, size, 3].
     """
     angle = random.uniform(0, np.pi)
-    centred = _COLUMNS - SIZE / 2, _ROWS - SIZE / 2
-    u = np.cos(angle) * centred[0] + np.sin(angle) * centred[1] + random.uniform(0, SIZE)
-    v = -np.sin(angle) * centred[0] + np.cos(angle) * centred[1] + random.uniform(0, SIZE)
-    mix = np.clip(FAMILIES[family](u, v, random.uniform(5, 9), random), 0, 1)
+    rows, columns = _places(size)
+    centred = columns - size / 2, rows - size / 2
+    u = np.cos(angle) * centred[0] + np.sin(angle) * centred[1] + random.uniform(0, size)
+    v = -np.sin(angle) * centred[0] + np.cos(angle) * centred[1] + random.uniform(0, size)
+    period = random.uniform(5, 9) * (size / SIZE)
+    mix = np.clip(FAMILIES[family](u, v, period, random), 0, 1)
     first, second = two_colours(random)
     return (first + mix[..., None] * (second - first)).astype(np.uint8)
 
@@ -65,22 +75,25 @@ def _bricks(u: NDArray, v: NDArray, period: float, random: Random) -> NDArray:
     high = 0.8 * period
     course = np.floor(v / high)
     along = (u + (course % 2) * period) % (2 * period)
-    return ((v % high < 1.6) | (along < 1.6)).astype(float)
+    joint = 1.6 * (len(u) / SIZE)
+    return ((v % high < joint) | (along < joint)).astype(float)
 
 
 def _clouds(u: NDArray, v: NDArray, period: float, random: Random) -> NDArray:
     coarse = random.uniform(0, 1, (7, 7)).astype(np.float32)
-    return np.asarray(Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(coarse).resize(u.shape, Image.Resampling.BICUBIC))
 
 
 def _grain(u: NDArray, v: NDArray, period: float, random: Random) -> NDArray:
-    return random.uniform(0, 1, (SIZE, SIZE))
+    return random.uniform(0, 1, u.shape)
 
 
 def _shards(u: NDArray, v: NDArray, period: float, random: Random) -> NDArray:
-    count = round((SIZE / (1.3 * period)) ** 2)
-    places, values = random.uniform(0, SIZE, (count, 2)), random.uniform(0, 1, count)
-    squares = (_ROWS[..., None] - places[:, 0]) ** 2 + (_COLUMNS[..., None] - places[:, 1]) ** 2
+    size = len(u)
+    rows, columns = _places(size)
+    count = round((size / (1.3 * period)) ** 2)
+    places, values = random.uniform(0, size, (count, 2)), random.uniform(0, 1, count)
+    squares = (rows[..., None] - places[:, 0]) ** 2 + (columns[..., None] - places[:, 1]) ** 2
     return values[squares.argmin(-1)]
 
 
@@ -95,31 +108,33 @@ FAMILIES: dict[str, Callable[[NDArray, NDArray, float, Random], NDArray]] = {
     "grain": _grain,
     "shards": _shards,
 }
-"""Each maps rotated coordinates u, v [48, 48], a period in pixels and a generator to [48, 48]."""
+"""Each maps rotated coordinates u, v [size, size], a period in pixels and a generator to the
+same shape."""
 
 
-def any_surface(random: Random) -> Pixels:
-    return surface(str(random.choice(list(FAMILIES))), random)
+def any_surface(random: Random, size: int = SIZE) -> Pixels:
+    return surface(str(random.choice(list(FAMILIES))), random, size)
 
 
-def plain(random: Random) -> Pixels:
+def plain(random: Random, size: int = SIZE) -> Pixels:
     """One colour, or a gradient between two."""
     first, second = two_colours(random, contrast=0.0)
     angle = random.uniform(0, 2 * np.pi)
-    mix = (np.cos(angle) * _COLUMNS + np.sin(angle) * _ROWS) / (2 * SIZE) + 0.5
+    rows, columns = _places(size)
+    mix = (np.cos(angle) * columns + np.sin(angle) * rows) / (2 * size) + 0.5
     mix = np.clip(mix, 0, 1) * random.integers(0, 2)
     return (first + mix[..., None] * (second - first)).astype(np.uint8)
 
 
-def photograph(split: str, random: Random) -> tuple[str, Pixels]:
-    """A random square of a random photograph of a split: (its name, uint8 [48, 48, 3])."""
+def photograph(split: str, random: Random, size: int = SIZE) -> tuple[str, Pixels]:
+    """A random square of a random photograph of a split: (its name, uint8 [size, size, 3])."""
     photographs = sources.photographs(split)
     name = str(random.choice(list(photographs)))
     pixels = photographs[name]
     side = int(random.uniform(0.25, 0.9) * min(pixels.shape[:2]))
     top, left = (int(random.integers(0, edge - side + 1)) for edge in pixels.shape[:2])
     square = Image.fromarray(pixels[top : top + side, left : left + side])
-    return name, np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    return name, np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def two_colours(random: Random, contrast: float = 70.0) -> tuple[NDArray, NDArray]:
