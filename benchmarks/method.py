@@ -29,8 +29,8 @@ from preceptor.benchmarks.comparison.options import changed, trained_with
 from preceptor.benchmarks.comparison.plan import PRECISION, PRECISIONS, Plan
 from preceptor.benchmarks.comparison.records import Record
 from preceptor.benchmarks.comparison.runs import RESULT, TAUGHT, judge_anew, run
-from preceptor.benchmarks.comparison.variants import STUDENTS, Variant, choose, variants
-from preceptor.benchmarks.harness import machine, save, show
+from preceptor.benchmarks.comparison.variants import LARGER, STUDENTS, Variant, choose, variants
+from preceptor.benchmarks.harness import machine, save, show, side_by_side
 from preceptor.benchmarks.testbed import shards
 from preceptor.errors import ConfigError, PreceptorError
 from preceptor.train.checkpoint import write_json
@@ -97,15 +97,25 @@ def other_options(plan: Plan, found: Sequence[Record]) -> dict[str, dict[str, li
     return differing
 
 
-def teachers_of(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """Every teacher judged from the stores, once."""
+def teachers_of(plan: Plan, workers: int = 1) -> dict[str, list[dict[str, Any]]]:
+    """Every teacher judged from the stores, once.
+
+    Args:
+        workers: teachers judged at a time, by processes of their own.
+    """
     path = plan.out / "teachers.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if kept.get("bed") != plan.bed.identity:
-        scores = {name: judge(plan.bed, plan.bed.teacher(name)) for name in plan.bed.teachers}
+        names = plan.bed.teachers
+        found = side_by_side(_judge_teacher, [(plan.bed.folder, name) for name in names], workers)
+        scores = dict(zip(names, found, strict=True))
         kept = {"bed": plan.bed.identity, "scores": scores}
         write_json(path, kept)
     return {name: [{"scores": own, "seed": None}] for name, own in kept["scores"].items()}
+
+
+def _judge_teacher(folder: Path, name: str) -> dict[str, Any]:
+    return dict(judge(Bed(folder), Bed(folder).teacher(name)))
 
 
 def judge_all(plan: Plan) -> None:
@@ -121,9 +131,15 @@ def judge_all(plan: Plan) -> None:
             print(f"{path.parents[2].name} {name} {path.parent.name}: {figure:.2f}", flush=True)
 
 
-def results(plan: Plan, found: Sequence[Record]) -> dict[str, Any]:
-    """Everything that is there, as JSON."""
-    teachers, times = teachers_of(plan), timing.collect(plan)
+def results(
+    plan: Plan, found: Sequence[Record], teachers: Mapping[str, Sequence[report.Run]]
+) -> dict[str, Any]:
+    """Everything that is there, as JSON.
+
+    Args:
+        teachers: what `teachers_of` gave.
+    """
+    times = timing.collect(plan)
     runs: dict[str, dict[str, list[Record]]] = {}
     for record in found:
         student, name, _ = records.identity(record)
@@ -143,7 +159,7 @@ def results(plan: Plan, found: Sequence[Record]) -> dict[str, Any]:
             "width": WIDTH,
             "pool": plan.bed.facts["plan"]["pool"],
             "tasks": plan.bed.tasks,
-            "students": {name: list(options) for name, options in STUDENTS.items()},
+            "students": {name: list(own) for name, own in {**STUDENTS, **LARGER}.items()},
             "variants": {
                 name: {
                     "kind": v.kind,
@@ -216,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gathered = records.gather(plan, options.runs)
         if options.runs is not None:
             records.keep(options.runs, gathered)
-        found = results(plan, gathered)
+        found = results(plan, gathered, teachers_of(plan))
     except PreceptorError as error:
         sys.exit(str(error))
     for student, summary in found["summary"].items():

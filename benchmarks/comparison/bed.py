@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,29 @@ class Outputs:
     vectors: dict[str, NDArray[np.float32]]
     map: NDArray[np.float32]
     grid: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class OnDemand(Mapping[str, Outputs]):
+    """A model's outputs by image set, computed whenever they are asked for: those of all sets at
+    once would be gigabytes.
+
+    Attributes:
+        names: of the sets.
+        make: gives the outputs of one.
+    """
+
+    names: Sequence[str]
+    make: Callable[[str], Outputs]
+
+    def __getitem__(self, name: str) -> Outputs:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -116,9 +139,10 @@ class Bed:
     def _store(self, name: str) -> Cache:
         return Cache.open(self.folder / "stores" / name)
 
-    def teacher(self, teacher: str) -> dict[str, Outputs]:
+    def teacher(self, teacher: str) -> Mapping[str, Outputs]:
         """A teacher's features of every image set, from the stores."""
-        return {name: self._teacher(*self.rows(name), teacher) for name in self.sets()}
+        names = list(self.sets())
+        return OnDemand(names, lambda name: self._teacher(*self.rows(name), teacher))
 
     @cached_property
     def teachers(self) -> list[str]:

@@ -32,7 +32,7 @@ def weight_cosines(plan: Plan, student: Student, alignment: Alignment) -> dict[s
     student.eval()
     alignment.eval()
     for batch in data.batches(0, min(BATCHES, data.steps_per_epoch)):
-        pixels, targets = to_device(batch, torch.device("cpu"))
+        pixels, targets = to_device(batch, weights[0].device)
         terms = alignment(alignment.run_student(student, pixels), targets).by_teacher
         for teacher, term in terms.items():
             parts = torch.autograd.grad(term, weights, retain_graph=True, materialize_grads=True)

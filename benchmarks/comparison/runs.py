@@ -27,7 +27,7 @@ from ...train.students import Student, build_student
 from ...train.views import StoredViews
 from ..harness import machine
 from ..testbed import shards
-from .bed import Bed, Outputs
+from .bed import Bed, OnDemand, Outputs
 from .conflict import weight_cosines
 from .judge import judge
 from .plan import Plan
@@ -35,8 +35,11 @@ from .supervised import train_supervised
 from .variants import Variant
 
 BATCH = 128
+CPU = torch.device("cpu")
 RESULT = "result.json"
 TAUGHT, UNTRAINED = "supervised", "random"
+SPEED = ("images_per_second", "wait_share")
+"""What a result keeps of a training's summary, beside its seconds."""
 _WATCHED = ("regression", UNTRAINED)
 """Whose teachers' gradients are compared: after training, and before it."""
 _SETTLED = {"settled": IMAGES}
@@ -71,7 +74,7 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         steps = 1 if name == UNTRAINED else plan.steps
         options = [*variant.all_options(student), *plan.options]
         summary = _train(plan, folder, options, seed, steps)
-        model, alignment = load_trained(plan.bed, folder, name, seed)
+        model, alignment = load_trained(plan.bed, folder, name, seed, plan.place)
     trained = time.monotonic()
     # Of all starts, where it was stopped and went on.
     taken = float(summary.get("seconds", trained - started))
@@ -89,6 +92,7 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         "train_losses": summary.get("losses", {}),
         "cosines": weight_cosines(plan, model, alignment) if name in _WATCHED else {},
         "cost": cost(model, alignment),
+        "speed": {key: summary[key] for key in SPEED if key in summary} | _of_device(plan),
         **(_SETTLED if name == UNTRAINED else {}),
         "seconds": {
             "train": round(taken, 1),
@@ -110,7 +114,7 @@ def judge_anew(plan: Plan, folder: Path) -> dict[str, Any]:
     result = _read(folder)
     if not _judged(plan, result):
         name = result["variant"]
-        model, alignment = load_trained(plan.bed, folder, name, result["seed"])
+        model, alignment = load_trained(plan.bed, folder, name, result["seed"], plan.place)
         result["scores"] = _scores(plan.bed, model, alignment, result["kind"])
         result["bed"] = plan.bed.identity
         if name == UNTRAINED:
@@ -160,14 +164,18 @@ def _judged(plan: Plan, result: Mapping[str, Any]) -> bool:
     return settled and result.get("bed") == plan.bed.identity
 
 
-def load_trained(bed: Bed, folder: Path, name: str, seed: int) -> tuple[Student, Alignment]:
+def load_trained(
+    bed: Bed, folder: Path, name: str, seed: int, device: torch.device = CPU
+) -> tuple[Student, Alignment]:
     """The student of a finished run and its alignment; of the floor, with its initial weights."""
     model, alignment, facts = load_model(folder)
     if name == UNTRAINED:
         model = build_student(facts["student"], seed)
+    model, alignment = model.to(device), alignment.to(device)
+    if name == UNTRAINED:
         pool = torch.from_numpy(bed.pixels["pool"])
         parts = settling_images(len(pool))
-        settle_batch_norms(model, (normalise(pool[part], torch.device("cpu")) for part in parts))
+        settle_batch_norms(model, (normalise(pool[part], device) for part in parts))
     return model, alignment
 
 
@@ -178,7 +186,7 @@ def _scores(bed: Bed, model: Student, alignment: Alignment, kind: str) -> dict[s
 
 def look(
     bed: Bed, student: Student, alignment: Alignment, readouts: Sequence[str] | None = None
-) -> dict[str, Outputs]:
+) -> Mapping[str, Outputs]:
     """Every readout of every image set of the bed.
 
     Args:
@@ -188,20 +196,22 @@ def look(
     alignment.eval()
     known = [name for name in alignment.readouts if name != "both"]
     chosen = known if readouts is None else list(readouts)
-    return {name: _look(student, alignment, chosen, x) for name, x in bed.pixels.items()}
+    pixels = bed.pixels
+    return OnDemand(list(pixels), lambda name: _look(student, alignment, chosen, pixels[name]))
 
 
 def _look(
     student: Student, alignment: Alignment, readouts: Sequence[str], pixels: NDArray[np.uint8]
 ) -> Outputs:
     vectors: dict[str, list[torch.Tensor]] = {name: [] for name in readouts}
+    device = device_of(student)
     maps = []
     with torch.inference_mode():
         for part in torch.from_numpy(pixels).split(BATCH):
-            output = alignment.run_student(student, normalise(part, torch.device("cpu")))
+            output = alignment.run_student(student, normalise(part, device))
             for name in readouts:
-                vectors[name].append(alignment.readout(output, name).float())
-            maps.append(output.tokens.float())
+                vectors[name].append(alignment.readout(output, name).float().cpu())
+            maps.append(output.tokens.float().cpu())
     return Outputs(
         {name: torch.cat(parts).numpy() for name, parts in vectors.items()},
         torch.cat(maps).numpy(),
@@ -221,7 +231,7 @@ def held_out(plan: Plan, student: Student, alignment: Alignment) -> dict[str, fl
     alignment.eval()
     with torch.inference_mode():
         for batch in data.batches(0, len(index) // count):
-            pixels, targets = to_device(batch, torch.device("cpu"))
+            pixels, targets = to_device(batch, device_of(student))
             losses = alignment(alignment.run_student(student, pixels), targets).losses
             for space, loss in losses.items():
                 found.setdefault(space, []).append(float(loss))
@@ -236,7 +246,7 @@ def cost(student: Student, alignment: Alignment) -> dict[str, float]:
     student.eval()
     alignment.eval()
     with FlopCounterMode(display=False) as counter:
-        alignment.run_student(student, torch.zeros(1, 3, *student.size))
+        alignment.run_student(student, torch.zeros(1, 3, *student.size, device=device_of(student)))
     return {
         "student": _count(student) + alignment.readout_parameters("pooled"),
         "alignment": _count(alignment),
@@ -250,8 +260,8 @@ def _train(
     arguments = [
         "train", f"cache={plan.store}", f"data.shards='{plan.shards}'", f"out={folder}",
         "recipe=short", *options, f"recipe.steps={steps}", f"seed={seed}", "workers=0",
-        "log.to=[]", "log.gradients_every=0", "log.knn_every=0", "recipe.checkpoint_every=100",
-        "recipe.log_every=20", "engine=cpu", f"engine.precision={plan.precision}",
+        "log.to=[]", "log.gradients_every=0", "log.knn_every=0", "engine=auto",
+        f"engine.accelerator={plan.device}", f"engine.precision={plan.precision}",
     ]  # fmt: skip
     print(f"$ preceptor {' '.join(arguments)}", flush=True)
     with plan.computing():
@@ -259,6 +269,19 @@ def _train(
     if failed:
         raise PreceptorError(f"{folder}: the training failed")
     return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _of_device(plan: Plan) -> dict[str, Any]:
+    if plan.place.type != "cuda":
+        return {}
+    return {
+        "device": torch.cuda.get_device_name(plan.place),
+        "peak_gpu_mb": torch.cuda.max_memory_allocated(plan.place) / 2**20,
+    }
 
 
 def _count(module: nn.Module) -> int:

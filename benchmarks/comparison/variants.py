@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import ConfigError
 from ...train.alignment import ALIGNMENTS
@@ -21,6 +21,19 @@ STUDENTS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """A ResNet with a 3 x 3 grid and a ViT with a 6 x 6 grid, both of 48 pixels."""
 
+_LARGER = (
+    "recipe.batch_size=128", "recipe.lr=0.0005", "recipe.weight_decay=0.01", "recipe.warmup=0.05",
+    "recipe.clip=1",
+)  # fmt: skip
+"""As the recipe imagenet_100ep, AdamW with 2e-3 at 512 images a step: a quarter of both."""
+
+LARGER: Mapping[str, tuple[str, ...]] = {
+    "resnet50": ("student=resnet50", *_LARGER),
+    "vit_small": ("student=vit_small", *_LARGER),
+}
+"""Those that are compared on a GPU (benchmarks/method_gpu.py), at the size of its bed's images. No
+rate of theirs was chosen here."""
+
 OURS = "model_token"
 
 TOKENS = ("align=model_token", "align.layers=2", "align.width=64", "align.teacher_stream=0")
@@ -32,6 +45,9 @@ STREAM = ("align.teacher_stream=0.3",)
 SECOND_LOOK = ("align.mask_weight=0.3",)
 """In training the student also looks a second time with patches hidden: a second pass."""
 
+WIDE = ("align.width=128",)
+"""For backbones of full width, as `preceptor train` has it by default."""
+
 INSIDE, AFTER = ("align.write_back=3",), ("align.write_back=0",)
 """Whether the tokens also live inside the backbone, visiting three stages."""
 
@@ -41,9 +57,12 @@ PLACE: Mapping[str, tuple[str, ...]] = {"cnn": INSIDE, "vit": AFTER}
 CHOSEN: Mapping[str, tuple[str, ...]] = {
     "cnn": (*PLACE["cnn"], *STREAM),
     "vit": (*PLACE["vit"], *STREAM, *SECOND_LOOK),
+    "resnet50": (*INSIDE, *STREAM, *WIDE),
+    "vit_small": (*AFTER, *STREAM, *SECOND_LOOK, *WIDE),
 }
-"""What validation chose for `OURS` (docs/method.md). Ablations have the place alone, but for those
-named after it."""
+"""What validation chose for `OURS` of the small students (docs/method.md), and the same for the
+larger ones, of which nothing was chosen. Ablations have the place alone, but for those named after
+it."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +76,19 @@ class Variant:
         of_student: further ones, by student. Times are those of 64 images on one thread; what they
             were is in docs/method.md.
         says: what it is.
-        students: those that it is another one for.
+        students: those that it is another one for; of the larger ones controls and ablations,
+            whose sizes are made for the small, have none.
     """
 
     kind: str
     options: tuple[str, ...]
     says: str
     of_student: Mapping[str, tuple[str, ...]] | None = None
-    students: tuple[str, ...] = tuple(STUDENTS)
+    students: tuple[str, ...] = (*STUDENTS, *LARGER)
 
     def all_options(self, student: str) -> list[str]:
-        return [*STUDENTS[student], *self.options, *(self.of_student or {}).get(student, ())]
+        own = (self.of_student or {}).get(student, ())
+        return [*{**STUDENTS, **LARGER}[student], *self.options, *own]
 
 
 def variants(teachers: Sequence[str]) -> dict[str, Variant]:
@@ -200,7 +221,12 @@ def variants(teachers: Sequence[str]) -> dict[str, Variant]:
         "reference", ("align=regression",), "labels of all tasks' training parts, no teacher"
     )
     found["random"] = Variant("reference", ("align=regression",), "untrained")
-    return found
+    return {
+        name: replace(variant, students=tuple(s for s in variant.students if s in STUDENTS))
+        if variant.kind in ("control", "ablation")
+        else variant
+        for name, variant in found.items()
+    }
 
 
 def choose(names: str, known: Mapping[str, Variant]) -> dict[str, Variant]:

@@ -231,6 +231,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=SIZE, help="side of the images in pixels")
     parser.add_argument("--one-store", action="store_true", help="int8, for all tasks, with "
                         "the images' pixels: for a GPU")  # fmt: skip
+    parser.add_argument("--course", type=int, default=Course.images, help="images of a specialist")
+    parser.add_argument("--packaged", action=argparse.BooleanOptionalAction, default=True,
+                        help="whether with the three pretrained teachers")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="of specialists and teachers; or cuda")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw and decode")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
@@ -241,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=options.seed, pool=options.pool, share=options.share,
         size=options.size, one_store=options.one_store,
         encoding="int8" if options.one_store else Plan.encoding,
+        packaged=options.packaged, course=Course(images=options.course),
     )  # fmt: skip
     try:
         bed = make(options.out, plan, Means(options.device, options.workers))
