@@ -29,6 +29,7 @@ from preceptor.benchmarks.comparison import records, report
 from preceptor.benchmarks.comparison.bed import Bed
 from preceptor.benchmarks.comparison.plan import PRECISION, Plan
 from preceptor.benchmarks.comparison.side_by_side import (
+    Job,
     begin,
     end,
     oversee,
@@ -50,7 +51,7 @@ REPORT = 30.0
 REHEARSAL = (
     "--device=cpu", "--size=48", "--pool=160", "--share=0.1", "--course=96", "--steps=2",
     "--processes=2", "--workers=2", "--seeds=1", "--deadline=1200",
-    "--option=recipe.batch_size=8",
+    "--option=recipe.batch_size=8", "--variants=model_token,regression,random",
 )  # fmt: skip
 
 
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--packaged", action=argparse.BooleanOptionalAction, default=True,
                        help="whether there are the three pretrained teachers")  # fmt: skip
     found.add_argument("--students", default=",".join(LARGER))
+    found.add_argument("--variants", default="", help="those of the queue that are run; all")
     found.add_argument("--steps", type=int, default=2000)
     found.add_argument("--seeds", type=int, default=2, help="of the first three alignments")
     found.add_argument("--option", action="append", default=[], help="of preceptor train, for "
@@ -91,7 +93,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     cuda = options.device == "cuda"
     own = (
         f"student.size={options.size}",
-        "recipe.checkpoint_every=0",  # a run is short, and its state large
+        "recipe.checkpoint_every=500",  # a state is large; a later sitting goes on from the last
         "recipe.log_every=100",
         *options.option,
     )
@@ -107,11 +109,16 @@ def plan_of(options: argparse.Namespace) -> Plan:
     )
 
 
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """What is to be run, the most important first."""
+    names = options.variants.split(",") if options.variants else ()
+    return queue(options.students.split(","), options.seeds, names)
+
+
 def do_runs(options: argparse.Namespace) -> None:
     """One of the processes that train and judge students."""
     plan = plan_of(options)
     torch.set_num_threads(_threads(options))
-    jobs = queue(options.students.split(","), options.seeds)
 
     def best() -> str | None:
         if not (plan.out / "teachers.json").exists():
@@ -119,7 +126,7 @@ def do_runs(options: argparse.Namespace) -> None:
         teachers = teachers_of(plan)
         return max(teachers, key=lambda name: report.mean(teachers[name], "validation"))
 
-    work(plan, jobs, variants(plan.bed.teachers), options.until, best)
+    work(plan, jobs_of(options), variants(plan.bed.teachers), options.until, best)
 
 
 def _threads(options: argparse.Namespace) -> int:
@@ -198,7 +205,7 @@ def everything(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
         processes.append([*again, "--part", "teachers"])
         result["failures"] += oversee(processes, plan.out / "logs", until, _threads(options))
         seconds["runs"] = time.time() - begun
-        result["failures"] += unfinished(plan, queue(options.students.split(","), options.seeds))
+        result["failures"] += unfinished(plan, jobs_of(options))
         begun = time.time()
         result.update(collect(options, plan))
         seconds["report"] = time.time() - begun

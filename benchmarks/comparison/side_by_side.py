@@ -44,16 +44,20 @@ class Job:
         return f"{self.student}-{self.variant.replace(' ', '-')}-s{self.seed}"
 
 
-def queue(students: Sequence[str], seeds: int = 2) -> list[Job]:
+def queue(students: Sequence[str], seeds: int = 2, names: Sequence[str] = ()) -> list[Job]:
     """What is run, the most important first, students in turn.
 
     Ours, the two rivals that came nearest to it on the small bed and the untrained student, of seed
     0; the first three of further seeds; the other rivals; and regression from the best teacher.
+
+    Args:
+        names: of the variants that are run; all of these where there are none.
     """
     rounds = [(name, 0) for name in (*FIRST, UNTRAINED)]
     rounds += [(name, seed) for seed in range(1, seeds) for name in FIRST]
     rounds += [(name, 0) for name in (*FURTHER, BEST_TEACHER)]
-    return [Job(student, name, seed) for name, seed in rounds for student in students]
+    chosen = [(name, seed) for name, seed in rounds if not names or name in names]
+    return [Job(student, name, seed) for name, seed in chosen for student in students]
 
 
 def work(
@@ -190,7 +194,7 @@ def unfinished(plan: Plan, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         if failed.exists():
             found.append(json.loads(failed.read_text(encoding="utf-8")))
         elif taken.exists() and not taken.read_text(encoding="utf-8"):
-            what = "it was not done with when the time was over, or its process ended"
+            what = "it was not done with when the time was over, and goes on when asked for again"
             found.append({"run": str(job), "error": what, "output": tail(log_of(plan, job))})
     return found
 
