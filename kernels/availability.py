@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ OLDEST = 8
 MAX_REACH = 2**31 - 1
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton builds what starts a kernel with the first of these.
+_HAS_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str | None:
@@ -26,6 +29,8 @@ def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str
     # The interpreter, a debugging aid of Triton, runs the kernels on CPU tensors.
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"needs tensors on a CUDA device, got {tokens.device}"
+    if tokens.is_cuda and not _HAS_COMPILER:
+        return "needs a C compiler: gcc or clang, or one that CC names"
     if tokens.is_cuda:
         # Of all ways to ask, the one that torch.compile can trace.
         properties: Any = torch.cuda.get_device_properties(tokens.device)

@@ -94,10 +94,7 @@ def work(
             continue
         if time.time() + _expected(plan, job) > until or not _claim(plan, job):
             continue
-        if plan.place.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        with _printing_to(log_of(plan, job)):
+        with _printing_to(log_of(plan, job)), _on_device(plan):
             try:
                 run(plan, job.student, name, known[name], job.seed)
                 (plan.out / "taken" / str(job)).write_text("done\n", encoding="utf-8")
@@ -197,6 +194,21 @@ def unfinished(plan: Plan, jobs: Sequence[Job]) -> list[dict[str, Any]]:
             what = "it was not done with when the time was over, and goes on when asked for again"
             found.append({"run": str(job), "error": what, "output": tail(log_of(plan, job))})
     return found
+
+
+@contextmanager
+def _on_device(plan: Plan) -> Iterator[None]:
+    """Where one run of several computes."""
+    if plan.place.type != "cuda":
+        yield
+        return
+    from ...kernels import autotune  # needs triton
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    # Beside others the times of a kernel's configurations say little, and take theirs.
+    with autotune.only(0):
+        yield
 
 
 def log_of(plan: Plan, job: Job) -> Path:

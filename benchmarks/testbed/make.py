@@ -29,7 +29,9 @@ from preceptor.benchmarks.testbed.stores import (
     checkpoint,
     extract,
     pool_store,
+    room_for_decoders,
     run,
+    teachers_sizes,
     write_teachers,
 )
 from preceptor.benchmarks.testbed.surfaces import SIZE
@@ -80,11 +82,14 @@ class Means:
 
     Attributes:
         device: of the specialists' training and, where it is cuda, of the teachers.
-        workers: processes that draw images, and that decode them where the device is cuda.
+        workers: processes that draw images, and that decode them where the device is cuda, as many
+            as shared memory has room for.
+        batch: images that the teachers see at once on such a device.
     """
 
     device: str = "cpu"
     workers: int = 1
+    batch: int = 256
 
     def extraction(self, plan: Plan) -> tuple[str, ...]:
         """Options of `preceptor extract`."""
@@ -93,7 +98,10 @@ class Means:
             return (f"seed={plan.seed}", "workers=0", *pixels)
         # float32, as on a CPU: these teachers are small, and autocast would add kernels to start
         engine = (f"engine.accelerator={self.device}", "engine.precision=32-true")
-        return (f"seed={plan.seed}", f"workers={self.workers}", "batch_size=256", *engine, *pixels)
+        sides = [*teachers_sizes(plan.size).values(), SIZE, plan.size]
+        workers = min(self.workers, room_for_decoders(self.batch, sides))
+        batches = (f"batch_size={self.batch}", f"workers={workers}")
+        return (f"seed={plan.seed}", *batches, *engine, *pixels)
 
 
 def make(out: Path, plan: Plan, means: Means | None = None) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...cli import main as preceptor
+from ...extract.images import PREFETCHED, SHARED_MEMORY
 from . import shards
 from .specialists import NETWORKS
 from .surfaces import SIZE
@@ -44,7 +46,7 @@ def pool_store(encoding: str) -> str:
     return "pool" if encoding == "int8" else f"pool-{encoding}"
 
 
-def sizes(size: int) -> dict[str, int]:
+def teachers_sizes(size: int) -> dict[str, int]:
     """What the pretrained teachers see of images of a size: pixels, and u2netp's block.
 
     Larger images than the default's are seen at about their own size, the CNN's enlarged as far as
@@ -60,13 +62,23 @@ def sizes(size: int) -> dict[str, int]:
     }
 
 
+def room_for_decoders(batch: int, sides: Sequence[int]) -> int:
+    """How many processes may hand over batches of images through shared memory, two each.
+
+    Args:
+        sides: of the squares that a batch holds its images as, in pixels.
+    """
+    each = PREFETCHED * batch * sum(3 * side * side for side in sides)
+    return shutil.disk_usage(SHARED_MEMORY).free // each if Path(SHARED_MEMORY).is_dir() else 1
+
+
 def write_teachers(out: Path, size: int, encoding: str, *, packaged: bool) -> None:
     """Write the configuration group ``teachers=testbed`` of a bed.
 
     Args:
         packaged: with the three pretrained teachers.
     """
-    text = PACKAGED.format(encoding=encoding, **sizes(size)) if packaged else ""
+    text = PACKAGED.format(encoding=encoding, **teachers_sizes(size)) if packaged else ""
     for name in NETWORKS:
         path = json.dumps(str(checkpoint(out, name).resolve()))
         text += SPECIALIST.format(name=name, checkpoint=path, encoding=encoding)
