@@ -4,7 +4,7 @@
     python benchmarks/method_gpu.py --json benchmarks/results/method_gpu.json
     python benchmarks/method_gpu.py --rehearse      # the same, tiny, on a CPU
 
-Makes a bed of 40,000 images of 112 pixels (images, specialists, stores), trains ResNet-50 and
+Makes a bed of 32,000 images of 112 pixels (images, specialists, stores), trains ResNet-50 and
 ViT-S/16 from scratch by every alignment in turn, several runs side by side on the device, judges
 them and their teachers as `method.py` does, and writes what there is when --deadline is near. What
 failed is named in the result with its last lines. What is whole already is kept and not done again.
@@ -46,7 +46,7 @@ from preceptor.benchmarks.testbed import shards
 from preceptor.errors import PreceptorError, first_line
 
 MAKE = Path(__file__).resolve().parent / "testbed" / "make.py"
-REPORT = 30.0
+REPORT = 45.0
 """Seconds before the deadline at which runs are ended for the report."""
 REHEARSAL = (
     "--device=cpu", "--size=48", "--pool=160", "--share=0.1", "--course=96", "--steps=2",
@@ -64,16 +64,18 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--bed", type=Path, default=None, help="outputs/testbed-SIZE by default")
     found.add_argument("--out", type=Path, default=None, help="runs; BED/method-gpu-STEPS")
     found.add_argument("--json", type=Path, default=None)
+    found.add_argument("--runs", type=Path, default=None, help="a file for the finished runs' own "
+                       "figures, a line a run")  # fmt: skip
     found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     found.add_argument("--size", type=int, default=112, help="side of all images in pixels")
-    found.add_argument("--pool", type=int, default=40000, help="unlabelled images")
+    found.add_argument("--pool", type=int, default=32000, help="unlabelled images")
     found.add_argument("--share", type=float, default=1.0, help="of every task's images")
     found.add_argument("--course", type=int, default=6000, help="images of every specialist")
     found.add_argument("--packaged", action=argparse.BooleanOptionalAction, default=True,
                        help="whether there are the three pretrained teachers")  # fmt: skip
     found.add_argument("--students", default=",".join(LARGER))
     found.add_argument("--variants", default="", help="those of the queue that are run; all")
-    found.add_argument("--steps", type=int, default=2000)
+    found.add_argument("--steps", type=int, default=1500)
     found.add_argument("--seeds", type=int, default=2, help="of the first three alignments")
     found.add_argument("--option", action="append", default=[], help="of preceptor train, for "
                        "every run; repeatable")  # fmt: skip
@@ -164,6 +166,8 @@ def make_bed(options: argparse.Namespace, until: float) -> list[dict[str, Any]]:
 def collect(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """The figures of all runs that are there, as `method.py` has them, and what they cost."""
     finished = records.gather(plan)
+    if options.runs is not None:
+        records.keep(options.runs, finished)
     judged = (plan.out / "teachers.json").exists()
     found = results(plan, finished, teachers_of(plan) if judged else {})
     found["runs"] = [

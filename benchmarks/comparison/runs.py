@@ -91,7 +91,8 @@ def run(plan: Plan, student: str, name: str, variant: Variant, seed: int) -> dic
         "losses": {} if variant.kind == "reference" else held_out(plan, model, alignment),
         "train_losses": summary.get("losses", {}),
         "cosines": weight_cosines(plan, model, alignment) if name in _WATCHED else {},
-        "cost": cost(model, alignment),
+        # on the CPU, where the counter leaves out the same everywhere
+        "cost": cost(model.to(CPU), alignment.to(CPU)),
         "speed": {key: summary[key] for key in SPEED if key in summary} | _of_device(plan),
         **(_SETTLED if name == UNTRAINED else {}),
         "seconds": {

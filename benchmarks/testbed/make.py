@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from preceptor.benchmarks.harness import machine, side_by_side
-from preceptor.benchmarks.testbed import shards
+from preceptor.benchmarks.testbed import shards, sources
 from preceptor.benchmarks.testbed.specialists import NETWORKS
 from preceptor.benchmarks.testbed.stores import TASKS as TASKS_STORE
 from preceptor.benchmarks.testbed.stores import (
@@ -116,6 +116,8 @@ def make(out: Path, plan: Plan, means: Means | None = None) -> dict[str, Any]:
     _same_plan(out / "plan.json", plan)
     seconds: dict[str, float] = {}
     started = time.monotonic()
+    if means.workers > 1:
+        sources.read_all()
     digests = _images(out, plan, means.workers)
     seconds["images"] = time.monotonic() - started
 
@@ -181,8 +183,8 @@ def _images(out: Path, plan: Plan, workers: int) -> dict[str, str]:
             drawn[folder] = []
             numbers = range(-(-count // shards.SHARD))
             parts += [(out, folder, name, split, number, plan) for number in numbers]
-    for part, sources in zip(parts, side_by_side(_shard, parts, workers), strict=True):
-        drawn[part[1]] += sources
+    for part, shown in zip(parts, side_by_side(_shard, parts, workers), strict=True):
+        drawn[part[1]] += shown
     for folder, names in drawn.items():
         shards.write_sources(out / folder, names)
     return {folder: shards.digest(out / folder) for folder in wanted}

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,6 +135,17 @@ def cells(split: str) -> tuple[list[str], NDArray[np.uint8], NDArray[np.int64]]:
             pixels.append(np.asarray(image))
             labels.append(2 * (kind == "poly") + (float(probability) >= 0.5))
     return names, np.stack(pixels), np.array(labels, dtype=np.int64)
+
+
+def read_all() -> None:
+    """Read everything that is kept in memory, once before a process is copied into many.
+
+    Raises:
+        DataError: a package is missing.
+    """
+    with ThreadPoolExecutor(len(SPLITS)) as threads:
+        for kind in (cells, garments, photographs, digits):
+            list(threads.map(kind, SPLITS))
 
 
 @lru_cache(maxsize=4096)
