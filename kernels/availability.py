@@ -18,12 +18,17 @@ OLDEST = 8
 MAX_REACH = 2**31 - 1
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+NO_TRITON = "PRECEPTOR_NO_TRITON"
+"""Variable that, set to anything, has everything computed by torch's own operations."""
+_SWITCHED_OFF = bool(os.environ.get(NO_TRITON))
 # Triton builds what starts a kernel with the first of these.
 _HAS_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str | None:
     """The end of a sentence that says why Triton cannot run these tensors; None if it can."""
+    if _SWITCHED_OFF:
+        return f"is switched off by the variable {NO_TRITON}"
     if not _HAS_TRITON:
         return "needs the package triton, which is not installed"
     # The interpreter, a debugging aid of Triton, runs the kernels on CPU tensors.

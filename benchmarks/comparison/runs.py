@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...cache import Cache, SampleIndex
 from ...cli import main as preceptor
 from ...errors import ConfigError, PreceptorError
+from ...kernels.availability import NO_TRITON
 from ...train.alignment import Alignment
 from ...train.batch import normalise, to_device
 from ...train.batch_norm import IMAGES, settle_batch_norms, settling_images
@@ -281,6 +283,7 @@ def _of_device(plan: Plan) -> dict[str, Any]:
         return {}
     return {
         "device": torch.cuda.get_device_name(plan.place),
+        "triton": not os.environ.get(NO_TRITON),
         "peak_gpu_mb": torch.cuda.max_memory_allocated(plan.place) / 2**20,
     }
 

@@ -12,12 +12,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import PreceptorError, first_line
+from ...kernels.availability import NO_TRITON
 from ...train.checkpoint import write_json
 from .plan import Plan
 from .runs import RESULT, UNTRAINED, run
@@ -28,6 +30,9 @@ BEST_TEACHER = "only the best teacher"
 """Stands for the variant of the teacher that is best on validation, which is known later."""
 TAIL = 4000
 """Characters of a failed run's output that are kept."""
+TAKEN, AGAIN, FAILURES = "taken", "again", "failed"
+"""Folders of the runs' folder: a file a job that a process has taken, has taken once more after it
+had failed, or that failed."""
 FAILED, STARTS = 3, 4
 """The status of a process whose run failed, and how often a process is started."""
 
@@ -70,7 +75,8 @@ def work(
     """Do the jobs that nobody has taken, until they or the time are at an end; in each of several
     processes.
 
-    What a run prints goes to a file of its own. One that fails leaves its last lines.
+    What a run prints goes to a file of its own. One that fails leaves its last lines; a process
+    that was begun anew, which does without Triton, tries it once more.
 
     Args:
         known: variants by name.
@@ -92,12 +98,12 @@ def work(
             name = f"only_{teacher}"
         if (plan.folder(job.student, name, job.seed) / RESULT).exists():
             continue
-        if time.time() + _expected(plan, job) > until or not _claim(plan, job):
+        if time.time() + _expected(plan, job) > until or not _take(plan, job):
             continue
         with _printing_to(log_of(plan, job)), _on_device(plan):
             try:
                 run(plan, job.student, name, known[name], job.seed)
-                (plan.out / "taken" / str(job)).write_text("done\n", encoding="utf-8")
+                _done(plan, job)
             except (Exception, SystemExit) as error:
                 if not isinstance(error, PreceptorError):
                     traceback.print_exc()
@@ -113,7 +119,8 @@ def oversee(
 ) -> list[dict[str, Any]]:
     """Run commands side by side until the last has ended or it is time, when all are ended.
 
-    One that fails is begun anew, `STARTS` times at most; the jobs that it took remain taken.
+    One that fails is begun anew, `STARTS` times in all, and then does without Triton: what of a
+    run depends on the device most are its kernels.
 
     Args:
         folder: of their output, a file each.
@@ -147,7 +154,9 @@ def oversee(
                     )
                 if status and starts[number] < STARTS:
                     starts[number] += 1
-                    running[number] = start(commands[number], folder / f"{number}.log", threads)
+                    running[number] = start(
+                        commands[number], folder / f"{number}.log", threads, {NO_TRITON: "1"}
+                    )
     finally:
         for process in running.values():
             end(process)
@@ -161,8 +170,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def start(command: Sequence[str], log: Path, threads: int = 0) -> subprocess.Popen[bytes]:
-    """Start a process whose output is added to a file; arguments as those of `oversee`."""
+def start(
+    command: Sequence[str], log: Path, threads: int = 0, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a process whose output is added to a file; arguments as those of `oversee`.
+
+    Args:
+        variables: of its environment, beside those of this process.
+    """
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if threads else ()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -170,14 +185,14 @@ def start(command: Sequence[str], log: Path, threads: int = 0) -> subprocess.Pop
             list(command),
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **dict.fromkeys(names, str(threads))},
+            env={**os.environ, **dict.fromkeys(names, str(threads)), **(variables or {})},
             start_new_session=True,  # so that it can be ended with its own processes
         )
 
 
 def begin(plan: Plan) -> None:
     """Forget who had taken what, before the first process is started."""
-    for folder in ("taken", "failed"):
+    for folder in (TAKEN, AGAIN, FAILURES):
         for path in (plan.out / folder).glob("*"):
             path.unlink()
 
@@ -187,7 +202,7 @@ def unfinished(plan: Plan, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     printed."""
     found = []
     for job in jobs:
-        failed, taken = (plan.out / folder / str(job) for folder in ("failed", "taken"))
+        failed, taken = (plan.out / folder / str(job) for folder in (FAILURES, TAKEN))
         if failed.exists():
             found.append(json.loads(failed.read_text(encoding="utf-8")))
         elif taken.exists() and not taken.read_text(encoding="utf-8"):
@@ -202,10 +217,14 @@ def _on_device(plan: Plan) -> Iterator[None]:
     if plan.place.type != "cuda":
         yield
         return
-    from ...kernels import autotune  # needs triton
-
+    torch.cuda.init()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    if os.environ.get(NO_TRITON) or find_spec("triton") is None:
+        yield
+        return
+    from ...kernels import autotune
+
     # Beside others the times of a kernel's configurations say little, and take theirs.
     with autotune.only(0):
         yield
@@ -234,8 +253,23 @@ def _expected(plan: Plan, job: Job) -> float:
     return max((own["all"] - own["train"] * judging for own in results), default=0.0)
 
 
-def _claim(plan: Plan, job: Job) -> bool:
-    folder = plan.out / "taken"
+def _take(plan: Plan, job: Job) -> bool:
+    """Whether a job is this process's: nobody has taken it, or it failed and is tried again."""
+    if _claim(plan.out / TAKEN, job):
+        return True
+    failed = bool(os.environ.get(NO_TRITON)) and (plan.out / FAILURES / str(job)).exists()
+    return failed and _claim(plan.out / AGAIN, job)
+
+
+def _done(plan: Plan, job: Job) -> None:
+    (plan.out / TAKEN / str(job)).write_text("done\n", encoding="utf-8")
+    failed = plan.out / FAILURES / str(job)
+    if failed.exists():
+        told = json.loads(failed.read_text(encoding="utf-8"))
+        write_json(failed, {**told, "then": "it was done without Triton"})
+
+
+def _claim(folder: Path, job: Job) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         os.close(os.open(folder / str(job), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -245,9 +279,8 @@ def _claim(plan: Plan, job: Job) -> bool:
 
 
 def _fail(plan: Plan, job: Job, sentence: str) -> None:
-    (plan.out / "failed").mkdir(parents=True, exist_ok=True)
     told = {"run": str(job), "error": sentence, "output": tail(log_of(plan, job))}
-    write_json(plan.out / "failed" / str(job), told)
+    write_json(plan.out / FAILURES / str(job), told)
 
 
 @contextmanager

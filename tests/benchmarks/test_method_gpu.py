@@ -18,6 +18,7 @@ from preceptor.benchmarks.comparison.variants import LARGER, Variant, variants
 from preceptor.benchmarks.testbed import make, shards, training
 from preceptor.benchmarks.testbed.tasks import TASKS, samples
 from preceptor.cache import SampleIndex
+from preceptor.kernels.availability import NO_TRITON
 
 
 @pytest.mark.usefixtures("made_here")
@@ -97,7 +98,7 @@ def test_runs_side_by_side_are_reported(bed, tmp_path):
     assert again["summary"]["cnn"]["means"] == found["summary"]["cnn"]["means"]
 
 
-def test_a_run_that_fails_is_told_and_ends_its_process(bed, tmp_path, capsys):
+def test_a_run_that_fails_is_told_and_done_by_another_process(bed, tmp_path, capsys, monkeypatch):
     pool = shards.pattern(bed / "pool")
     plan = Plan(Bed(bed), tmp_path, 2, bed / "stores" / "pool", pool)
     wrong = {"regression": Variant("rival", ("align=regression", "align.hidden=no"), "")}
@@ -113,6 +114,15 @@ def test_a_run_that_fails_is_told_and_ends_its_process(bed, tmp_path, capsys):
     assert "the training failed" in failed["error"]
     assert "align.hidden" in failed["output"]
     assert late["run"] == "cnn-model_token-s0"
+
+    # A process that was begun anew tries it once more.
+    monkeypatch.setenv(NO_TRITON, "1")
+    right = {"regression": Variant("rival", ("align=regression", "recipe.batch_size=16"), "")}
+    with capsys.disabled():
+        side_by_side.work(plan, jobs, right, time.time() + 60, lambda: None)
+    assert (plan.folder("cnn", "regression", 0) / "result.json").exists()
+    told, _ = side_by_side.unfinished(plan, jobs)
+    assert told == {**failed, "then": "it was done without Triton"}
 
 
 def test_processes_are_ended_when_the_time_is_over(tmp_path):

@@ -191,6 +191,7 @@ def test_samples_beyond_32_bit_offsets_are_refused(monkeypatch):
 )
 def test_a_chip_that_triton_does_not_support_is_refused(monkeypatch, capability, refused):
     major, minor = capability
+    monkeypatch.setattr(availability, "_HAS_COMPILER", True)
     monkeypatch.setattr(
         torch.cuda,
         "get_device_properties",
@@ -229,3 +230,20 @@ def test_a_chip_of_little_shared_memory_gets_what_fits(monkeypatch):
             triton_launch.forward(query.bfloat16(), tokens.bfloat16(), None, None)
     assert used
     assert all(dict(tile)["RELOAD"] for tile in used)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("_SWITCHED_OFF", True, "PRECEPTOR_NO_TRITON"), ("_HAS_COMPILER", False, "a C compiler")],
+)
+def test_a_chip_that_cannot_or_may_not_start_kernels_says_why(name, value, told, monkeypatch):
+    found = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(availability, "_HAS_COMPILER", True)
+    with FakeTensorMode():
+        query, tokens = (torch.empty(1, 2, 64, device="cuda") for _ in range(2))
+    assert availability.why_not_triton(query, tokens) is None
+    monkeypatch.setattr(availability, name, value)
+    reason = availability.why_not_triton(query, tokens)
+    assert reason is not None
+    assert told in reason
