@@ -90,11 +90,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    """What all runs share."""
+    """What all runs share.
+
+    Raises:
+        DataError: the bed is not whole.
+    """
     bed = Bed(options.bed)
     cuda = options.device == "cuda"
     own = (
-        f"student.size={options.size}",
+        f"student.size={bed.facts['size']}",
         "recipe.checkpoint_every=500",  # a state is large; a later sitting goes on from the last
         "recipe.log_every=100",
         *options.option,
@@ -179,7 +183,8 @@ def collect(options: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         f"{record['student']}/{record['variant']}/s{record['seed']}": report.by_task([record])
         for record in finished
     }
-    found["bed"] = {key: plan.bed.facts[key] for key in ("plan", "size", "seconds", "machine")}
+    of_bed = ("plan", "size", "seconds", "machine", "peak_gpu_mb")
+    found["bed"] = {key: plan.bed.facts.get(key) for key in of_bed}
     found["extraction"] = {}
     for path in sorted((options.bed / "stores").glob("*.extract.json")):
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -198,6 +203,7 @@ def everything(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
         result = {**device_timing.describe(options.device), **result}
         result["failures"] += make_bed(options, until)
         seconds["bed"] = time.time() - started
+        device_timing.write(options.json, result)
         begun = time.time()
         plan = plan_of(options)
         print(

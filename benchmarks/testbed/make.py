@@ -151,6 +151,8 @@ def make(out: Path, plan: Plan, means: Means | None = None) -> dict[str, Any]:
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "machine": machine(("numpy", "torch", "timm", "pillow")),
     }
+    if means.device == "cuda":
+        bed["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     write_whole(out / "bed.json", (json.dumps(bed, indent=2) + "\n").encode())
     return bed
 
