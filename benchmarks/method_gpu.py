@@ -99,7 +99,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     cuda = options.device == "cuda"
     own = (
         f"student.size={bed.facts['size']}",
-        "recipe.checkpoint_every=500",  # a state is large; a later sitting goes on from the last
+        "recipe.checkpoint_every=750",  # a state is large; a later sitting goes on from the last
         "recipe.log_every=100",
         *options.option,
     )

@@ -100,9 +100,10 @@ def work(
             continue
         if time.time() + _expected(plan, job) > until or not _take(plan, job):
             continue
-        with _printing_to(log_of(plan, job)), _on_device(plan):
+        with _printing_to(log_of(plan, job)):
             try:
-                run(plan, job.student, name, known[name], job.seed)
+                with _on_device(plan):
+                    run(plan, job.student, name, known[name], job.seed)
                 _done(plan, job)
             except (Exception, SystemExit) as error:
                 if not isinstance(error, PreceptorError):
