@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from preceptor.benchmarks.comparison.variants import LARGER, variants
 from preceptor.benchmarks.harness import save, show
 from preceptor.benchmarks.method import COLUMNS, results, teachers_of
 from preceptor.benchmarks.testbed import shards
+from preceptor.engine import decoders
 from preceptor.errors import PreceptorError, first_line
 
 MAKE = Path(__file__).resolve().parent / "testbed" / "make.py"
@@ -57,7 +57,6 @@ REHEARSAL = (
 
 def parser() -> argparse.ArgumentParser:
     """The options, for every process of the comparison alike."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--option", action="append", default=[], help="of preceptor train, for "
                        "every run; repeatable")  # fmt: skip
     found.add_argument("--processes", type=int, default=6, help="runs at a time")
-    found.add_argument("--workers", type=int, default=cores, help="processes that draw and decode")
+    found.add_argument(
+        "--workers", type=int, default=decoders("auto"), help="processes that draw and decode"
+    )
     found.add_argument("--deadline", type=float, default=480, help="seconds for everything: no run "
                        "is begun that would not end before it")  # fmt: skip
     found.add_argument("--rehearse", action="store_true", help="tiny, on a CPU; measures nothing")
