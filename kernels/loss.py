@@ -246,12 +246,15 @@ def _backward_fake(prediction: Tensor, *rest: Any) -> Tensor:
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     prediction, tokens, scale, gain, ctx.beta, ctx.triton = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the statistics would be made in every step
     ctx.save_for_backward(prediction, tokens, scale, gain, output[1])
 
 
 def _differentiate(
-    ctx: Any, grad_losses: Tensor, unused: Tensor | None
+    ctx: Any, grad_losses: Tensor | None, unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_losses is None:
+        return (None,) * 6
     gradient = torch.ops.preceptor.alignment_loss_backward(
         *ctx.saved_tensors, grad_losses, ctx.beta, ctx.triton
     )

@@ -326,14 +326,19 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.triton = triton
     ctx.normalised = norm_eps is not None
     ctx.mark_non_differentiable(gain, mean, probabilities)
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be made in every step
     gain = gain if ctx.normalised else weight
     ctx.save_for_backward(query, tokens, gain, mean, y, lse, probabilities)
 
 
 def _differentiate(
-    ctx: Any, grad_output: Tensor, grad_lse: Tensor, *unused: Tensor | None
+    ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     query, tokens, gain, mean, output, lse, probabilities = ctx.saved_tensors
+    if grad_output is None and grad_lse is None:
+        return (None,) * 5
+    grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     grad_query, grad_tokens = torch.ops.preceptor.cross_attention_backward(
         grad_output,
         grad_lse,

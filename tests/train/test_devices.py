@@ -33,6 +33,16 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(op, "_check_scale", lambda *tensors: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "__getitem__", by_number_or_slice)
+
+
+def by_number_or_slice(tensor, index, taken=torch.Tensor.__getitem__):
+    """As indexing is, but for what is copied to the device, which is waited for."""
+    for part in index if isinstance(index, tuple) else (index,):
+        listed = isinstance(part, list | np.ndarray)
+        assert not listed, f"{tensor.device} is waited for by an index of {part}"
+        assert not isinstance(part, torch.Tensor) or part.device == tensor.device
+    return taken(tensor, index)
 
 
 def student_of(name):

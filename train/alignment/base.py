@@ -383,7 +383,7 @@ def token_loss(prediction: Tensor, target: Target, mask: Tensor | None = None) -
     tokens, scales, gain = target if isinstance(target, Codes) else (target, None, None)
     with torch.autocast(prediction.device.type, enabled=False):
         terms = alignment_loss(prediction, tokens, scales, gain=gain, mask=mask)
-    return 0.9 * terms.cosine + 0.1 * terms.smooth_l1
+    return torch.lerp(terms.cosine, terms.smooth_l1, 0.1)
 
 
 def _check_grids(name: str, teacher: Grid, student: Grid, match: str) -> None:

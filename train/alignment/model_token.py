@@ -189,13 +189,11 @@ class ModelToken(Alignment):
         self.token_heads = nn.ModuleDict()
         self.stream_heads = nn.ModuleDict()
         self.alone_heads = nn.ModuleDict()
-        self._streams_of: dict[str, list[int]] = {}
         for label, space in self.descriptors.items():
             key, dim = module_key(label), spaces[space].dim
-            own = self._streams_of[label] = self._owned(spaces[space].teacher)
             if residual:
                 self.heads[key] = descriptor_mlp(self.pooled_dim, hidden, dim)
-            size = len(own) * tokens * width
+            size = len(self._owned(spaces[space].teacher)) * tokens * width
             read = nn.Linear(size, dim, bias=not residual)
             if residual:
                 nn.init.zeros_(read.weight)
@@ -279,10 +277,9 @@ class ModelToken(Alignment):
         start = self.model_tokens.expand(batch, -1, -1, -1)
         stream = self.norm(self.reader(start, self._stream_sees(targets)))
         yield from self._said(self.stream_heads, stream, targets, "stream", self.teacher_stream)
-        for teacher in dict.fromkeys(space.teacher for space in self.spaces.values()):
-            own = self._owned(teacher)
-            goal = stream[:, own].flatten(1, 2).detach()
-            loss = token_loss(tokens[:, own].flatten(1, 2), goal)
+        ours, goals = self._by_teacher(tokens), self._by_teacher(stream.detach())
+        for teacher, goal in goals.items():
+            loss = token_loss(ours[teacher], goal)
             yield Term(f"{teacher}:tokens", teacher, self.teacher_stream, loss)
 
     def _said(
@@ -294,17 +291,18 @@ class ModelToken(Alignment):
         weight: float,
     ) -> Iterator[Term]:
         """The terms of descriptors that tokens [B, S, M, d] alone predict, by heads for that."""
+        own = self._by_teacher(tokens)
         for label, space in self.descriptors.items():
-            own = tokens[:, self._streams_of[label]].flatten(1)
-            said = heads[module_key(label)](own).unsqueeze(1)
+            read = own[self.spaces[space].teacher].flatten(1)
+            said = heads[module_key(label)](read).unsqueeze(1)
             loss = self.descriptor_loss(label, said, self.descriptor_target(label, targets))
             yield Term(f"{label}:{kind}", self.spaces[space].teacher, weight, loss)
 
     def _predict(self, output: StudentOutput, tokens: Tensor, dense: bool) -> Predictions:
-        descriptors = {}
-        for label in self.descriptors:
-            key, own = module_key(label), tokens[:, self._streams_of[label]]
-            said = self.token_heads[key](own.flatten(1))
+        descriptors, own = {}, self._by_teacher(tokens)
+        for label, space in self.descriptors.items():
+            key = module_key(label)
+            said = self.token_heads[key](own[self.spaces[space].teacher].flatten(1))
             descriptors[label] = self.heads[key](output.pooled) + said if self.residual else said
         return Predictions(
             descriptors=descriptors,
@@ -328,6 +326,18 @@ class ModelToken(Alignment):
     def _owned(self, teacher: str) -> list[int]:
         """Which of the streams are a teacher's."""
         return [i for i, name in enumerate(self.streams) if self.spaces[name].teacher == teacher]
+
+    def _by_teacher(self, tokens: Tensor) -> dict[str, Tensor]:
+        """A teacher's own tokens [B, k * M, d], k its streams, of tokens [B, S, M, d].
+
+        Not ``tokens[:, own]``: a list of numbers is copied to the device, which is waited for.
+        """
+        parts = tokens.unbind(1)
+        owned = {space.teacher: self._owned(space.teacher) for space in self.spaces.values()}
+        return {
+            teacher: parts[own[0]] if len(own) == 1 else torch.cat([parts[i] for i in own], 1)
+            for teacher, own in owned.items()
+        }
 
     def _readout(self, output: StudentOutput, kind: str) -> Tensor:
         if kind not in ("tokens", "both"):
