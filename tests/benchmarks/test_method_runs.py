@@ -14,7 +14,7 @@ from preceptor.benchmarks.comparison import runs, timing
 from preceptor.benchmarks.comparison.bed import Bed
 from preceptor.benchmarks.comparison.plan import Plan
 from preceptor.benchmarks.comparison.runs import load_trained
-from preceptor.benchmarks.comparison.variants import choose, variants
+from preceptor.benchmarks.comparison.variants import STUDENTS, choose, variants
 from preceptor.benchmarks.testbed import shards
 from preceptor.train.batch import normalise
 
@@ -23,6 +23,7 @@ TASKS = ("letters", "pose", "masks", "instances")
 
 
 def test_runs_are_made_once_and_reported(bed, tmp_path, tmp_path_factory, capsys, monkeypatch):
+    monkeypatch.setitem(STUDENTS, "cnn", (*STUDENTS["cnn"], "recipe.batch_size=16"))
     arguments = [
         "--bed", str(bed), "--out", str(tmp_path), "--students", "cnn", "--seeds", "1",
         "--steps", "2", "--json", str(tmp_path / "method.json"),

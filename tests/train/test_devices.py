@@ -74,13 +74,13 @@ def step(student, variant, balance, codes):
     ("variant", "balance"),
     [
         *((variant, "fixed") for variant in VARIANTS),
-        *((name, balance) for name in ("regression", "ladder") for balance in BALANCES[1:]),
+        *(("regression", balance) for balance in BALANCES[1:]),
     ],
 )
-@pytest.mark.parametrize(
-    ("name", "codes"), [("resnet_micro", False), ("vit_micro", True)], ids=["floats", "codes"]
-)
-def test_a_step_stays_on_its_device_and_waits_for_nothing(name, variant, balance, codes):
+@pytest.mark.parametrize("codes", [False, True], ids=["floats", "codes"])
+def test_a_step_stays_on_its_device_and_waits_for_nothing(variant, balance, codes):
+    # One kind of student for each kind of target: they are of no account to one another.
+    name = "vit_micro" if codes else "resnet_micro"
     output = step(student_of(name), variant, balance, codes)
     assert output.loss.device.type == "meta"
     assert {loss.device.type for loss in output.losses.values()} == {"meta"}
