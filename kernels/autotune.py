@@ -56,7 +56,7 @@ def chunk_of(width: int, ceiling: int, most: int) -> int:
 
 
 def blocks(count: int, size: int) -> int:
-    """How many blocks of ``size`` hold ``count``; Triton's own `cdiv` takes 9 us a call."""
+    """How many blocks of ``size`` hold ``count``; Triton's own `cdiv` takes long to call."""
     return -(-count // size)
 
 
@@ -79,7 +79,7 @@ def row_tiles(
         most: rows of such a block.
     """
     # float32 products are three, and codes that cannot be read as words come byte by byte.
-    whole = block and itemsize * lanes in (2, 4) and itemsize < 4
+    whole = block and (itemsize == 2 or lanes == 4)
     return [
         *(_whole_tiles(width * lanes, block, most) if whole else []),
         *_streamed_tiles(kernel, width, lanes, itemsize),
@@ -87,7 +87,7 @@ def row_tiles(
 
 
 def _whole_tiles(dim: int, block: int, most: int) -> list[Tile]:
-    chunk = 64 if dim % 64 == 0 or dim > 32 else 32
+    chunk = 64 if dim > 32 else 32
     return [
         {
             "BM": rows, "BN": block, "DC": chunk, "NC": blocks(dim, chunk),

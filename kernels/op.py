@@ -109,7 +109,6 @@ def cross_attention(
     if mean is not None:
         attended = (lse > -torch.inf).unsqueeze(-1)
         y = torch.where(attended, y + mean.to(y), y)
-        # Of other operations autocast knows nothing here, but it has sums of float16 in float32.
         lse = lse + (rows * mean.to(rows)).sum(-1, dtype=lse.dtype)
     return (y, lse) if return_lse else y
 

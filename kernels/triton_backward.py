@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    LOG2E,
     accumulate,
     join_lanes,
+    keep_coefficients,
     load_row_chunk,
     load_tokens,
     products,
@@ -29,7 +31,6 @@ from .triton_tiles import (
 )
 from .triton_whole import backward_whole
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Rows that share one partial sum over the rows, whatever the block of rows.
 GRANULE = tl.constexpr(16)
 
@@ -161,29 +162,12 @@ def backward_streamed(
         key_weight = (ds + p * dlse[:, None]) * a[None, :]
         if EMIT:
             value_weight = p * a[None, :]
-            inside = row_inside[:, None] & valid[None, :]
-            cells = (row_place + row)[:, None] * count + position[None, :]
-            kept_type = coefficient_key.dtype.element_ty
-            tl.store(
-                coefficient_key + cells,
-                to_operand(key_weight, kept_type, EMULATE).to(kept_type), mask=inside,
+            keep_coefficients(
+                key_weight, value_weight, t, u, q_sum * q_factor, dy_sum * dy_factor,
+                coefficient_key, coefficient_value, sum_kept, along_kept,
+                sample, row, row_inside, row_place, row_block, position, valid, batch, rows, count,
+                NORM, EMULATE, GRANULE, BM,
             )  # fmt: skip
-            tl.store(
-                coefficient_value + cells,
-                to_operand(value_weight, kept_type, EMULATE).to(kept_type), mask=inside,
-            )  # fmt: skip
-            if NORM:
-                q_true = (q_sum * q_factor)[:, None]
-                dy_true = (dy_sum * dy_factor)[:, None]
-                sums = tl.sum(key_weight * q_true + value_weight * dy_true, axis=0)
-                alongs = tl.sum(key_weight * t + value_weight * u, axis=0)
-                # One slot for every GRANULE rows: this block fills its first and clears the rest.
-                for part in tl.static_range(BM // GRANULE):
-                    slot = row_block * (BM // GRANULE) + part
-                    target = (slot * batch + sample) * count + position
-                    used = valid & (slot * GRANULE < rows)
-                    tl.store(sum_kept + target, sums if part == 0 else sums * 0.0, mask=used)
-                    tl.store(along_kept + target, alongs if part == 0 else alongs * 0.0, mask=used)
         alpha = unit
         if OPERAND == tl.float16:
             new_unit = tl.maximum(unit, tl.max(tl.abs(key_weight), axis=1))

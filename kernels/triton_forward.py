@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    LN2,
+    LOG2E,
     accumulate,
     join_lanes,
     load_token_chunk,
@@ -23,8 +25,6 @@ from .triton_tiles import (
 )
 from .triton_whole import forward_whole
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # Gains below this are taken for it where their logarithm or reciprocal is needed.
 TINY = tl.constexpr(1e-20)
 

@@ -18,6 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def load_token_chunk(
@@ -270,3 +273,34 @@ def zeros(COUNT: tl.constexpr, BM: tl.constexpr, DC: tl.constexpr):
     for _ in tl.static_range(COUNT):
         tiles = tiles + (tl.zeros((BM, DC), tl.float32),)
     return tiles
+
+
+@triton.jit
+def keep_coefficients(
+    key_weight, value_weight, t, u, q_true, dy_true,
+    coefficient_key, coefficient_value, sum_kept, along_kept,
+    sample, row, row_inside, row_place, row_block, position, valid, batch, rows, count,
+    NORM: tl.constexpr, EMULATE: tl.constexpr, GRANULE: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Write what the tokens' gradient is made of: a ds and a p, and with LayerNorm their sums."""
+    inside = row_inside[:, None] & valid[None, :]
+    cells = (row_place + row)[:, None] * count + position[None, :]
+    kept_type = coefficient_key.dtype.element_ty
+    tl.store(
+        coefficient_key + cells,
+        to_operand(key_weight, kept_type, EMULATE).to(kept_type), mask=inside,
+    )  # fmt: skip
+    tl.store(
+        coefficient_value + cells,
+        to_operand(value_weight, kept_type, EMULATE).to(kept_type), mask=inside,
+    )  # fmt: skip
+    if NORM:
+        sums = tl.sum(key_weight * q_true[:, None] + value_weight * dy_true[:, None], axis=0)
+        alongs = tl.sum(key_weight * t + value_weight * u, axis=0)
+        # One slot for every GRANULE rows: this block fills its first and clears the rest.
+        for part in tl.static_range(BM // GRANULE):
+            slot = row_block * (BM // GRANULE) + part
+            target = (slot * batch + sample) * count + position
+            used = valid & (slot * GRANULE < rows)
+            tl.store(sum_kept + target, sums if part == 0 else sums * 0.0, mask=used)
+            tl.store(along_kept + target, alongs if part == 0 else alongs * 0.0, mask=used)

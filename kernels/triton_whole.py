@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    LN2,
+    LOG2E,
+    keep_coefficients,
     load_operand_chunk,
     load_row_chunk,
     load_token_chunk,
@@ -24,9 +27,6 @@ from .triton_tiles import (
     store_row_chunk,
     to_operand,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -194,30 +194,13 @@ def backward_whole(
     delta = tl.sum(value_weight * u, axis=1)
     key_weight = (p * (u * a[None, :] - delta[:, None]) + p * dlse[:, None]) * a[None, :]
     if EMIT:
-        inside = row_inside[:, None] & valid[None, :]
-        cells = (row_place + row)[:, None] * count + position[None, :]
-        kept_type = coefficient_key.dtype.element_ty
-        tl.store(
-            coefficient_key + cells,
-            to_operand(key_weight, kept_type, EMULATE).to(kept_type), mask=inside,
-        )  # fmt: skip
-        tl.store(
-            coefficient_value + cells,
-            to_operand(value_weight, kept_type, EMULATE).to(kept_type), mask=inside,
+        keep_coefficients(
+            key_weight, value_weight, t, u, q_sum * q_factor, dy_sum * dy_factor,
+            coefficient_key, coefficient_value, sum_kept, along_kept,
+            sample, row, row_inside, row_place, row_block, position, valid, batch, rows, count,
+            NORM, EMULATE, GRANULE, BM,
         )  # fmt: skip
         tl.store(residual_kept + row_place + row, tl.zeros((BM,), tl.float32), mask=row_inside)
-        if NORM:
-            q_true = (q_sum * q_factor)[:, None]
-            dy_true = (dy_sum * dy_factor)[:, None]
-            sums = tl.sum(key_weight * q_true + value_weight * dy_true, axis=0)
-            alongs = tl.sum(key_weight * t + value_weight * u, axis=0)
-            # One slot for every GRANULE rows: this block fills its first and clears the rest.
-            for part in tl.static_range(BM // GRANULE):
-                slot = row_block * (BM // GRANULE) + part
-                target = (slot * batch + sample) * count + position
-                used = valid & (slot * GRANULE < rows)
-                tl.store(sum_kept + target, sums if part == 0 else sums * 0.0, mask=used)
-                tl.store(along_kept + target, alongs if part == 0 else alongs * 0.0, mask=used)
     unit = tl.full((BM,), 1.0, tl.float32)
     if OPERAND == tl.float16:
         # A gradient may lie anywhere between 1e-10 and 1e5: each row is brought to 1.

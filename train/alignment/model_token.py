@@ -158,6 +158,12 @@ class ModelToken(Alignment):
             )
         self.residual, self.teacher_stream, self.alone = residual, teacher_stream, alone
         self.streams = _streams(spaces)
+        self.streams_of = {
+            space.teacher: [
+                i for i, name in enumerate(self.streams) if spaces[name].teacher == space.teacher
+            ]
+            for space in self.spaces.values()
+        }
         count = student.grid[0] * student.grid[1]
         modules = (len(self.streams), width, heads, mlp_ratio, inter, gamma, intra)
         self.model_tokens = nn.Parameter(torch.empty(len(self.streams), tokens, width))
@@ -193,7 +199,7 @@ class ModelToken(Alignment):
             key, dim = module_key(label), spaces[space].dim
             if residual:
                 self.heads[key] = descriptor_mlp(self.pooled_dim, hidden, dim)
-            size = len(self._owned(spaces[space].teacher)) * tokens * width
+            size = len(self.streams_of[spaces[space].teacher]) * tokens * width
             read = nn.Linear(size, dim, bias=not residual)
             if residual:
                 nn.init.zeros_(read.weight)
@@ -323,20 +329,15 @@ class ModelToken(Alignment):
             seen.append(ProjectedTokens(tokens, scales, weight, project.bias))
         return seen
 
-    def _owned(self, teacher: str) -> list[int]:
-        """Which of the streams are a teacher's."""
-        return [i for i, name in enumerate(self.streams) if self.spaces[name].teacher == teacher]
-
     def _by_teacher(self, tokens: Tensor) -> dict[str, Tensor]:
         """A teacher's own tokens [B, k * M, d], k its streams, of tokens [B, S, M, d].
 
         Not ``tokens[:, own]``: a list of numbers is copied to the device, which is waited for.
         """
         parts = tokens.unbind(1)
-        owned = {space.teacher: self._owned(space.teacher) for space in self.spaces.values()}
         return {
             teacher: parts[own[0]] if len(own) == 1 else torch.cat([parts[i] for i in own], 1)
-            for teacher, own in owned.items()
+            for teacher, own in self.streams_of.items()
         }
 
     def _readout(self, output: StudentOutput, kind: str) -> Tensor:
