@@ -18,11 +18,12 @@ from .spare import SPARE
 def best_manifest(root: Path) -> Manifest | None:
     """The manifest that knows the units that are there; None when both copies are damaged.
 
-    Of two sound ones the copy is taken where nothing else tells: it is written first, so after
-    an interrupted change it is the newer.
+    Of two sound ones manifest.json is taken where nothing else tells, for readers go by it: its
+    copy is written first, and one that an interrupted `add` has left names a unit of which there is
+    nothing yet.
     """
     found = []
-    for path in (root / SPARE / MANIFEST, root / MANIFEST):
+    for path in (root / MANIFEST, root / SPARE / MANIFEST):
         with contextlib.suppress(OSError, StoreError):
             found.append(Manifest.from_bytes(path.read_bytes(), str(path)))
     return max(found, key=lambda manifest: _known(root, manifest), default=None)

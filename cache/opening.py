@@ -91,11 +91,6 @@ def _refuse_other(completion: Completion, manifest: Manifest, unit: str, where: 
 
 def _incomplete(source: Source, manifest: Manifest, units: list[str]) -> StoreError:
     missing = []
-    verbs = "`preceptor extract`"
-    if any("converted" in teacher.identity for teacher in manifest.plan.teachers):
-        verbs = "`preceptor convert`, or the `preceptor add`,"
-    elif ROWS not in units:
-        verbs = "`preceptor extract` or `preceptor add`"
     for unit in units:
         names = source.sizes(f"{COMMITS}/{unit}")
         if names is None:
@@ -109,8 +104,8 @@ def _incomplete(source: Source, manifest: Manifest, units: list[str]) -> StoreEr
             else f"{unit} is committed but not finished"
         )
     return StoreError(
-        f"{source.location} is incomplete: {'; '.join(missing)}; run the {verbs} that "
-        "began it again, it does only what is missing"
+        f"{source.location} is incomplete: {'; '.join(missing)}; run the "
+        f"{manifest.plan.begun_by(units)} that began it again, it does only what is missing"
     )
 
 

@@ -315,6 +315,12 @@ class StorePlan:
         known = ", ".join(teacher.name for teacher in self.teachers)
         raise StoreError(f"the store has no teacher {name!r}: it has {known}")
 
+    def begun_by(self, units: Collection[str]) -> str:
+        """The commands of which one has begun these units, where they are not finished."""
+        if any("converted" in teacher.identity for teacher in self.teachers):
+            return "`preceptor convert`, or the `preceptor add`,"
+        return "`preceptor extract`" + ("" if ROWS in units else " or `preceptor add`")
+
     def rows_json(self) -> Json:
         """What the configuration of the unit ``rows`` is made of, beside format and version."""
         return {

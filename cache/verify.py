@@ -99,7 +99,8 @@ def _manifest_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
     raw = manifest_bytes(root, manifest)
     for name in (MANIFEST, f"{spare.SPARE}/{MANIFEST}"):
         if _holds_other(root / name, raw):
-            yield Problem(name, "is not the newest manifest: an older one was put in its place")
+            why = "a change was cut short, or an older one was put in its place"
+            yield Problem(name, f"is not the manifest of what is there: {why}")
     for unit in manifest.plan.units:
         done = best_completion(root, manifest, unit)
         raw = b"" if done is None else completion_bytes(root, done)
@@ -111,6 +112,7 @@ def _manifest_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
             f"{COMMITS}/{unit}",
             f"belongs to no teacher of the manifest; `preceptor drop teacher={unit}` removes it",
             unit,
+            stray=True,
         )
 
 

@@ -25,6 +25,7 @@ class Problem:
         unit: ``rows`` or a teacher; None where the file belongs to none.
         shard: the shard to extract again; None where the file is mended without images.
         pending: nothing is damaged; an extraction that was begun has not come so far.
+        stray: nothing is damaged; there are files of a unit that the manifest does not name.
     """
 
     file: str
@@ -32,6 +33,7 @@ class Problem:
     unit: str | None = None
     shard: int | None = None
     pending: bool = False
+    stray: bool = False
 
     def __str__(self) -> str:
         where = "" if self.shard is None else f"shard {self.shard} of {self.unit}: "
@@ -64,9 +66,19 @@ class VerifyReport:
         return not self.problems
 
     @property
-    def unfinished(self) -> bool:
-        """Whether nothing is wrong but that an extraction was begun and is not finished."""
-        return bool(self.problems) and all(problem.pending for problem in self.problems)
+    def damaged(self) -> bool:
+        """Whether there is more than units that are not finished, or that are not the store's."""
+        return not all(problem.pending or problem.stray for problem in self.problems)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Units that were begun and are not finished; of an undamaged store all there is to do."""
+        return sorted({p.unit for p in self.problems if p.pending and p.unit is not None})
+
+    @property
+    def strays(self) -> list[str]:
+        """Units of which there are files, but which the manifest does not name."""
+        return [p.unit for p in self.problems if p.stray and p.unit is not None]
 
     @property
     def shards(self) -> list[tuple[str, int]]:

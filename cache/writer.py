@@ -15,6 +15,7 @@ from ..errors import StoreError
 from ..version import __version__
 from .commit import COMMITS, committed, is_whole
 from .constants import calibration_files, calibration_sha256, calibration_values, constant_bytes
+from .copies import best_manifest, stray_units
 from .durable import (
     TEMPORARY,
     directory_lock,
@@ -188,9 +189,9 @@ class StoreWriter:
             StoreError: not calibrated, or the arrays are damaged.
         """
         frozen = self.manifest.calibrations.get(space_id)
-        if frozen is None:
-            raise StoreError(f"{space_id} in {self.path} is not calibrated yet")
         space = self.plan.spaces[space_id]
+        if frozen is None:
+            raise self.lacks_calibration(space)
         raw = {}
         for name in calibration_files(self._layout, space):
             try:
@@ -198,6 +199,14 @@ class StoreWriter:
             except FileNotFoundError:
                 raise StoreError(f"{self.path / name} is missing: run `preceptor repair`") from None
         return calibration_values(self._layout, space, raw, frozen)
+
+    def lacks_calibration(self, space: SpaceSpec) -> StoreError:
+        """What to tell of a space that only the command that began it can calibrate."""
+        return StoreError(
+            f"{space.id} in {self.path} is not calibrated yet: run the "
+            f"{self.plan.begun_by([space.teacher])} that began it again, or remove it with "
+            f"`preceptor drop cache={self.path} teacher={space.teacher}`"
+        )
 
     def pending(self) -> list[tuple[int, tuple[str, ...]]]:
         """(shard, its units without a whole committed shard), for every shard that has such.
@@ -306,24 +315,17 @@ class StoreWriter:
             self._replace(replace(manifest, plan=plan))
 
     def drop(self, unit: str) -> None:
-        """Remove a teacher, or the pixels: from the manifest first, then the files.
+        """Remove a teacher, or the pixels: from the manifest first, then the files. So is removed,
+        too, what an interrupted change has left of one.
 
         Raises:
             StoreError: there is no such teacher.
         """
         with directory_lock(self.path):
-            manifest = read_manifest(self.path)
-            before = manifest.plan
-            ids: set[str] = set()
-            if unit == PIXELS and before.pixels is not None:
-                plan = replace(before, pixels=None)
-            else:
-                gone = before.teacher(unit)
-                ids = {space.id for space in gone.spaces}
-                left = tuple(other for other in before.teachers if other is not gone)
-                plan = replace(before, teachers=left)
-            kept = {key: one for key, one in manifest.calibrations.items() if key not in ids}
-            self._replace(replace(manifest, plan=plan, calibrations=kept))
+            manifest = best_manifest(self.path) or read_manifest(self.path)
+            if unit not in stray_units(self.path, manifest):
+                manifest = _without(manifest, unit)
+            self._replace(manifest)  # of strays, too: one copy of the manifest may still name them
             remove_unit(self.path, unit)
 
     def _replace(self, manifest: Manifest) -> None:
@@ -332,6 +334,17 @@ class StoreWriter:
         self._layout = Layout(manifest.plan)
         self._frozen.clear()  # a teacher that is dropped and added again has another
         _make_nodes(self.path, list(self._layout.root_nodes()))  # they state the version
+
+
+def _without(manifest: Manifest, unit: str) -> Manifest:
+    before = manifest.plan
+    if unit == PIXELS and before.pixels is not None:
+        return replace(manifest, plan=replace(before, pixels=None))
+    gone = before.teacher(unit)
+    left = tuple(other for other in before.teachers if other is not gone)
+    ids = {space.id for space in gone.spaces}
+    kept = {key: one for key, one in manifest.calibrations.items() if key not in ids}
+    return replace(manifest, plan=replace(before, teachers=left), calibrations=kept)
 
 
 def remove_unit(root: Path, unit: str) -> None:

@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from ..cache import Cache, SampleIndex, StoreWriter, TeacherRecord, ViewPolicy
 from ..cache.copies import stray_units
 from ..cache.documents import difference
+from ..cache.manifest import read_manifest
 from ..cache.mend import Repaired, mend_files, repair_store
 from ..cache.plan import PIXELS, ROWS, StorePlan
 from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path
-from ..cache.writer import remove_unit
 from ..engine import gathered, launch, refuse_several
 from ..errors import ConfigError, DataError, StoreError
 from . import live
@@ -95,6 +95,8 @@ def repair(config: DictConfig) -> dict[str, Any]:
         print(f"{root}: whole, nothing to repair")
         return {"store": str(root), "restored": [], "extracted": [], "different": []}
     restored, writer = mend_files(root)
+    if lacking := writer.uncalibrated:
+        raise writer.lacks_calibration(lacking[0])
     waiting = [(unit, shard) for shard, units in writer.pending() for unit in units]
     todo = sorted({*report.shards, *waiting})
     units = {unit for unit, _ in todo} & set(writer.plan.units)
@@ -115,6 +117,8 @@ def repair(config: DictConfig) -> dict[str, Any]:
         f"{root}: {len(done.restored)} small files restored, {len(done.extracted)} shards "
         f"extracted again, {len(done.extracted) - len(done.different)} of them to the same bytes"
     )
+    if report.strays:
+        print(_dropping(report))
     if done.different:
         print(
             f"{_listed(done.different)}: other bytes than before (another device, precision, batch "
@@ -208,14 +212,12 @@ def drop(config: DictConfig) -> dict[str, Any]:
     root, name = local_path(config.cache, "dropping from it"), str(config.teacher)
     writer = StoreWriter.open(root)
     before = _size(root)
-    if name in stray_units(root, writer.manifest):  # what an interrupted drop left
-        remove_unit(root, name)
-    else:
-        if writer.plan.spaces_of(name) and len(writer.plan.teachers) == 1:
-            raise StoreError(
-                f"{name} is the only teacher of {root}: delete the directory to be rid of it"
-            )
-        writer.drop(name)
+    stray = name in stray_units(root, writer.manifest)
+    if not stray and writer.plan.spaces_of(name) and len(writer.plan.teachers) == 1:
+        raise StoreError(
+            f"{name} is the only teacher of {root}: delete the directory to be rid of it"
+        )
+    writer.drop(name)
     freed = before - _size(root)
     print(f"{root}: {name} dropped, {freed / 2**20:,.1f} MiB freed")
     return {"store": str(root), "dropped": name, "bytes_freed": freed}
@@ -349,12 +351,23 @@ def _damage(report: VerifyReport, kept: str) -> str:
         f"{report.store} is not whole: {shown}{f' and {more} more' if more > 0 else ''}. "
         f"{kept[0].upper()}{kept[1:]}; "
     )
-    if report.unfinished:
-        return told + (
-            "what there is of it is sound: finish it with the `preceptor extract` (or `preceptor "
-            f"add`) cache={report.store} and the options that it was begun with"
+    steps = []
+    if report.damaged:
+        steps.append(f"run `preceptor repair cache={report.store} data.shards=... teachers=...`")
+    elif report.unfinished:
+        plan = read_manifest(local_path(report.store, "verifying")).plan
+        steps.append(
+            "what there is of it is sound: finish it with the "
+            f"{plan.begun_by(report.unfinished)} that began it, and the options of that time"
         )
-    return told + f"run `preceptor repair cache={report.store} data.shards=... teachers=...`"
+    if report.strays:
+        steps.append(_dropping(report))
+    return told + "; then ".join(steps)
+
+
+def _dropping(report: VerifyReport) -> str:
+    commands = (f"`preceptor drop cache={report.store} teacher={name}`" for name in report.strays)
+    return f"remove what is no part of it with {' and '.join(commands)}"
 
 
 def _listed(shards: Sequence[tuple[str, int]]) -> str:

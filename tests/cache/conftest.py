@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,16 @@ def store(tmp_path: Path, finished: Path) -> Path:
 @pytest.fixture
 def cache(finished: Path) -> Cache:
     return Cache.open(finished)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """In memory where there is such a place: thousands of files are synced here."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path_factory.mktemp("faults")
+        return
+    path = memory / f"preceptor-faults-{os.getpid()}"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)

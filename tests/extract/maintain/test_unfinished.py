@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache, StoreWriter
+from preceptor.cache.durable import Staged
 from preceptor.cli import main
 from preceptor.errors import StoreError
-from preceptor.tests.extract.tiny_store import CALL, teachers
+from preceptor.extract import maintain
+from preceptor.tests.extract.tiny_store import CALL, run, teachers
 
 
 @pytest.fixture
@@ -97,3 +99,61 @@ def test_verify_says_so_of_a_store_that_was_cut_short(
     assert "preceptor repair" not in told
     assert main(command) == 0
     assert main(["verify", f"cache={path}"]) == 0
+
+
+def refuse(*given: object) -> None:
+    raise StoreError("no space left")
+
+
+def cut_between_the_manifests(store: Path, shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin to add ``third``; its entry gets into the copy of the manifest alone."""
+    publish = Staged.publish
+
+    def full(file: Staged) -> None:
+        (refuse if file.final == store / "manifest.json" else publish)(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Staged, "publish", full)
+        assert run("add", store, shards, teachers(third="other_vit")) == 1
+    assert b"third" in (store / "spare/manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+def test_an_addition_that_has_hardly_begun_is_taken_back(
+    repaired: bool, shards: str, store: Path, good: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    cut_between_the_manifests(store, shards, monkeypatch)
+    assert main(["verify", f"cache={store}"]) == 1
+    dropping = f"`preceptor drop cache={store} teacher=third`"
+    assert dropping in (told := capsys.readouterr().err)
+    assert f"preceptor repair cache={store}" in told
+    if repaired:  # no teacher is needed
+        assert main(["repair", f"cache={store}"]) == 0
+        assert dropping in capsys.readouterr().out
+        assert Cache.open(store).teachers == ("cnn", "vit")
+        assert main(["verify", f"cache={store}"]) == 1
+        assert dropping in (told := capsys.readouterr().err)
+        assert "preceptor repair" not in told
+    assert main(["drop", f"cache={store}", "teacher=third"]) == 0
+    assert main(["verify", f"cache={store}"]) == 0
+    assert contents(store) == good
+
+
+def test_repair_of_a_teacher_that_was_never_calibrated_says_how_it_is_finished_or_dropped(
+    shards: str, store: Path, good: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    third = teachers(third="other_vit")
+    with monkeypatch.context() as patch:
+        patch.setattr(maintain, "calibrate", refuse)
+        assert run("add", store, shards, third) == 1
+    capsys.readouterr()
+    for given in ([], [third]):
+        assert run("repair", store, shards, *given) == 1
+        told = capsys.readouterr().err
+        assert "third/patch" in told
+        assert "run the `preceptor extract` or `preceptor add` that began it" in told
+        assert f"`preceptor drop cache={store} teacher=third`" in told
+    assert main(["drop", f"cache={store}", "teacher=third"]) == 0
+    assert contents(store) == good
