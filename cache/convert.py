@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .durable import Staged, directory_lock, holds, read_whole, sync_directory, 
 from .encodings import encoding
 from .encodings.prediction import Prediction
 from .layout import Layout
+from .manifest import MANIFEST
 from .opening import read_files
 from .plan import SpaceSpec, StorePlan, TeacherRecord
 from .reader import Cache
@@ -69,7 +71,8 @@ def convert_store(
 
     Teachers of which no space changes are copied file by file, and so are calibrations and
     statistics, which are those of the original features. Decoding and encoding again adds the
-    errors of both; the teacher's identity tells that it was converted, and from what.
+    errors of both; the teacher's identity tells that it was converted, and from what. Going on,
+    what ``out`` has got beside is left as it is, and what the source has got since is left out.
 
     Args:
         encoding_name: of the chosen spaces.
@@ -78,7 +81,7 @@ def convert_store(
     Raises:
         ConfigError: ``out`` is the source, or within it.
         StoreError: the source is not whole, a space or encoding is unknown, or ``out`` holds
-            another store.
+            another store, or none of the chosen spaces.
     """
     encoding(encoding_name)
     root = local_path(out, "converting")
@@ -94,14 +97,20 @@ def convert_store(
     plan = _converted(cache.plan, chosen, encoding_name)
     report = fresh_report(root)  # of a verification that found damage
     kept = {name for name, space in plan.spaces.items() if space.encoding == cache[name].encoding}
-    writer = StoreWriter.open_or_create(root, plan, kept)
-    plan = writer.plan
+    writer = _target(root, plan, kept)
+    plan = writer.plan.only([unit for unit in writer.plan.units if unit in plan.units])
+    if lacking := [name for name in chosen if name not in plan.spaces]:
+        told = f"{root} was begun without {', '.join(lacking)}"
+        if spaces is not None or not plan.spaces:
+            raise StoreError(f"{told}: name another directory")
+        print(f"warning: {told}, which is left out", file=sys.stderr)
     for unit, shard in _damaged(report) if report else ():
-        discard(root, writer.manifest, unit, shard)
+        if unit in plan.units:
+            discard(root, writer.manifest, unit, shard)
     for target in plan.spaces.values():
         copy_calibration(cache, writer, target)
     same = {unit for unit in plan.units if _same_unit(cache.plan, plan, unit)}
-    todo = writer.pending()
+    todo = writer.pending(plan.units)
     if progress:
         with ProgressLine("convert", sum(plan.rows_in(shard) for shard, _ in todo), "rows") as line:
             for shard, units in todo:
@@ -112,7 +121,17 @@ def convert_store(
             _convert_shard(cache, writer, shard, units, same)
     for unit in plan.units:
         _seal(cache, writer, unit, unit in same)
-    writer.finish()
+    writer.finish(plan.units)
+
+
+def _target(root: Path, plan: StorePlan, kept: Collection[str]) -> StoreWriter:
+    """The store to write; of one that is there what the plan names must be as planned."""
+    if not (root / MANIFEST).exists():
+        return StoreWriter.open_or_create(root, plan, kept)
+    writer = StoreWriter.open(root)
+    both = [unit for unit in writer.plan.units if unit in plan.units]
+    writer.refuse_other(writer.plan.only(both), plan.only(both), kept)
+    return writer
 
 
 def _damaged(report: VerifyReport) -> set[tuple[str, int]]:

@@ -315,9 +315,24 @@ class StorePlan:
         known = ", ".join(teacher.name for teacher in self.teachers)
         raise StoreError(f"the store has no teacher {name!r}: it has {known}")
 
+    @property
+    def converted(self) -> list[str]:
+        """The teachers of which `preceptor convert` has made the codes."""
+        return [teacher.name for teacher in self.teachers if "converted" in teacher.identity]
+
+    def only(self, units: Collection[str]) -> StorePlan:
+        """The plan of these units alone, which ``rows`` is one of, with its teachers in the order
+        in which they are given."""
+        named = {teacher.name: teacher for teacher in self.teachers}
+        return replace(
+            self,
+            teachers=tuple(named[unit] for unit in units if unit in named),
+            pixels=self.pixels if PIXELS in units else None,
+        )
+
     def begun_by(self, units: Collection[str]) -> str:
         """The commands of which one has begun these units, where they are not finished."""
-        if any("converted" in teacher.identity for teacher in self.teachers):
+        if self.converted:
             return "`preceptor convert`, or the `preceptor add`,"
         return "`preceptor extract`" + ("" if ROWS in units else " or `preceptor add`")
 

@@ -31,7 +31,7 @@ from .layout import CRC, ArraySpec, Layout, node_bytes
 from .manifest import MANIFEST, Manifest
 from .plan import ROWS
 from .rows import decode_keys
-from .shard_writer import partial_name
+from .shard_writer import PARTIAL, partial_name
 from .sharding import LARGEST_GAP, crc32c, parse_index, plain_index
 from .source import local_path
 from .verify_report import Problem, VerifyReport, fingerprint
@@ -186,10 +186,13 @@ class _Work:
         return problems
 
     def _moment_problems(self, unit: str, commit: Commit) -> Iterator[Problem]:
-        """Until a unit is finished, every shard's moments lie beside it."""
-        for space in self._manifest.plan.spaces_of(unit):
-            if not commit.statistics:
-                continue  # converted: its unit gets those of the original
+        """Until a unit is finished, every shard's moments lie beside it; not those of one that is
+        converted or copied, which gets the statistics of the original."""
+        plan = self._manifest.plan
+        copied = bool(plan.converted) and not (self._root / PARTIAL / unit).exists()
+        for space in plan.spaces_of(unit):
+            if copied or not commit.statistics:
+                continue
             try:
                 shard_moments(self._root, space, commit)
             except ValueError as why:

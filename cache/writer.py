@@ -68,11 +68,7 @@ class StoreWriter:
         path = local_path(path, "writing")
         if (path / MANIFEST).exists():
             writer = cls.open(path)
-            if found := plan_difference(writer.plan, plan, kept):
-                raise StoreError(
-                    f"{path} was made by another configuration: {found}; give the configuration "
-                    "that made it, or another path"
-                )
+            writer.refuse_other(writer.plan, plan, kept)
             return writer
         for space in plan.spaces.values():
             encoding(space.encoding)
@@ -119,6 +115,18 @@ class StoreWriter:
             _make_unit(path, writer._layout, unit)
         remove_torn(path)
         return writer
+
+    def refuse_other(self, plan: StorePlan, ours: StorePlan, kept: Collection[str] = ()) -> None:
+        """Refuse a plan that is not the store's, or not what ``plan`` has of that.
+
+        Raises:
+            StoreError: both sides are named.
+        """
+        if found := plan_difference(plan, ours, kept):
+            raise StoreError(
+                f"{self.path} was made by another configuration: {found}; give the configuration "
+                "that made it, or another path"
+            )
 
     @property
     def plan(self) -> StorePlan:
@@ -208,12 +216,15 @@ class StoreWriter:
             f"`preceptor drop cache={self.path} teacher={space.teacher}`"
         )
 
-    def pending(self) -> list[tuple[int, tuple[str, ...]]]:
+    def pending(self, units: Collection[str] | None = None) -> list[tuple[int, tuple[str, ...]]]:
         """(shard, its units without a whole committed shard), for every shard that has such.
 
         A committed shard whose files are missing or of another length counts as pending.
+
+        Args:
+            units: look at these alone.
         """
-        units = self.plan.units
+        units = self.plan.units if units is None else units
         lacking = {unit: set(range(self.plan.shards)) - self._whole(unit) for unit in units}
         todo = []
         for shard in range(self.plan.shards):
@@ -264,13 +275,17 @@ class StoreWriter:
         calibrations = {space.id: self.frozen(space.id, device) for space in spaces}
         return ShardWriter(self.path, self.manifest, shard, tuple(units), calibrations)
 
-    def finish(self) -> None:
+    def finish(self, units: Collection[str] | None = None) -> None:
         """Merge the statistics and seal every unit; the store can then be read.
+
+        Args:
+            units: these alone.
 
         Raises:
             StoreError: shards are pending (named), or statistics are damaged.
         """
-        todo = self.pending()
+        units = self.plan.units if units is None else units
+        todo = self.pending(units)
         if todo:
             shards = ", ".join(str(shard) for shard, _ in todo[:8])
             raise StoreError(
@@ -279,7 +294,7 @@ class StoreWriter:
             )
         shards = f"{self.plan.shards:,} shards"
         with waiting(f"{self.path}: the statistics of {shards} are merged, and the store sealed"):
-            for unit in self.plan.units:
+            for unit in units:
                 finish_unit(self.path, self.manifest, unit)
         with contextlib.suppress(OSError):  # of a unit that was added meanwhile there may be some
             (self.path / PARTIAL).rmdir()

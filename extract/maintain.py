@@ -253,6 +253,11 @@ def _runner(
     Args:
         strict: refuse a teacher whose identity differs at all; otherwise only other spaces.
     """
+    if strict and (theirs := sorted({*names} & {*plan.converted})):
+        raise StoreError(
+            f"the codes of {', '.join(theirs)} in {config.cache} were converted from another "
+            "store: run that `preceptor convert` again, it does what verify named"
+        )
     lacking = [name for name in names if name not in (config.teachers or {})]
     if lacking:
         raise ConfigError(
@@ -272,11 +277,6 @@ def _runner(
     exact = min(precisions, default="32-true") if asked == "auto" else asked
     for teacher in teachers:
         stored = plan.teacher(teacher.name)
-        if strict and "converted" in stored.identity:
-            raise StoreError(
-                f"{teacher.name} in {config.cache} was converted from another store: run that "
-                "`preceptor convert` again, it does what verify named"
-            )
         ours = teacher_record(teacher, chosen[teacher.name], exact)
         _refuse_other_teacher(str(config.cache), stored, ours, strict)
     fabric = launch(config.engine, exact=exact)

@@ -20,6 +20,7 @@ from preceptor.benchmarks.small_store import (
     calibrate,
     contents,
     extract,
+    fill,
     plan,
     some_weights,
     tokens,
@@ -28,6 +29,7 @@ from preceptor.cache import Cache, StorePlan, StoreWriter, TeacherRecord
 from preceptor.cache.convert import convert_store
 from preceptor.cache.encodings import encoding
 from preceptor.cache.encodings.compact import Compact
+from preceptor.cache.mend import repair_store
 from preceptor.cache.report import draw
 from preceptor.cache.verify import verify_store
 from preceptor.errors import ConfigError, StoreError
@@ -259,7 +261,7 @@ def test_damage_that_verify_found_is_converted_again(store: Path, tmp_path: Path
 
 
 def test_verify_condemns_no_shard_of_an_interrupted_conversion(store: Path, tmp_path: Path) -> None:
-    """Until a teacher is finished, verify looks for moments that only an extraction leaves."""
+    """Until a teacher is finished, verify looks for moments, which only an extraction leaves."""
     out = tmp_path / "out"
     convert_store(store, out, "int4", ["vit/patch"])  # the CNN's shards are copied
     good = contents(out)
@@ -273,7 +275,8 @@ def test_verify_condemns_no_shard_of_an_interrupted_conversion(store: Path, tmp_
         Cache.open(out)
     report = verify_store(out)
     report.save()
-    assert {problem.unit for problem in report.problems if problem.shard is not None} == {"cnn"}
+    assert report.unfinished == ["cnn", "vit"]
+    assert not report.damaged
     convert_store(store, out, "int4", ["vit/patch"])
     assert contents(out) == good
     assert {path: path.stat().st_ino for path in (out / "spaces").rglob("c.*")} == written
@@ -293,3 +296,59 @@ def test_a_damaged_source_and_a_strange_target_are_refused(store: Path, tmp_path
     with pytest.raises(StoreError, match="no encoding 'int5'"):
         convert_store(store, tmp_path / "other", "int5")
     assert not os.path.exists(tmp_path / "other")
+
+
+def test_a_conversion_leaves_alone_what_its_store_has_got_since(
+    tmp_path: Path,
+) -> None:
+    """Damage of it is none of the conversion's, either."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    extract(source, TEACHERS[0])
+    convert_store(source, out, "int4")
+    writer = StoreWriter.open(out)
+    writer.add(TEACHERS[1])
+    calibrate(writer)
+    fill(writer)
+    writer.finish()
+    good = contents(out)
+    flip(out / "spaces/vit/patch/codes/c.1.0.0", np.random.default_rng(0))
+    flip(out / "spaces/cnn/patch/codes/c.0.0.0", np.random.default_rng(0))
+    (out / "commits/cnn/1.json").unlink()
+    verify_store(out).save()
+    convert_store(source, out, "int4")
+    assert verify_store(out).shards == [("cnn", 0), ("cnn", 1)]
+    repair_store(out, [("cnn", 0), ("cnn", 1)], fill)
+    assert contents(out) == good
+
+
+def test_a_conversion_goes_on_without_what_its_source_has_got_or_lost_since(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    extract(source, TEACHERS[0])
+    convert_store(source, out, "int4")
+    good = contents(out)
+    writer = StoreWriter.open(source)
+    writer.add(TEACHERS[1])
+    calibrate(writer)
+    fill(writer)
+    writer.finish()
+    (out / "spaces/vit/patch/codes/c.1.0.0").unlink()
+    convert_store(source, out, "int4")
+    assert contents(out) == good
+    assert "out was begun without cnn/patch, cnn/cls, which is left out" in capsys.readouterr().err
+    with pytest.raises(StoreError, match="begun without cnn/cls: name another directory"):
+        convert_store(source, out, "int4", ["vit/patch", "vit/cls", "cnn/cls"])
+    with pytest.raises(StoreError, match="another configuration"):
+        convert_store(source, out, "fp16")
+    writer.drop("vit")
+    with pytest.raises(StoreError, match="begun without cnn/patch, cnn/cls"):
+        convert_store(source, out, "int4")
+    extract(tmp_path / "both")
+    convert_store(tmp_path / "both", tmp_path / "all", "int4")
+    good = contents(tmp_path / "all")
+    StoreWriter.open(tmp_path / "both").drop("vit")
+    StoreWriter.open(tmp_path / "both").drop("pixels")
+    (tmp_path / "all/spaces/cnn/patch/codes/c.1.0.0").unlink()
+    convert_store(tmp_path / "both", tmp_path / "all", "int4")
+    assert contents(tmp_path / "all") == good

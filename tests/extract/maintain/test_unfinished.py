@@ -157,3 +157,20 @@ def test_repair_of_a_teacher_that_was_never_calibrated_says_how_it_is_finished_o
         assert f"`preceptor drop cache={store} teacher=third`" in told
     assert main(["drop", f"cache={store}", "teacher=third"]) == 0
     assert contents(store) == good
+
+
+def test_verify_says_that_a_conversion_finishes_what_one_has_begun(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of the teachers that it copies, whose moments it has not."""
+    command = [f"cache={store}", f"out={tmp_path / 'out'}", "encoding=int4", "spaces=[vit/patch]"]
+    assert main(["convert", *command]) == 0
+    good = contents(tmp_path / "out")
+    for file in (tmp_path / "out").rglob("complete.json"):
+        file.unlink()
+    assert main(["verify", f"cache={tmp_path / 'out'}"]) == 1
+    told = capsys.readouterr().err
+    assert "finish it with the `preceptor convert`" in told
+    assert "preceptor repair" not in told
+    assert main(["convert", *command]) == 0
+    assert contents(tmp_path / "out") == good
