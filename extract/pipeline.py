@@ -120,13 +120,17 @@ def check_same_folder(fabric: Fabric, path: str) -> None:
 
     Raises:
         ConfigError: on every process, with those that do not see what the first one writes.
+        StoreError: nothing can be written there.
     """
     if fabric.world_size == 1:
         return
     token = fabric.broadcast(f".seen-{uuid.uuid4().hex}")
-    mark = Path(path) / token
+    mark = local_path(path, "writing") / token
     if fabric.global_rank == 0:
-        mark.touch()
+        try:
+            mark.touch()
+        except OSError as error:
+            raise StoreError(f"{mark} cannot be written: {error.strerror}") from error
     fabric.barrier()
     blind = [rank for rank, sees in enumerate(gathered(fabric, mark.exists())) if not sees]
     if fabric.global_rank == 0:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,13 +21,14 @@ import timm
 import torch
 import webdataset
 import zarr
+from lightning_fabric import Fabric
 from PIL import Image
 from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache, SampleIndex
 from preceptor.cache.shard_writer import ShardWriter
 from preceptor.cli import main
-from preceptor.errors import DataError
-from preceptor.extract.pipeline import key_room
+from preceptor.errors import DataError, StoreError
+from preceptor.extract.pipeline import check_same_folder, key_room
 from preceptor.tests.conftest import COUNT, SIZE
 from preceptor.tests.extract.timm_store import corrupted, options
 
@@ -400,7 +401,7 @@ def test_machines_must_share_the_folder_of_a_store(tmp_path: Path, shared: bool)
         f"folder = Path(__file__).parent / ('both' if {shared} else str(fabric.global_rank))\n"
         "folder.mkdir(exist_ok=True)\n"
         "told = 'nothing'\n"
-        "try: check_same_folder(fabric, str(folder))\n"
+        "try: check_same_folder(fabric, f'file://{folder}')\n"
         "except ConfigError as error: told = str(error)\n"
         "Path(__file__).with_suffix(f'.{fabric.global_rank}').write_text(told)\n"
     )
@@ -411,3 +412,10 @@ def test_machines_must_share_the_folder_of_a_store(tmp_path: Path, shared: bool)
         told = script.with_suffix(f".{rank}").read_text()
         assert told == "nothing" if shared else "another folder for process 1 than" in told
     assert not list(tmp_path.glob("*/.seen-*"))
+
+
+def test_a_folder_that_takes_no_file_is_told(tmp_path: Path) -> None:
+    first = SimpleNamespace(world_size=2, global_rank=0, broadcast=lambda token: token)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file/\.seen-\w+ cannot be written: Not a directory"):
+        check_same_folder(cast("Fabric", first), f"file://{tmp_path}/file")
