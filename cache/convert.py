@@ -24,7 +24,15 @@ from .commit import (
     record_name,
 )
 from .constants import statistics_files
-from .durable import Staged, directory_lock, holds, read_whole, sync_directory, write_whole
+from .durable import (
+    Staged,
+    directory_lock,
+    file_sizes,
+    holds,
+    read_whole,
+    sync_directory,
+    write_whole,
+)
 from .encodings import encoding
 from .encodings.prediction import Prediction
 from .layout import Layout
@@ -316,4 +324,4 @@ def _bytes(location: str) -> int:
         root = local_path(location, "measuring it")
     except StoreError:
         return 0
-    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    return sum(file_sizes(root).values())

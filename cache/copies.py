@@ -109,6 +109,6 @@ def stray_units(root: Path, manifest: Manifest) -> list[str]:
     names = {PIXELS} if (root / PIXELS).is_dir() else set()
     for part in (COMMITS, "spaces"):
         for directory in (root / part, root / SPARE / part):
-            if directory.is_dir():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 names |= {entry.name for entry in os.scandir(directory) if entry.is_dir()}
     return sorted(names - set(manifest.plan.units) - set(manifest.others))

@@ -229,6 +229,18 @@ def read_whole(path: Path) -> bytes:
         raise StoreError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def file_sizes(root: Path) -> dict[str, int]:
+    """Length of every file below a directory, by path within it; not of those that a writer at work
+    renames or removes meanwhile."""
+    found = {}
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(directory, name)
+            with contextlib.suppress(OSError):
+                found[os.path.relpath(path, root)] = os.stat(path).st_size
+    return found
+
+
 def holds(path: Path, raw: bytes) -> bool:
     """Whether a file is there, can be read, and holds these bytes."""
     try:

@@ -16,6 +16,7 @@ from rich.table import Table
 from ..errors import ConfigError, StoreError
 from .commit import committed
 from .copies import best_completion, best_manifest
+from .durable import file_sizes
 from .encodings import encoding
 from .layout import Layout
 from .manifest import Manifest
@@ -236,11 +237,7 @@ def _sizes(root: Path | None) -> dict[str, int] | None:
     """Length of every file of a local store, by path within it."""
     if root is None or not root.is_dir():
         return None
-    return {
-        str(file.relative_to(root)): file.stat().st_size
-        for file in root.rglob("*")
-        if file.is_file()
-    }
+    return file_sizes(root)
 
 
 def print_tables(found: Mapping[str, Any]) -> None:

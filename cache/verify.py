@@ -25,7 +25,6 @@ from .copies import (
     manifest_bytes,
     stray_units,
 )
-from .durable import read_whole
 from .finish import shard_moments
 from .layout import CRC, ArraySpec, Layout, node_bytes
 from .manifest import MANIFEST, Manifest
@@ -241,14 +240,16 @@ class _Work:
         fact, commit = spec.path.rpartition("/")[2], self._rows[shard]
         if fact not in ("key", "valid"):
             return []
-        raw = np.frombuffer(read_whole(self._root / spec.file(shard))[:-CRC], np.uint8)
         try:
+            raw = np.frombuffer((self._root / spec.file(shard)).read_bytes()[:-CRC], np.uint8)
             values = spec.decode_chunk(raw)[: commit.rows]
             if fact == "valid":
                 good = int(values.sum()) == commit.valid
             else:
                 keys = decode_keys(values[[0, -1]])
                 good = keys == [commit.first_key, commit.last_key]
+        except OSError as error:  # gone since it was checked
+            return [_unread(error)]
         except ValueError as error:
             return [str(error)]
         return [] if good else [f"holds another {fact} than its commit record names"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -167,10 +168,20 @@ def fingerprint(root: Path) -> str:
             if name.endswith(TEMPORARY):
                 continue
             file = os.path.join(directory, name)
-            facts = os.stat(file) if os.path.exists(file) else os.lstat(file)
+            facts = _facts(file)
+            if facts is None:  # gone since it was listed
+                continue
             text = (
                 f"{os.path.relpath(file, root)}\0{facts.st_size}\0{facts.st_ino}\0"
                 f"{facts.st_mtime_ns}\0{facts.st_ctime_ns}\n"
             )
             hashed.update(text.encode("utf-8", "surrogateescape"))
     return hashed.hexdigest()
+
+
+def _facts(file: str) -> os.stat_result | None:
+    """Of what a link points to, or of the link where that is not there."""
+    for stat in (os.stat, os.lstat):
+        with contextlib.suppress(OSError):
+            return stat(file)
+    return None

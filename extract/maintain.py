@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..cache import Cache, SampleIndex, StoreWriter, TeacherRecord, ViewPolicy
 from ..cache.copies import stray_units
 from ..cache.documents import difference
+from ..cache.durable import file_sizes
 from ..cache.manifest import read_manifest
 from ..cache.mend import Repaired, mend_files, repair_store
 from ..cache.plan import PIXELS, ROWS, StorePlan
@@ -211,14 +211,14 @@ def drop(config: DictConfig) -> dict[str, Any]:
     """
     root, name = local_path(config.cache, "dropping from it"), str(config.teacher)
     writer = StoreWriter.open(root)
-    before = _size(root)
+    before = sum(file_sizes(root).values())
     stray = name in stray_units(root, writer.manifest)
     if not stray and writer.plan.spaces_of(name) and len(writer.plan.teachers) == 1:
         raise StoreError(
             f"{name} is the only teacher of {root}: delete the directory to be rid of it"
         )
     writer.drop(name)
-    freed = before - _size(root)
+    freed = before - sum(file_sizes(root).values())
     print(f"{root}: {name} dropped, {freed / 2**20:,.1f} MiB freed")
     return {"store": str(root), "dropped": name, "bytes_freed": freed}
 
@@ -373,10 +373,6 @@ def _dropping(report: VerifyReport) -> str:
 def _listed(shards: Sequence[tuple[str, int]]) -> str:
     text = ", ".join(f"shard {shard} of {unit}" for unit, shard in shards[:_SHOWN])
     return text + (", ..." if len(shards) > _SHOWN else "")
-
-
-def _size(root: Path) -> int:
-    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
 
 
 def _kept(report: VerifyReport) -> str:

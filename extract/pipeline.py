@@ -30,6 +30,7 @@ from ..cache import (
     ViewPolicy,
     class_sorted,
 )
+from ..cache.durable import file_sizes
 from ..cache.encodings import encoding as find_encoding
 from ..cache.manifest import MANIFEST
 from ..cache.rows import is_text
@@ -270,8 +271,7 @@ def _summary(
 ) -> dict[str, Any]:
     cache = Cache.open(config.cache)
     seconds = time.monotonic() - started
-    root = local_path(config.cache, "extracting")
-    size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    size = sum(file_sizes(local_path(config.cache, "extracting")).values())
     invalid = np.flatnonzero(~np.asarray(cache.valid))
     return {
         "store": str(config.cache),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +26,13 @@ from preceptor.benchmarks.small_store import (
     restore,
     tokens,
 )
-from preceptor.cache import Cache, StoreWriter
-from preceptor.cache.durable import write_whole
+from preceptor.cache import Cache, StoreWriter, verify
+from preceptor.cache.durable import file_sizes, write_whole
 from preceptor.cache.layout import ArraySpec
 from preceptor.cache.mend import repair_store
 from preceptor.cache.sharding import shard_file
 from preceptor.cache.verify import FileRecord, check_file, verify_store
-from preceptor.cache.verify_report import fresh_report
+from preceptor.cache.verify_report import fingerprint, fresh_report
 from preceptor.errors import StoreError
 
 
@@ -158,6 +161,36 @@ def test_the_report_lies_beside_the_store_whatever_it_is_called(
         assert verify_store(name).save() == tmp_path / "store.verify.json"
         assert fresh_report(name) is not None
     assert contents(path) == good
+
+
+def test_files_that_go_while_they_are_looked_at_are_passed_over_or_told(
+    good: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a writer's temporary files, and those of a shard that is extracted again."""
+    path, walk, check = tmp_path / "store", os.walk, verify.check_file
+    restore(path, good)
+
+    def walked(*given: Any, **named: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for found in walk(*given, **named):
+            (path / "rows/going").unlink(missing_ok=True)
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "walk", walked)
+        for look in (file_sizes, fingerprint):
+            expected = look(path)
+            (path / "rows/going").touch()
+            assert look(path) == expected
+
+    def checked(file: Path, *rest: Any) -> list[str]:
+        whys = check(file, *rest)
+        if file == path / "rows/valid/c.1":
+            file.unlink()
+        return whys
+
+    monkeypatch.setattr(verify, "check_file", checked)
+    found = [str(problem) for problem in verify_store(path).problems]
+    assert found == ["shard 1 of rows: rows/valid/c.1 is missing"]
 
 
 def test_no_store(tmp_path: Path) -> None:
