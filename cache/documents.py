@@ -97,7 +97,8 @@ def sides(value: Json, what: str) -> tuple[int, int]:
 
 
 def difference(theirs: Json, ours: Json, path: str = "") -> str | None:
-    """The first place where two JSON values differ, both sides named; None when equal."""
+    """The first place where two JSON values differ, both sides named; None when equal. Numbers are
+    compared by value: 1 is 1.0."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for key in sorted({*theirs, *ours}):
             here = f"{path}.{key}" if path else key
@@ -113,7 +114,8 @@ def difference(theirs: Json, ours: Json, path: str = "") -> str | None:
             if found := difference(left, right, f"{path}[{label}]"):
                 return found
         return None
-    if type(theirs) is type(ours) and theirs == ours:
+    kinds = {type(theirs), type(ours)}
+    if theirs == ours and (len(kinds) == 1 or kinds == {int, float}):
         return None
     if (left := _names(theirs)) and (right := _names(ours)) and {*left} != {*right}:
         return _only(path, left, right)

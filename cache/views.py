@@ -106,6 +106,7 @@ class ViewPolicy:
             if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] < math.inf:
                 raise ConfigError(f"views.{field} must be two ascending numbers over 0")
             object.__setattr__(self, field, low_high)
+        object.__setattr__(self, "crop", float(self.crop))  # 1, too, so that it is written as 1.0
         if self.scale[1] > 1:
             raise ConfigError(f"views.scale is a part of the image's area, at most 1: {self.scale}")
         if not 0 < self.crop <= 1:

@@ -347,6 +347,8 @@ def test_differences_name_both_sides() -> None:
         "teachers[vit].size is 224 in the store and 112 in this configuration"
     )
     assert difference({"a": 1}, {"a": True}) is not None
+    assert difference({"a": True}, {"a": 1.0}) is not None
+    assert difference({"a": [1]}, {"a": [1.0]}) is None
 
 
 def test_lists_of_other_lengths_differ_by_what_one_side_has() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from preceptor.cache import StoreWriter
 from preceptor.cache.views import View, ViewPolicy
-from preceptor.errors import ConfigError, DataError
+from preceptor.errors import ConfigError, DataError, StoreError
 from scipy.stats import ks_2samp
+from small_stores import make_plan
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
@@ -202,3 +206,16 @@ def test_boxes_outside_the_image_are_refused() -> None:
             View(box).pixels(photo(10, 10), (4, 4))
     with pytest.raises(ConfigError, match="unknown interpolation 'cubic'"):
         View((0, 0, 5, 5)).pixels(photo(10, 10), (4, 4), "cubic")
+
+
+def test_a_store_that_was_begun_with_a_crop_of_1_goes_on_with_one_of_1_0(tmp_path: Path) -> None:
+    """And a new one states 1.0 whichever of the two is given."""
+    now = ViewPolicy("center", crop=1).describe()
+    assert repr(now["crop"]) == "1.0"
+    begun = replace(make_plan(), views={**now, "crop": 1})
+    manifest = StoreWriter.open_or_create(tmp_path, begun).manifest
+    writer = StoreWriter.open_or_create(tmp_path, replace(begun, views=now))
+    assert repr(writer.plan.views["crop"]) == "1"
+    assert writer.manifest.configuration("rows") == manifest.configuration("rows")
+    with pytest.raises(StoreError, match=r"views.crop is 1 in the store and 0\.5"):
+        StoreWriter.open_or_create(tmp_path, replace(begun, views={**now, "crop": 0.5}))
