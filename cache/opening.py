@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..errors import StoreError
 from .commit import COMMITS, Completion, completion_name
 from .layout import Layout
 from .manifest import MANIFEST, Manifest
-from .plan import ROWS
+from .plan import PIXELS, ROWS
 from .source import LocalSource, Source
 from .spare import lost_manifest
 
@@ -18,11 +19,14 @@ from .spare import lost_manifest
 def open_units(
     source: Source, teachers: Sequence[str] | None
 ) -> tuple[Manifest, dict[str, Completion]]:
-    """The manifest and the completions of the rows and of the teachers asked for.
+    """The manifest and the completions of the rows, of the teachers asked for and, where they are
+    whole, of the pixels.
 
     Raises:
         StoreError: see ``Cache.open``.
     """
+    if isinstance(teachers, str):
+        raise StoreError(f"teachers={teachers!r} is a text: give a list, such as ['{teachers}']")
     manifest = _manifest(source)
     plan = manifest.plan
     named = (plan.teacher(name).name for name in teachers or ())
@@ -30,24 +34,16 @@ def open_units(
     completions: dict[str, Completion] = {}
     unfinished: list[str] = []
     for unit in units:
-        try:
-            raw = source.read(completion_name(unit))
-        except FileNotFoundError:
+        done = _completion(source, manifest, unit)
+        if done is None:
             unfinished.append(unit)
-            continue
-        where = f"{source.location}/{completion_name(unit)}"
-        completions[unit] = Completion.from_bytes(raw, where)
-        _refuse_other(completions[unit], manifest, unit, where)
+        else:
+            completions[unit] = done
     if unfinished:
         raise _incomplete(source, manifest, unfinished)
     layout = Layout(plan)
     problems = [
-        problem
-        for unit in units
-        for problem in [
-            *_metadata_problems(source, layout, unit),
-            *_file_problems(source, layout, unit, completions[unit]),
-        ]
+        problem for unit in units for problem in _problems(source, layout, unit, completions[unit])
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -55,7 +51,30 @@ def open_units(
             f"{source.location} is damaged: {'; '.join(problems[:5])}{more}; run `preceptor "
             "verify` to see all of the damage and `preceptor repair` to mend it"
         )
+    if plan.pixels is not None and PIXELS not in units:
+        with contextlib.suppress(StoreError):  # they need not be whole; told to who asks for them
+            done = _completion(source, manifest, PIXELS)
+            if done is not None and not _problems(source, layout, PIXELS, done):
+                completions[PIXELS] = done
     return manifest, completions
+
+
+def _completion(source: Source, manifest: Manifest, unit: str) -> Completion | None:
+    """Of a unit of this manifest; None: it is not finished."""
+    raw = source.read_or_none(completion_name(unit))
+    if raw is None:
+        return None
+    where = f"{source.location}/{completion_name(unit)}"
+    found = Completion.from_bytes(raw, where)
+    _refuse_other(found, manifest, unit, where)
+    return found
+
+
+def _problems(source: Source, layout: Layout, unit: str, completion: Completion) -> list[str]:
+    return [
+        *_metadata_problems(source, layout, unit),
+        *_file_problems(source, layout, unit, completion),
+    ]
 
 
 def _manifest(source: Source) -> Manifest:

@@ -62,7 +62,7 @@ class Cache:
 
         Args:
             location: a directory, or s3://, gs://, az://, http(s)://.
-            teachers: open these alone; the others need not be whole. None: all.
+            teachers: open these alone; the others, and the pixels, need not be whole. None: all.
             storage: options of a remote store, see ``remote.RemoteSource``.
 
         Raises:
@@ -98,7 +98,8 @@ class Cache:
 
     @property
     def pixels(self) -> PixelSpec | None:
-        """The pixels of the views that the store holds; None: it holds none."""
+        """The pixels of the views that the store holds; None: it holds none, or some that are not
+        whole, where only some teachers were opened."""
         return self.plan.pixels if PIXELS in self.completions else None
 
     def read_pixels(
@@ -114,6 +115,11 @@ class Cache:
         return self._store.read(PIXELS, arrays, rows, threads)[PIXELS]
 
     def _need_pixels(self) -> None:
+        if self.plan.pixels is not None and self.pixels is None:
+            raise StoreError(
+                f"the pixels of {self.location} are not whole: `preceptor verify` says what mends "
+                "or finishes them"
+            )
         if self.pixels is None:
             raise StoreError(
                 f"{self.location} holds no pixels: `preceptor add cache={self.location} "

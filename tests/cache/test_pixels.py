@@ -22,6 +22,7 @@ from preceptor.benchmarks.small_store import (
     fill,
     pixels,
     plan,
+    restore,
 )
 from preceptor.cache import Cache, PixelSpec, StorePlan, StoreWriter, TeacherRecord
 from preceptor.cache.convert import convert_store
@@ -66,6 +67,29 @@ def test_batches_bring_them_beside_the_tokens(shown: Path) -> None:
         assert (one.tokens["vit/patch"].codes == other.tokens["vit/patch"].codes).all()
         assert (other.pixels.numpy() == pixels(other.rows.numpy())).all()
         assert other.to("cpu").pixels is not None
+
+
+def test_they_are_open_beside_the_teachers_asked_for_where_they_are_whole(
+    shown: Path, tmp_path: Path
+) -> None:
+    cache = Cache.open(shown, teachers=["vit"])
+    assert cache.pixels == PixelSpec((5, 3))
+    assert (cache.read_pixels([3, 0]).numpy() == pixels(np.array([3, 0]))).all()
+    assert cache.teachers == ("vit",)
+    path, told = tmp_path / "store", r"the pixels of .*store are not whole: `preceptor verify`"
+    for name in ("pixels/c.1.0.0.0", "pixels/zarr.json", "commits/pixels/complete.json"):
+        restore(path, contents(shown))
+        raw = (path / name).read_bytes()
+        for damage in (raw[:-9], None):
+            (path / name).write_bytes(damage) if damage else (path / name).unlink()
+            cache = Cache.open(path, teachers=["vit"])
+            assert cache.pixels is None
+            with pytest.raises(StoreError, match=told):
+                cache.read_pixels([0])
+    with pytest.raises(
+        StoreError, match=r"teachers='vit' is a text: give a list, such as \['vit'\]"
+    ):
+        Cache.open(shown, teachers="vit")
 
 
 def test_other_libraries_read_the_array_that_the_document_describes(shown: Path) -> None:
