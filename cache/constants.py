@@ -41,6 +41,38 @@ def calibration_files(layout: Layout, space: SpaceSpec) -> tuple[str, ...]:
     return tuple(spec.file(0) for spec in layout.calibration_arrays(space).values())
 
 
+def calibration_sides(
+    space: SpaceSpec, mean: np.ndarray, std: np.ndarray, weights: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """What is frozen of a space: float32 ``mean`` and ``std`` ``[D]`` and, where it is predicted,
+    int8 ``weights`` ``[D, D]``, of which None stands for zeros.
+
+    Raises:
+        StoreError: they cannot standardise, or predict.
+    """
+    sides = {
+        "mean": np.ascontiguousarray(np.asarray(mean, np.float32)),
+        "std": np.ascontiguousarray(np.asarray(std, np.float32)),
+    }
+    for name, values in sides.items():
+        if values.shape != (space.dim,) or not np.isfinite(values).all():
+            raise StoreError(f"{space.id}: {name} must be {space.dim} finite numbers")
+    if not (sides["std"] > 0).all():
+        dims = np.flatnonzero(~(sides["std"] > 0))[:5].tolist()
+        raise StoreError(f"{space.id}: the deviation of dimension {dims} is not positive")
+    if not space.predicted:
+        if weights is not None:
+            raise StoreError(f"{space.id} is not predicted and takes no weights")
+        return sides
+    shape = (space.dim, space.dim)
+    weights = np.zeros(shape, np.int8) if weights is None else weights
+    if weights.shape != shape or weights.dtype != np.int8:
+        raise StoreError(f"{space.id}: weights must be int8 of shape {shape}")
+    if why := problem(weights, space.grid):
+        raise StoreError(f"{space.id}: the weights {why}")
+    return {**sides, "weights": weights}
+
+
 def calibration_values(
     layout: Layout, space: SpaceSpec, raw: Mapping[str, bytes], frozen: Calibration
 ) -> dict[str, np.ndarray]:

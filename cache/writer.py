@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,13 @@ from numpy.typing import NDArray
 from ..errors import StoreError
 from ..version import __version__
 from .commit import COMMITS, committed, is_whole
-from .constants import calibration_files, calibration_sha256, calibration_values, constant_bytes
+from .constants import (
+    calibration_files,
+    calibration_sha256,
+    calibration_sides,
+    calibration_values,
+    constant_bytes,
+)
 from .copies import best_manifest, stray_units
 from .durable import (
     TEMPORARY,
@@ -28,7 +35,6 @@ from .durable import (
     write_whole,
 )
 from .encodings import encoding
-from .encodings.prediction import problem
 from .finish import finish_unit
 from .layout import Layout, node_bytes
 from .manifest import MANIFEST, Calibration, Manifest, read_manifest
@@ -159,35 +165,43 @@ class StoreWriter:
             StoreError: an unknown space, values that cannot standardise or predict, or a second,
                 other calibration.
         """
-        space = self.plan.spaces.get(space_id)
-        if space is None:
-            raise StoreError(f"{self.path} has no space {space_id!r}")
-        sides = {
-            "mean": np.ascontiguousarray(np.asarray(mean, np.float32)),
-            "std": np.ascontiguousarray(np.asarray(std, np.float32)),
-        }
-        for name, values in sides.items():
-            if values.shape != (space.dim,) or not np.isfinite(values).all():
-                raise StoreError(f"{space_id}: {name} must be {space.dim} finite numbers")
-        if not (sides["std"] > 0).all():
-            dims = np.flatnonzero(~(sides["std"] > 0))[:5].tolist()
-            raise StoreError(f"{space_id}: the deviation of dimension {dims} is not positive")
-        sides |= _weights(space, weights)
-        frozen = Calibration(rows_used, calibration_sha256(sides))
+        one = {"mean": mean, "std": std, "rows_used": rows_used, "weights": weights}
+        self.calibrate_all({space_id: one})
+
+    def calibrate_all(self, measured: Mapping[str, Mapping[str, Any]]) -> None:
+        """As :meth:`calibrate`, of several spaces at once: interrupted, none of them is frozen.
+
+        Args:
+            measured: by space id the other arguments.
+        """
+        found: dict[str, tuple[dict[str, np.ndarray], Calibration]] = {}
+        for space_id, given in measured.items():
+            if space_id not in self.plan.spaces:
+                raise StoreError(f"{self.path} has no space {space_id!r}")
+            space = self.plan.spaces[space_id]
+            sides = calibration_sides(space, given["mean"], given["std"], given.get("weights"))
+            frozen = Calibration(given["rows_used"], calibration_sha256(sides))
+            found[space_id] = sides, frozen
         with directory_lock(self.path):
             self.manifest = read_manifest(self.path)  # another process may have calibrated
-            present = self.manifest.calibrations.get(space_id)
-            if present == frozen:
-                return
-            if present is not None:
-                raise StoreError(
-                    f"{space_id} in {self.path} is calibrated already, with other values: a "
-                    "calibration is frozen"
-                )
-            for name, spec in self._layout.calibration_arrays(space).items():
-                write_twice(self.path, spec.file(0), constant_bytes(spec, sides[name]))
-            self.manifest = self.manifest.calibrated(space_id, frozen)
-            write_twice(self.path, MANIFEST, self.manifest.to_bytes())
+            for space_id, (_, frozen) in found.items():
+                if self.manifest.calibrations.get(space_id, frozen) != frozen:
+                    raise StoreError(
+                        f"{space_id} in {self.path} is calibrated already, with other values: a "
+                        "calibration is frozen"
+                    )
+            new = {
+                name: one for name, one in found.items() if name not in self.manifest.calibrations
+            }
+            manifest = self.manifest
+            for space_id, (sides, frozen) in new.items():
+                arrays = self._layout.calibration_arrays(self.plan.spaces[space_id])
+                for name, spec in arrays.items():
+                    write_twice(self.path, spec.file(0), constant_bytes(spec, sides[name]))
+                manifest = manifest.calibrated(space_id, frozen)
+            if new:
+                write_twice(self.path, MANIFEST, manifest.to_bytes())
+                self.manifest = manifest
 
     def calibration(self, space_id: str) -> dict[str, np.ndarray]:
         """What is frozen of a space: ``mean`` and ``std``, float32 ``[D]``, and, where it is
@@ -376,20 +390,6 @@ def remove_unit(root: Path, unit: str) -> None:
 
 
 _OURS = {"zarr.json", "spaces", ROWS, PIXELS, COMMITS, PARTIAL, SPARE, MANIFEST}
-
-
-def _weights(space: SpaceSpec, given: np.ndarray | None) -> dict[str, np.ndarray]:
-    if not space.predicted:
-        if given is not None:
-            raise StoreError(f"{space.id} is not predicted and takes no weights")
-        return {}
-    shape = (space.dim, space.dim)
-    weights = np.zeros(shape, np.int8) if given is None else given
-    if weights.shape != shape or weights.dtype != np.int8:
-        raise StoreError(f"{space.id}: weights must be int8 of shape {shape}")
-    if why := problem(weights, space.grid):
-        raise StoreError(f"{space.id}: the weights {why}")
-    return {"weights": weights}
 
 
 def _make_unit(path: Path, layout: Layout, unit: str) -> None:

@@ -55,6 +55,11 @@ def faint() -> Awkward:
     return Awkward(lambda x: 1e-12 * x)
 
 
+def choosy() -> Awkward:
+    """No numbers for some images."""
+    return Awkward(lambda x: torch.where(x[:, :1, :1] > 0, torch.nan, x))
+
+
 def massive() -> Awkward:
     """Two dimensions are some million times as large as the others."""
     return Awkward(lambda x: x * torch.where(torch.arange(DIM) % 7 == 3, 1e4, 1e-2))

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache
+from preceptor.cache.durable import Staged
 from preceptor.cli import main
+from preceptor.errors import StoreError
 from preceptor.tests.extract.tiny_store import run
 
 CALL = "call:preceptor.tests.extract.awkward_teachers"
@@ -165,3 +167,30 @@ def test_teachers_agree_with_a_store_that_was_converted_twice(
     assert found["relative_error_standardised"] == pytest.approx(
         found["expected_standardised"], rel=0.3
     )
+
+
+@pytest.mark.parametrize("cut", [4, 7])
+def test_a_calibration_cut_short_goes_on_to_the_same_store(
+    cut: int, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the rows that all teachers have tokens of, whenever the manifest was written last."""
+    options = chosen(
+        tmp_path, f"choosy: {{source: '{CALL}:choosy'}}\nmassive: {{source: '{CALL}:massive'}}\n"
+    )
+    assert run("extract", tmp_path / "good", shards, *options) == 0
+    publish, manifests = Staged.publish, iter(range(1, 100))
+
+    def full(file: Staged) -> None:
+        if file.final.name == "manifest.json" and next(manifests) >= cut:
+            raise StoreError("no space left")
+        publish(file)
+
+    store = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(Staged, "publish", full)
+        run("extract", store, shards, *options)
+    assert run("extract", store, shards, *options) == 0
+    assert contents(store) == contents(tmp_path / "good")
+    frozen = Cache.open(store).manifest.calibrations
+    assert len({one.rows for one in frozen.values()}) == 1
+    assert 0 < frozen["massive/patch"].rows < 5
