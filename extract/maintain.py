@@ -256,7 +256,8 @@ def _runner(
     if strict and (theirs := sorted({*names} & {*plan.converted})):
         raise StoreError(
             f"the codes of {', '.join(theirs)} in {config.cache} were converted from another "
-            "store: run that `preceptor convert` again, it does what verify named"
+            f"store: run `preceptor verify cache={config.cache}`, then that `preceptor convert` "
+            "again, which does what verify named"
         )
     lacking = [name for name in names if name not in (config.teachers or {})]
     if lacking:
@@ -336,8 +337,8 @@ def _refuse_pending(writer: StoreWriter, names: Sequence[str]) -> None:
     others = {unit for _, units in writer.pending() for unit in units} - set(names)
     if others:
         raise StoreError(
-            f"{writer.path} lacks shards of {', '.join(sorted(others))}: finish it with `preceptor "
-            "extract` or `preceptor repair` before adding to it"
+            f"{writer.path} lacks shards of {', '.join(sorted(others))}: before adding to it, run "
+            f"the {writer.plan.begun_by(others)} that began it again, or `preceptor repair`"
         )
 
 
