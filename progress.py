@@ -59,7 +59,7 @@ class ProgressLine:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and (self.total or self.done):
             self._print("")
 
     @property

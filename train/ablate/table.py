@@ -30,6 +30,8 @@ CAPTION = (
     "row, paired by seed and by image. Seconds are of training, a run."
 )
 
+LEGEND = "[95 % over seeds]  {95 % over test images}; differences are paired, to the baseline"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -249,7 +251,7 @@ def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
     # Names and figures are never cut: the table is as wide as they are.
     file = (console or Console()).file
     width = Console(file=file, width=1000).measure(table).maximum
-    Console(file=file, width=max(80, width)).print(table)
+    Console(file=file, width=max(80, width)).print(table, LEGEND)
 
 
 def _flat(row: Row) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
 
-    told(DataError, "holds no trained student", tmp_path)
+    told(DataError, "holds no trained student .*: run preceptor train with out=", tmp_path)
+    (tmp_path / "stopped/checkpoints").mkdir(parents=True)
+    told(DataError, "it was stopped, and the same preceptor train goes on", tmp_path / "stopped")
     told(ConfigError, "formats=.*tflite.*valid are timm, onnx, program", runs / "vit",
          "formats=[tflite]")  # fmt: skip
     told(ConfigError, r"write a list, formats=\[onnx\]", runs / "vit", "formats=onnx")
