@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import preceptor
 import pytest
+from preceptor.cache.pictures import Panel, draw_panels
 from preceptor.cli import VERBS, main
 from preceptor.errors import ConfigError, PreceptorWarning
 from preceptor.options import check_options, compose_options, readable
 
 ROOT = Path(preceptor.__file__).parent
-GOLDEN = ROOT / "tests/cache/golden_3"
+GOLDEN = ROOT / "tests/cache/golden_3/store"
 
 
 def test_a_range_that_the_shell_took_apart_is_refused() -> None:
@@ -92,3 +95,14 @@ def test_fabric_s_start_does_not_import_torchmetrics() -> None:
         "torchmetrics.MeanMetric; sys.exit(not imports._TORCHMETRICS_GREATER_EQUAL_1_0_0)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are markup to rich, and dollars mathematics to matplotlib."""
+    store = tmp_path / "run[v2] :smile:"
+    shutil.copytree(GOLDEN, store)
+    assert main(["info", f"cache='{store}'"]) == 0
+    assert f"{store}: complete" in capsys.readouterr().out
+    colours = np.zeros((1, 2, 2, 3))
+    draw_panels(tmp_path / "odd.png", [Panel("a$b_{$", colours)], {0: "$\\frac{$"})
+    assert (tmp_path / "odd.png").stat().st_size > 0
