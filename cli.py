@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -261,11 +262,15 @@ def _unheard() -> bool:
     found = False
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
-        except BrokenPipeError:
+            number = stream.fileno()
+        except OSError:  # no file, as in a notebook
+            continue
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
             found = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())  # Python flushes once more when it ends
+            os.dup2(nowhere, number)  # Python flushes once more when it ends
             os.close(nowhere)
     return found
 
