@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -221,7 +222,7 @@ def _images(config: DictConfig, run: Path, student: Student, interpolation: str)
     try:
         if shards is None and store is not None:  # it was trained on the pixels of its store
             cache = Cache.open(store)
-            rows = range(min(len(cache), config.check.images))
+            rows = np.flatnonzero(cache.valid)[: config.check.images]
             return normalise(cache.read_pixels(rows), torch.device("cpu"))
         if shards is None:
             raise DataError(f"{run} does not say which images it was trained on")

@@ -348,7 +348,8 @@ def test_averaged_weights(runs, pixels, tmp_path):
 
 
 def test_who_learnt_from_stored_pixels_is_compared_on_them(runs, pixel_bed, tmp_path, monkeypatch):
-    shutil.copytree(runs / "cnn", tmp_path / "run")
+    without = shutil.ignore_patterns("export*")
+    shutil.copytree(runs / "cnn", tmp_path / "run", ignore=without)
     trained = OmegaConf.load(tmp_path / "run/config.yaml")
     trained.cache, trained.data.shards = pixel_bed.cache, None
     OmegaConf.save(trained, tmp_path / "run/config.yaml")
@@ -356,7 +357,9 @@ def test_who_learnt_from_stored_pixels_is_compared_on_them(runs, pixel_bed, tmp_
     monkeypatch.setattr(run, "normalise", lambda *given: seen.append(given[0]) or normalise(*given))
     run.export(config(tmp_path / "run", "formats=[timm]"))
     cache = Cache.open(pixel_bed.cache)
-    assert torch.equal(seen[0], cache.read_pixels(range(len(seen[0]))))
+    rows = [row for row in range(len(cache)) if cache.valid[row]][: len(seen[0])]
+    assert 5 < len(rows) < rows[-1] + 1  # one row has none
+    assert torch.equal(seen[0], cache.read_pixels(rows))
     shutil.rmtree(tmp_path / "run/export")
     trained.cache = str(tmp_path / "gone")
     OmegaConf.save(trained, tmp_path / "run/config.yaml")
