@@ -6,6 +6,7 @@ answered at once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -121,6 +122,11 @@ VERBS: dict[str, Verb] = {
 
 _GO_ON = ("extract", "repair", "add", "convert", "ablate", "eval")
 """Verbs that keep what an interrupted call has done; of train the run says how it goes on."""
+_OF_FILES = {
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+    errno.EIO, errno.ESTALE, errno.EMFILE,
+}  # fmt: skip
+"""Errors of a named file that are the machine's or its user's to mend."""
 _UNHEARD = 128 + 13
 """Exit status, as of SIGPIPE, where whoever read the output has seen enough before its end."""
 
@@ -216,13 +222,8 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _unheard():
                 raise SystemExit(_UNHEARD) from None
-            engine = sys.modules.get(f"{__package__}.engine")
-            if engine is None or not engine.out_of_memory(error):
+            if (told := _of_the_machine(error)) is None:
                 raise
-            told = PreceptorError(
-                f"there is not enough memory ({first_line(error)}): lower batch_size, where the "
-                "command has it, or free what other programs hold"
-            )
             told.__cause__ = error
             failure.append(told)
             raise SystemExit(1) from None
@@ -244,6 +245,19 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
         raise ConfigError(first_line(error)) from None
     finally:
         sys.argv = before
+
+
+def _of_the_machine(error: Exception) -> PreceptorError | None:
+    """What to tell of an error that is no bug: a file that may not be used, or memory's end."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_FILES:
+        return PreceptorError(f"{error.filename}: {error.strerror}")
+    engine = sys.modules.get(f"{__package__}.engine")
+    if engine is not None and engine.out_of_memory(error):
+        return PreceptorError(
+            f"there is not enough memory ({first_line(error)}): lower batch_size, where the "
+            "command has it, or free what other programs hold"
+        )
+    return None
 
 
 # -- texts -----------------------------------------------------------------------------------------

@@ -106,3 +106,18 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     colours = np.zeros((1, 2, 2, 3))
     draw_panels(tmp_path / "odd.png", [Panel("a$b_{$", colours)], {0: "$\\frac{$"})
     assert (tmp_path / "odd.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("verb", ["info", "verify", "drop", "convert", "train"])
+def test_a_name_that_cannot_be_is_no_traceback(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {
+        "drop": ["teacher=x"],
+        "convert": ["out=o", "encoding=int8"],
+        "train": ["data.shards=x.tar"],
+    }
+    assert main([verb, f"cache={tmp_path}/{'x' * 300}", *more.get(verb, [])]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"preceptor {verb}: {tmp_path}/xxx")
+    assert told.count("\n") == 1
