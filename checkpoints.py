@@ -39,8 +39,10 @@ def read_checkpoint(path: str | Path, refused: type[PreceptorError]) -> dict[str
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if (other := _other_kind(path)) is not None:
+            raise refused(f"checkpoint {path} is {other}, no file of weights") from error
         raise refused(
-            f"checkpoint {path} holds more than tensors ({first_line(error)}), and code in a "
+            f"checkpoint {path} holds more than tensors ({_reason(error)}), and code in a "
             "checkpoint is never run; save its state_dict as .safetensors"
         ) from error
     except Exception as error:  # damaged files raise anything at all
@@ -52,6 +54,25 @@ def read_checkpoint(path: str | Path, refused: type[PreceptorError]) -> dict[str
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise refused(f"checkpoint {path} holds no dictionary of tensors")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _other_kind(path: Path) -> str | None:
+    """What a file is that torch takes for a pickle and that is none; None where it is one."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS (git lfs pull fetches what it stands for)"
+    if start[8:9] == b"{":
+        return "of safetensors under another name (its name must end with .safetensors)"
+    if start.lstrip().startswith((b"<", b"{")):
+        return "a page or a text"
+    return None if start.startswith((b"\x80", b"PK")) else "of another kind"
+
+
+def _reason(error: BaseException) -> str:
+    """Why torch refuses a pickle, without its advice to load it all the same."""
+    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    return found[1] if found else first_line(error)
 
 
 def misfit(error: BaseException) -> str:

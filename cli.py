@@ -6,20 +6,23 @@ answered at once.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
+import select
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, PreceptorError, first_line
+from .errors import ConfigError, PreceptorError, PreceptorWarning, first_line
 from .options import CONFIGS, check_options, closest, config_directories, from_home, readable
 from .version import __version__
 
@@ -40,6 +43,9 @@ class Verb:
     def run(self, config: DictConfig) -> object:
         """Import the function behind the verb and call it with the composed configuration."""
         module, function = self.target.split(":")
+        if not module.startswith("cache"):
+            # First: it imports Fabric without what that would import besides.
+            importlib.import_module("preceptor.engine")
         return getattr(importlib.import_module(f"preceptor.{module}"), function)(config)
 
 
@@ -114,8 +120,25 @@ VERBS: dict[str, Verb] = {
 }
 
 
+_GO_ON = ("extract", "repair", "add", "convert", "ablate", "eval")
+"""Verbs that keep what an interrupted call has done; of train the run says how it goes on."""
+_OF_FILES = {
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+    errno.EIO, errno.ESTALE, errno.EMFILE,
+}  # fmt: skip
+"""Errors of a named file that are the machine's or its user's to mend."""
+_UNHEARD = 128 + 13
+"""Exit status, as of SIGPIPE, where whoever read the output has seen enough before its end."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _tell_warning(warnings.showwarning)
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _say(_overview())
@@ -140,10 +163,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"preceptor {name}: {error}", file=sys.stderr)
         return _failed(1)
     except KeyboardInterrupt:
-        print(f"preceptor {name}: interrupted", file=sys.stderr)
+        more = "; the same command goes on from there" if name in _GO_ON else ""
+        print(f"preceptor {name}: interrupted{more}", file=sys.stderr)
         return _failed(130)
     except Exception as error:
         _hear_of_no_more_decoders()
+        if isinstance(error, BrokenPipeError) and _unheard():
+            return _failed(_UNHEARD)
         _tell_of_a_bug(name, error)
         return _failed(1)
     return 0
@@ -194,13 +220,10 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
             failure.append(error)
             raise SystemExit(1) from None
         except Exception as error:
-            engine = sys.modules.get(f"{__package__}.engine")
-            if engine is None or not engine.out_of_memory(error):
+            if isinstance(error, BrokenPipeError) and _unheard():
+                raise SystemExit(_UNHEARD) from None
+            if (told := _of_the_machine(error)) is None:
                 raise
-            told = PreceptorError(
-                f"there is not enough memory ({first_line(error)}): lower batch_size, where the "
-                "command has it, or free what other programs hold"
-            )
             told.__cause__ = error
             failure.append(told)
             raise SystemExit(1) from None
@@ -224,6 +247,19 @@ def _run_under_hydra(name: str, options: Sequence[str]) -> None:
         sys.argv = before
 
 
+def _of_the_machine(error: Exception) -> PreceptorError | None:
+    """What to tell of an error that is no bug: a file that may not be used, or memory's end."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_FILES:
+        return PreceptorError(f"{error.filename}: {error.strerror}")
+    engine = sys.modules.get(f"{__package__}.engine")
+    if engine is not None and engine.out_of_memory(error):
+        return PreceptorError(
+            f"there is not enough memory ({first_line(error)}): lower batch_size, where the "
+            "command has it, or free what other programs hold"
+        )
+    return None
+
+
 # -- texts -----------------------------------------------------------------------------------------
 
 
@@ -232,9 +268,37 @@ def _say(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more when it ends
-        os.close(nowhere)
+        _unheard()
+
+
+def _unheard() -> bool:
+    """Whether nobody reads the output any more; from then on it goes nowhere."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            number = stream.fileno()
+        except OSError:  # no file, as in a notebook
+            continue
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            found = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)  # Python flushes once more when it ends
+            os.close(nowhere)
+    return found
+
+
+def _tell_warning(others: Callable[..., None]) -> Callable[..., None]:
+    """Shows the package's own warnings as all it says, and those of libraries as they were."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, PreceptorWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *rest)
+
+    return show
 
 
 def _overview() -> str:

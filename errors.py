@@ -17,6 +17,11 @@ def first_sentence(error: BaseException) -> str:
     return first_line(error).split(". ")[0].rstrip(".")[:200]
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 row``, ``1,024 rows``: a number with a noun that takes an s."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the most similar known ones, or all if few."""
     known = list(known)
@@ -32,6 +37,10 @@ class PreceptorError(Exception):
     The message names what is wrong and where (file, shard, key, option) and says what to do. The
     command line prints it and exits with status 1; all else is a bug and keeps its traceback.
     """
+
+
+class PreceptorWarning(UserWarning):
+    """Something that a user should know and that stops nothing; the command line prints it."""
 
 
 class DataError(PreceptorError):

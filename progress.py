@@ -1,4 +1,5 @@
-"""One progress line for everything that takes more than a few seconds."""
+"""What a terminal shows: one progress line for everything that takes more than a few seconds, and
+the console of tables."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +19,26 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError, as print does, which the command line knows what to do with."""
+        raise
+
+
+def plain_console(elsewhere: int | None = None, **options: Any) -> Console:
+    """A console that shows text as it is: what rich takes for its markup may be part of a path, a
+    key or a name, such as ``run[v2]``.
+
+    Args:
+        elsewhere: width in columns where there is no terminal.
+        **options: of `rich.console.Console`.
+    """
+    console = _Console(markup=False, emoji=False, **options)
+    if elsewhere is not None and not console.is_terminal:
+        console.width = elsewhere
+    return console
 
 
 class ProgressLine:
@@ -30,21 +52,21 @@ class ProgressLine:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
         self._every = every_seconds
-        self._console = Console(stderr=True)
+        self._console = plain_console(stderr=True)
         self._bar: Progress | None = None
 
     def __enter__(self) -> ProgressLine:
         self._start = self._last = time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=self._console,
             )
             self._task = self._bar.add_task(self.title, total=self.total, rate="", note="")
@@ -59,7 +81,7 @@ class ProgressLine:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and (self.total or self.done):
             self._print("")
 
     @property

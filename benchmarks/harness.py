@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
+from preceptor.progress import plain_console
 from rich.table import Table
 
 T = TypeVar("T")
@@ -137,7 +137,7 @@ def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> N
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*(_text(value) for value in row))
-    Console(width=120).print(table)
+    plain_console(width=120).print(table)
 
 
 def _text(value: Any) -> str:

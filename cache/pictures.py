@@ -89,7 +89,7 @@ def draw_panels(
     figure = Figure(figsize=(1.5 * len(panels) + 0.6, 1.5 * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, len(panels), squeeze=False)
     for column, panel in enumerate(panels):
-        axes[0][column].set_title(panel.title, fontsize=9)
+        axes[0][column].set_title(panel.title, fontsize=9, parse_math=False)
         for row in range(rows):
             axis = axes[row][column]
             axis.imshow(panel.colours[row], interpolation="nearest", vmin=0, vmax=1)
@@ -97,5 +97,5 @@ def draw_panels(
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
             if column == 0 and row in notes:
-                axis.set_ylabel(notes[row], fontsize=9)
+                axis.set_ylabel(notes[row], fontsize=9, parse_math=False)
     figure.savefig(path, dpi=140)

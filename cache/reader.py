@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import StoreError
+from ..errors import StoreError, counted
 from .batches import BatchIterator
 from .buffers import BufferPool
 from .commit import Completion
@@ -71,6 +71,10 @@ class Cache:
         source = open_source(location, storage)
         manifest, completions = open_units(source, teachers)
         return cls(source, manifest, completions)
+
+    def __repr__(self) -> str:
+        spaces = ", ".join(self.spaces)
+        return f"Cache({self.location!r}: {counted(len(self), 'row')} of {spaces})"
 
     def __len__(self) -> int:
         """Number of rows, those without tokens included."""
@@ -236,7 +240,7 @@ class Cache:
             way_out = "choose a smaller batch_size" + (", or drop_last=False" if each else "")
             raise StoreError(
                 f"batch_size={batch_size} is more than the {each:,} rows of each rank "
-                f"({asked:,} rows that can be read, {world} ranks): {way_out}"
+                f"({asked:,} rows that can be read, {counted(world, 'rank')}): {way_out}"
                 if asked
                 else f"{self.location} has no row that can be read"
             )

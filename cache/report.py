@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError, StoreError
+from ..progress import plain_console
 from .commit import committed
 from .copies import best_completion, best_manifest
 from .durable import file_sizes
@@ -242,7 +242,7 @@ def _sizes(root: Path | None) -> dict[str, int] | None:
 
 def print_tables(found: Mapping[str, Any]) -> None:
     """What ``describe`` found, for people."""
-    console = Console(width=None if Console().is_terminal else 132)
+    console = plain_console(132)
     state = "complete" if found["complete"] else "NOT COMPLETE"
     if found["complete"] and found["problem"]:
         state = "complete, but DAMAGED"

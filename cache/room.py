@@ -42,8 +42,9 @@ def lack_of_room(path: Path, wanted: int) -> str | None:
         return None
     if wanted <= free:
         return None
+    unit, size = ("GiB", 2**30) if wanted >= 2**30 else ("MiB", 2**20)
     return (
-        f"{path} needs up to {wanted / 2**30:,.2f} GiB more, and its file system has "
-        f"{free / 2**30:,.2f} GiB free: shards that do not fit are not written, and the same "
+        f"{path} needs up to {wanted / size:,.2f} {unit} more, and its file system has "
+        f"{free / size:,.2f} {unit} free: shards that do not fit are not written, and the same "
         "command goes on with them once there is room"
     )

@@ -305,7 +305,10 @@ class SampleIndex:
 
 
 def _too_many(max_pixels: int) -> str:
-    return f"more than {max_pixels:,} pixels: if it is as it should be, raise max_pixels"
+    return (
+        f"more than {max_pixels:,} pixels: if it is as it should be, raise max_pixels "
+        "(data.max_pixels, where the command has it there)"
+    )
 
 
 def open_image(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:

@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
+from ..errors import DataError, PreceptorWarning
 from . import tars
 from .tars import NOTHING_PASSED, Passed, TarShard
 
@@ -115,6 +115,7 @@ class KeptLists:
                     f"lists of shards cannot be kept in {folder} ({error.strerror or error}): "
                     f"every start reads the headers of all shards; set {FOLDER} to a folder that "
                     "can be written",
+                    PreceptorWarning,
                     stacklevel=2,
                 )
 

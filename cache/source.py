@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import StoreError
 from .sharding import crc32c
 
-_OPEN_FILES = 256
+T = TypeVar("T")
+
+_OPEN_FILES = min(256, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+"""Files that each open store keeps open."""
 _VECTOR = 1000  # below the IOV_MAX of Linux and macOS
 _PIECE = 800 << 10  # what was read is still in the core's own cache when it is summed
 
@@ -110,7 +115,7 @@ class LocalSource(Source):
     def __init__(self, root: str | Path) -> None:
         self.location = str(root)
         self._root = str(root)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of `_room` within `_open` too
         self._files: OrderedDict[str, _File] = OrderedDict()
 
     def __getstate__(self) -> dict[str, str]:
@@ -121,7 +126,7 @@ class LocalSource(Source):
 
     def read(self, name: str) -> bytes:
         try:
-            with open(f"{self._root}/{name}", "rb") as file:
+            with self._room(lambda: open(f"{self._root}/{name}", "rb")) as file:
                 return file.read()
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(name) from None
@@ -189,11 +194,33 @@ class LocalSource(Source):
             ) from error
         return found
 
+    def _room(self, opens: Callable[[], T]) -> T:
+        """What a function opens, if need be in place of what is kept open.
+
+        Raises:
+            StoreError: this process may have no more files open.
+        """
+        for again in (True, False):
+            try:
+                return opens()
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                if not again:
+                    raise StoreError(
+                        f"{self._root}: this process has as many files open as it may have; raise "
+                        "its limit (ulimit -n), or close what else it holds"
+                    ) from error
+            with self._lock:
+                self._files.clear()
+        raise AssertionError
+
     def _open(self, name: str) -> _File:
         with self._lock:
             file = self._files.get(name)
             if file is None:
-                file = self._files[name] = _File(f"{self._root}/{name}")
+                path = f"{self._root}/{name}"
+                file = self._files[name] = self._room(lambda: _File(path))
                 if len(self._files) > _OPEN_FILES:
                     self._files.popitem(last=False)
             else:

@@ -155,6 +155,9 @@ class Space:
             Prediction.needed(values["weights"], spec.grid) if "weights" in values else None
         )
 
+    def __repr__(self) -> str:
+        return f"Space({self.id!r}, shape={self.shape}, encoding={self.spec.encoding!r})"
+
     @property
     def id(self) -> str:
         return self.spec.id

@@ -323,7 +323,11 @@ def members(
                 if key is not None:
                     yield key, kind.lower(), member
             end = tar.offset
-    except tarfile.TarError as error:
+    except InterruptedError:  # the reader's own: nobody waits for the list any more
+        raise
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from error
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"shard {path} is damaged or no tar file: {error}") from error
     # tarfile takes a file that stops between two members, or a header it cannot read, for the end.
     file.seek(end)

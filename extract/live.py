@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ..cache import Cache
 from ..cache.report import AT_ONCE, fidelity, first_percentile, relative
 from ..errors import DataError
-from ..progress import ProgressLine
+from ..progress import ProgressLine, plain_console
 from .images import batched
 from .runner import TeacherRunner
 
@@ -127,7 +126,7 @@ def show(live: Mapping[str, Any]) -> None:
             f"{space['p1_cosine']:.6f}",
             *(f"{100 * space[number]:.3f} %" for number in numbers),
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    plain_console(120).print(table)
     if "pixels" in live:
         pixels = live["pixels"]
         print(

@@ -107,7 +107,9 @@ class TeacherRunner:
                 spaces = teacher(inputs)
                 refuse_other_shapes(teacher, spaces, len(pixels))
             for name, tokens in spaces.items():
-                found[f"{teacher.name}/{name}"] = tokens.float()
+                # The user's own code may give the same memory again for the next batch.
+                kept = tokens.detach().to(torch.float32, copy=teacher.own_code)
+                found[f"{teacher.name}/{name}"] = kept
         return found
 
     def fill(self, writer: StoreWriter) -> list[str]:

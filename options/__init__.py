@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _HOME = re.compile(r"(?<=[=\[,:\s'\"])~(?=/)")
 """The user's folder, where a word of a command line or a part of a list begins with it."""
 
+_DIRECTORY = ("--config-dir", "-cd")
+_FLAGS = ("-m", "--multirun")
+"""Flags that stand alone; beside them ``--config-dir``, and ``--help`` before all."""
+
 _WRITTEN = {"extract": "cache"}
 """The option that says where a command writes, if it is not ``out``."""
 
@@ -47,6 +51,12 @@ def check_options(name: str, options: Sequence[str]) -> None:
     Raises:
         ConfigError: with the option that is wrong and what would be right.
     """
+    for flag in (option for option in options if option.startswith("-")):
+        if flag.partition("=")[0] not in (*_FLAGS, *_DIRECTORY):
+            raise ConfigError(
+                f"there is no flag {flag}{closest(flag, ('--help', '--multirun', *_DIRECTORY))}; "
+                "there are --help, -m (a run with each of several values) and --config-dir"
+            )
     texts = [option for option in options if not option.startswith("-")]
     directories = config_directories(options)
     texts = [text for text in texts if text not in directories]
@@ -54,6 +64,7 @@ def check_options(name: str, options: Sequence[str]) -> None:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(f"{text!r} is not an option; options are written key=value")
     overrides = [_parsed(text) for text in texts]
+    _check_once(overrides)
     several = [item.input_line for item in overrides if item.is_sweep_override()]
     if several and not {"-m", "--multirun"} & {*options}:
         raise ConfigError(
@@ -97,6 +108,18 @@ def check_options(name: str, options: Sequence[str]) -> None:
         _check_whole(name, own, composer, sources)
 
 
+def _check_once(overrides: Sequence[Override]) -> None:
+    """Refuse shards that are given several times: of others the last counts, as Hydra has it, but
+    these are what a shell makes of a range without quotes."""
+    keys = [item.key_or_group for item in overrides]
+    for key in dict.fromkeys(keys):
+        if key.rpartition(".")[2] == "shards" and keys.count(key) > 1:
+            raise ConfigError(
+                f"{key} is given {keys.count(key)} times: a range is quoted, {key}='x-{{000..146}}"
+                f".tar', since the shell takes braces apart; several are a list, {key}=[a,b]"
+            )
+
+
 def _parsed(text: str) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -105,8 +128,8 @@ def _parsed(text: str) -> Override:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
         raise ConfigError(
-            f"{text} cannot be read ({first_line(error)}): text with signs such as = ( # ~ , is "
-            "quoted for the shell and once more, as in key=\"'a=b'\""
+            f"{text} cannot be read ({first_line(error)}): text with signs such as = ( # ~ , or "
+            "letters with accents is quoted for the shell and once more, as in key=\"'a=b'\""
         ) from None
 
 
@@ -197,7 +220,8 @@ def _check_whole(
 
 
 def readable(options: Sequence[str]) -> list[str]:
-    """Options as Hydra reads them: flags before key=value pairs, and ranges of shards quoted.
+    """Options as Hydra reads them: flags before key=value pairs; ranges of shards, and letters
+    beyond ASCII, quoted.
 
     The quotes of `data.shards='x-{000..146}.tar'` are taken off by the shell, and to Hydra bare
     braces are a dictionary. ~/ is the user's folder, which a shell leaves alone within a word.
@@ -210,10 +234,12 @@ def readable(options: Sequence[str]) -> list[str]:
         if not option.startswith("-"):
             key, _, value = option.partition("=")
             bare = value[:1] not in ("", "{", "[", "'", '"') and not {"$", "(", "'"} & set(value)
-            pairs.append(f"{key}='{value}'" if bare and {"{", "*"} & set(value) else option)
+            foreign = not value.isascii() and "," not in value  # letters that Hydra does not know
+            quoted = bare and (foreign or {"{", "*"} & set(value))
+            pairs.append(f"{key}='{value}'" if quoted else option)
             continue
         flags.append(option)
-        if option in ("--config-dir", "-cd"):
+        if option in _DIRECTORY:
             flags += itertools.islice(rest, 1)
     return [*flags, *pairs]
 
@@ -226,7 +252,7 @@ def config_directories(options: Sequence[str]) -> list[str]:
     """
     found = []
     for position, option in enumerate(options):
-        if option in ("--config-dir", "-cd"):
+        if option in _DIRECTORY:
             if position + 1 == len(options):
                 raise ConfigError(f"{option} needs a folder of configuration groups")
             found.append(options[position + 1])

@@ -54,6 +54,8 @@ def check_value(item: Override, variants: Sequence[DictConfig], removed: Sequenc
             node = node._get_node(part)
         default = None if isinstance(node, Container) else node._value()
         for value in values_of(item):
+            if getattr(value, "text", value) == "" != default:
+                raise ConfigError(f"{key}= is empty: say a value, or null where there may be none")
             if isinstance(node, DictConfig) and isinstance(value, dict):
                 _check_parts(key, node, value)
                 _check_spaces(key.split("."), node, value, removed)

@@ -20,6 +20,7 @@ from ..errors import ConfigError, DataError, StoreError
 from .alignment import ALIGNMENTS, Alignment, alignment_options, build_alignment
 from .alignment.base import Space
 from .students import (
+    CHECKPOINTS,
     MODEL,
     WEIGHTS,
     Student,
@@ -31,8 +32,6 @@ from .students import (
 ALIGNMENT = "alignment.safetensors"
 TARGETS = "targets.safetensors"
 """Mean and deviation of every space that was learnt: from standardised to the teacher's units."""
-CHECKPOINTS = "checkpoints"
-"""The folder of a run's checkpoints."""
 AVERAGE, BEST = "ema", "best"
 """Folders within a run's: the averaged weights and the best ones, each a finished run in itself."""
 _LATER = {"recipe.alignment_lr": 1.0}
@@ -147,6 +146,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+_WHAT = (".method", ".model", ".name")
+"""Ends of the options that say what something is, and so why others differ: they come first."""
+
+
 def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Refuse to continue a checkpoint under another configuration.
 
@@ -164,7 +167,7 @@ def check_same_run(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any
         theirs = {k: v for k, v in theirs.items() if k in mine or not k.startswith("store.")}
     differing = [
         f"{key} ({theirs.get(key, 'absent')} there, {mine.get(key, 'absent')} here)"
-        for key in sorted({*theirs, *mine})
+        for key in sorted({*theirs, *mine}, key=lambda key: (not key.endswith(_WHAT), key))
         if theirs.get(key) != mine.get(key)
     ]
     if differing:

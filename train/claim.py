@@ -39,7 +39,8 @@ def claimed(folder: Path) -> Iterator[str | None]:
         folder.mkdir(parents=True, exist_ok=True)
         fd, other = _locked(path)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written to: {error.strerror}") from error
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ConfigError(f"{folder} cannot be written to: {why}") from error
     if other is not None:
         os.close(fd)
         yield other

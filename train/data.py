@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..cache import Batch, Cache
-from ..errors import DataError
+from ..errors import DataError, counted
 from .batch import TrainBatch
 from .epoch_views import EpochViews
 from .loading import loaded, prefetched
@@ -39,7 +39,7 @@ def epoch_of(
     if found.images < batch_size * world:
         raise DataError(
             f"the store has {found.images} images with tokens, fewer than one batch of "
-            f"{batch_size} for each of {world} rank(s): lower recipe.batch_size"
+            f"{batch_size} for each of {counted(world, 'rank')}: lower recipe.batch_size"
         )
     return found
 

@@ -32,8 +32,9 @@ class EpochViews:
         self, valid: NDArray[np.bool_], views: int, seed: int, first: int | None = None
     ) -> None:
         if first is not None and not 1 <= first <= views:
+            most = "one" if views == 1 else f"1 to {views}"
             raise ConfigError(
-                f"views={first}: the store has {views} of every image, so 1 to {views} can be used"
+                f"views={first}: the store has {views} of every image, so {most} can be used"
             )
         self._stored, self._views, self._seed = views, first or views, seed
         table = np.asarray(valid, bool).reshape(-1, views)[:, : self._views]

@@ -18,7 +18,7 @@ from torch import nn
 from ..cache import Cache
 from ..cache.samples import SampleIndex, list_samples
 from ..engine import decoders, launch, not_compiled, one_first, out_of_memory, precision
-from ..errors import ConfigError, TrainingError, first_line
+from ..errors import ConfigError, TrainingError, counted, first_line
 from ..measure import peak_memory_mb
 from ..options import plain
 from ..progress import ProgressLine
@@ -183,7 +183,8 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
         OmegaConf.save(config, out / "config.yaml", resolve=True)
         print(
             f"{pixels_from}\n{data.describe()}\n"
-            f"a step: {images_a_step:,} images ({world} rank(s) x {accumulate} x {batch_size})",
+            f"a step: {images_a_step:,} images "
+            f"({counted(world, 'rank')} x {accumulate} x {batch_size})",
             flush=True,
         )
         if (told := recipe_of_its_own(config)) is not None:

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError, counted, first_line
 from ..options import plain
 from .alignment import Alignment
 from .students import Student
@@ -147,8 +147,8 @@ def parts_of_a_step(recipe: DictConfig, world: int) -> tuple[int, int]:
         )
     if not isinstance(images, int) or images < world or images % world:
         raise ConfigError(
-            f"{told}: {world} rank(s) cannot share them equally; give a multiple of {world}, or "
-            "null for recipe.batch_size rows a rank"
+            f"{told}: {counted(world, 'rank')} cannot share them equally; give a multiple of "
+            f"{world}, or null for recipe.batch_size rows a rank"
         )
     own = images // world
     passes = next(n for n in range(-(-own // recipe.batch_size), own + 1) if not own % n)

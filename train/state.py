@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..errors import counted
 from .meter import Meter
 
 METRICS = {"loss": -1, "knn": 1}
@@ -108,8 +109,8 @@ class RunState:
         rank, local, window = fabric.global_rank, state["local"], state["window"]
         if state["ranks"] != fabric.world_size:
             fabric.print(
-                f"warning: the checkpoint was written by {state['ranks']} rank(s) and this run has "
-                f"{fabric.world_size}: the rest of the run is valid but not the same"
+                f"warning: the checkpoint was written by {counted(state['ranks'], 'rank')} and "
+                f"this run has {fabric.world_size}: the rest of the run is valid but not the same"
             )
             self.meter.skipped = 0 if rank else int(local["skipped"].sum())
             return

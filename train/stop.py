@@ -15,6 +15,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import distributed
 
+from ..options import readable
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
 """What Slurm sends some time before it ends a job (sbatch --signal; submitit has it send the second
@@ -95,8 +97,15 @@ def continuing_command(world: int) -> str:
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             words += ["--config-dir", source.path]
-    words += [word for word in hydra.overrides.task if not word.startswith("resume=")]
+    words += [_typed(word) for word in hydra.overrides.task if not word.startswith("resume=")]
     return f"{_launcher(world)} train {shlex.join(words)}"
+
+
+def _typed(option: str) -> str:
+    """An option without the quotes that the command line adds by itself."""
+    key, _, value = option.partition("=")
+    bare = f"{key}={value[1:-1]}"
+    return bare if readable([bare]) == [option] else option
 
 
 def _launcher(world: int) -> str:

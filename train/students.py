@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints import misfit, read_checkpoint
-from ..errors import ConfigError, DataError, first_line
+from ..errors import ConfigError, DataError, first_line, first_sentence
+from ..hub import hub_or_cache
 from ..pixels import not_whole_patches
 from .stages import Backstage, Interaction, Stage, StageTokens, mask_pixels
 from .stem import expect
 
 WEIGHTS = "student.safetensors"
 """The timm model's weights in a run's folder."""
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints, which a finished run keeps."""
 MODEL = "model.json"
 """What the run's student and alignment were built from."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -268,9 +271,11 @@ def read_model_json(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
     except OSError as error:
+        what = f"run preceptor train with out={folder}"
+        if (folder / CHECKPOINTS).is_dir():
+            what = "it was stopped, and the same preceptor train goes on with it"
         raise DataError(
-            f"{folder} holds no trained student ({MODEL} is missing): run preceptor train "
-            f"out={folder}"
+            f"{folder} holds no trained student ({MODEL} is missing): {what}"
         ) from error
     except ValueError as error:
         raise DataError(f"{folder / MODEL} is damaged: train the student again") from error
@@ -341,8 +346,10 @@ def _create(
             "custom_load": False,
         }
         start = {"pretrained": True, "pretrained_cfg_overlay": given}
+    hub = ""
     try:
-        model: nn.Module = timm.create_model(name, num_classes=0, **start, **options)
+        with hub_or_cache() if pretrained else nullcontext("") as hub:
+            model: nn.Module = timm.create_model(name, num_classes=0, **start, **options)
     except TypeError as error:
         raise ConfigError(
             f"student.options of {name} are not what timm takes: {first_line(error)}"
@@ -354,8 +361,8 @@ def _create(
             ) from error
         if pretrained:
             raise ConfigError(
-                f"student {name}: its pretrained weights could not be had from the hub or the "
-                f"local cache ({first_line(error)}); try again with a network, or set "
+                f"student {name}: its pretrained weights could not be had from {hub} "
+                f"({first_sentence(error)}); try again with a network, or set "
                 "student.pretrained=false and student.checkpoint to a local file of them"
             ) from error
         raise ConfigError(f"student {name}: timm refused it: {first_line(error)}") from error

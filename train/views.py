@@ -235,9 +235,12 @@ def choose_views(
                 "data.shards is null and recipe.crop cuts boxes of the images themselves: name "
                 "the images with data.shards=..., or set recipe.crop=null"
             )
+        drop = f"`preceptor drop cache={cache.location} teacher=pixels` and "
+        instead = "" if stored is None else drop
         raise ConfigError(
             f"data.shards is null and the store's pixels cannot be used ({why}): name the images "
-            f"with data.shards=..., or store pixels with `preceptor add cache={cache.location} "
+            f"with data.shards=..., or {instead}store pixels with `preceptor add "
+            f"cache={cache.location} "
             f"pixels.size=[{size[0]},{size[1]}] pixels.interpolation={interpolation}`"
         )
     views = StoredViews(

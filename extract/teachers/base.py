@@ -74,6 +74,12 @@ class SpaceShape:
     dim: int
     grid: tuple[int, int] | None
 
+    def __post_init__(self) -> None:
+        for name in ("tokens", "dim"):
+            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's are no JSON
+        if self.grid is not None:
+            object.__setattr__(self, "grid", (int(self.grid[0]), int(self.grid[1])))
+
 
 class Teacher(ABC):
     """A frozen pretrained network.
@@ -96,7 +102,8 @@ class Teacher(ABC):
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """Tokens of normalised images: ``[B, 3, H, W]`` to ``[B, N, D]`` a space, without gradient.
 
-        The dtype of the result follows the input, the weights and autocast.
+        The dtype of the result follows the input, the weights and autocast. The next call may write
+        over it where ``own_code`` is set.
         """
 
     @abstractmethod
@@ -148,8 +155,20 @@ def refuse_other_shapes(teacher: Teacher, given: Mapping[str, Tensor], rows: int
     """What a teacher gave for ``rows`` images is what it states: one of the user's own may err.
 
     Raises:
-        TeacherError: other spaces, or of other shapes.
+        TeacherError: other spaces, of other shapes, or no tensors of real numbers.
     """
+    if not isinstance(given, Mapping):
+        raise TeacherError(
+            f"teacher {teacher.name}: it gave {type(given).__name__}, not tensors by the names of "
+            "its spaces"
+        )
+    for name, tokens in given.items():
+        if not isinstance(tokens, Tensor) or tokens.is_complex() or tokens.dtype == torch.bool:
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TeacherError(
+                f"teacher {teacher.name}: its space {name} is {kind}, not a torch tensor of real "
+                "numbers"
+            )
     stated = {space.name: (rows, space.tokens, space.dim) for space in teacher.spaces}
     shapes = {name: tuple(tokens.shape) for name, tokens in given.items()}
     for name in (*stated, *shapes):

@@ -237,7 +237,17 @@ def _missing_keys() -> Iterator[list[str]]:
 def _from_file(teacher: str, model: str, checkpoint: str) -> nn.Module:
     """The network with every one of its weights from a file, whatever classifier that has."""
     state = read_checkpoint(checkpoint, TeacherError)
-    bare: Any = timm.create_model(model, pretrained=False, num_classes=0)
+    with hub_or_cache() if model.startswith(_ELSEWHERE) else contextlib.nullcontext("") as hub:
+        try:
+            bare: Any = timm.create_model(model, pretrained=False, num_classes=0)
+        except Exception as error:
+            if not hub:
+                raise
+            raise TeacherError(
+                f"teacher {teacher}: what network timm:{model} is could not be had from {hub} "
+                f"({first_sentence(error)}), and a checkpoint holds its weights alone: try again "
+                "with a network, or name the network itself, as timm lists it"
+            ) from error
     config = bare.pretrained_cfg
     classifier = config.get("classifier")
     weight = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None

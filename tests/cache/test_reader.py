@@ -164,7 +164,7 @@ def test_batches_of_some_rows_in_order(cache: Cache) -> None:
 def test_an_epoch_without_a_batch_is_refused_with_both_figures(cache: Cache) -> None:
     count = len(VALID)
     assert len(cache.batches(["vit/cls"], count)) == 1
-    told = rf"batch_size={count + 1} is more than the {count} rows .*, 1 ranks.*drop_last=False"
+    told = rf"batch_size={count + 1} is more than the {count} rows .*, 1 rank\).*drop_last=False"
     with pytest.raises(StoreError, match=told):
         cache.batches(["vit/cls"], count + 1)
     with pytest.raises(StoreError, match=rf"more than the {count // 3} rows .*{count} rows .* 3 r"):

@@ -118,6 +118,44 @@ def generous() -> Mistaken:
     return Mistaken(lambda x: {**x, "map": x["patch"]})
 
 
+def in_a_list() -> Mistaken:
+    return Mistaken(lambda x: list(x.values()))  # type: ignore[arg-type, return-value]
+
+
+def of_numpy() -> Mistaken:
+    return Mistaken(lambda x: {name: tokens.numpy() for name, tokens in x.items()})  # type: ignore[misc]
+
+
+def complex_ones() -> Mistaken:
+    return Mistaken(lambda x: {name: tokens.to(torch.complex64) for name, tokens in x.items()})
+
+
+class Bound(Tiny):
+    """Its outputs lie in the same memory every time."""
+
+    def __init__(self) -> None:
+        super().__init__(DIM, 0)
+        self._bound = {space.name: torch.empty(16, space.tokens, DIM) for space in self.spaces}
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        for name, tokens in super().__call__(pixels).items():
+            self._bound[name][: len(tokens)] = tokens
+        return {name: memory[: len(pixels)] for name, memory in self._bound.items()}
+
+
+class Learning(Tiny):
+    """Its tokens ask for a gradient."""
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        with torch.inference_mode(False):
+            return super().__call__(pixels.clone())
+
+
+fresh = partial(Tiny, DIM, 0)
+reused = Bound
+with_gradient = partial(Learning, DIM, 0)
+
+
 class Failing(Tiny):
     """Raises where it is told to."""
 
@@ -126,8 +164,6 @@ class Failing(Tiny):
         self._where = where
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        if self._where == "output":
-            return [1]  # type: ignore[return-value]
         return super().__call__(pixels[:, :2] if self._where == "call" else pixels)
 
     def identity(self) -> dict[str, Any]:
@@ -142,7 +178,6 @@ class Failing(Tiny):
 
 
 fails_in_call = partial(Failing, "call")
-fails_in_output = partial(Failing, "output")
 fails_in_identity = partial(Failing, "identity")
 fails_in_json = partial(Failing, "json")
 fails_in_to = partial(Failing, "to")

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
-from preceptor.cli import main
+from preceptor.cache import Cache
 from preceptor.errors import TeacherError
 from preceptor.extract.pipeline import load_teachers, teacher_record
 from preceptor.extract.teachers import LOADERS, load_teacher
+from preceptor.extract.teachers.base import SpaceShape
 from preceptor.tests.extract import awkward_teachers
+from preceptor.tests.extract.tiny_store import run
 
 CALL = "call:preceptor.tests.extract.awkward_teachers"
+
+
+def extract(function: str, shards: str, folder: Path) -> int:
+    """Extract one teacher into ``folder/FUNCTION``."""
+    group = folder / f"{function}.configs" / "teachers"
+    group.mkdir(parents=True)
+    (group / "of_test.yaml").write_text(f"mine: {{source: '{CALL}:{function}'}}\n")
+    chosen = ("--config-dir", str(group.parent), "teachers=of_test")
+    return run("extract", folder / function, shards, *chosen)
 
 
 @pytest.mark.parametrize(
     ("function", "told"),
     [
         ("fails_in_call", "its network, for 3 images, failed: RuntimeError: "),
-        ("fails_in_output", "its network, for 3 images, failed: AttributeError: "),
         ("fails_in_identity", "its identity() failed: KeyError: 'weights'"),
         ("fails_in_json", "its identity() failed: TypeError: Object of type object is not JSON"),
         ("fails_in_to", "its move to cpu failed: NotImplementedError: NotImplementedError"),
@@ -30,14 +44,48 @@ CALL = "call:preceptor.tests.extract.awkward_teachers"
 def test_what_a_teacher_of_ones_own_raises_is_told_with_its_name(
     function: str, told: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "teachers").mkdir()
-    (tmp_path / "teachers" / "of_test.yaml").write_text(f"mine: {{source: '{CALL}:{function}'}}\n")
-    chosen = ["--config-dir", str(tmp_path), "teachers=of_test", "workers=0", "batch_size=3"]
-    more = [f"cache={tmp_path / 'store'}", f"data.shards='{shards}'", "engine=cpu"]
-    assert main(["extract", *chosen, *more]) == 1
+    assert extract(function, shards, tmp_path) == 1
     message = capsys.readouterr().err
     assert "teachers.mine.source: " in message
     assert told in message
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        ("in_a_list", "teacher mine: it gave list, not tensors by the names of its spaces"),
+        (
+            "of_numpy",
+            "teacher mine: its space patch is ndarray, not a torch tensor of real numbers",
+        ),
+        ("complex_ones", "teacher mine: its space patch is torch.complex64, not a torch tensor"),
+    ],
+)
+def test_what_is_no_tensor_of_real_numbers_is_refused(
+    function: str, told: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert extract(function, shards, tmp_path) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_tokens_are_what_was_returned_whatever_the_next_call_writes(
+    shards: str, tmp_path: Path
+) -> None:
+    """A captured graph, or a session with bound outputs, gives the same memory every time."""
+    found = {}
+    for function in ("fresh", "reused", "with_gradient"):
+        assert extract(function, shards, tmp_path) == 0
+        cache = Cache.open(tmp_path / function)
+        codes = [cache[space].read(np.arange(len(cache))) for space in cache.spaces]
+        found[function] = [part for one in codes for part in (one.codes, one.scales)]
+    for function in ("reused", "with_gradient"):
+        pairs = zip(found["fresh"], found[function], strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_space_s_numbers_may_be_numpy_s() -> None:
+    space = SpaceShape("patch", np.int64(6), np.int32(12), (np.int64(2), np.int64(3)))  # type: ignore[arg-type]
+    assert json.dumps(asdict(space)) == json.dumps(asdict(SpaceShape("patch", 6, 12, (2, 3))))
 
 
 def test_the_error_that_it_was_is_kept_with_the_line_of_the_users_code() -> None:

@@ -147,6 +147,8 @@ def test_a_second_training_in_one_folder_is_refused(bed, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main([*arguments, f"out={tmp_path / 'file' / 'run'}"]) == 1
     assert f"{tmp_path / 'file' / 'run'} cannot be written to" in capsys.readouterr().err
+    assert main([*arguments, f"out={tmp_path / 'file'}"]) == 1
+    assert f"{tmp_path / 'file'} cannot be written to: it is a file" in capsys.readouterr().err
     before = {file: file.read_bytes() for file in Path(bed.cache).rglob("*") if file.is_file()}
     assert main([*arguments, f"out={bed.cache}"]) == 1
     assert f"{bed.cache} is a store of targets" in capsys.readouterr().err

@@ -162,6 +162,10 @@ def test_another_configuration_does_not_continue_a_checkpoint(train_config):
     train(train_config("recipe.steps=2"))
     with pytest.raises(ConfigError, match=r"align.width \(128 there, 64 here\).*recipe.steps"):
         train(train_config("recipe.steps=4", "align.width=64"))
+    with pytest.raises(
+        ConfigError, match=r"configuration: align.(method|name) \(model_token there"
+    ):
+        train(train_config("align=regression"))
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_space(train_config, tmp_path, monkeypatch):
@@ -371,6 +375,6 @@ def test_mistakes_are_told_before_anything_is_written(train_config, tmp_path, ov
 def test_images_a_step_are_forward_passes_of_at_most_a_batch(train_config, tmp_path, capsys):
     train(train_config("recipe.batch_size=8", "recipe.accumulate=2", out="told"))
     train(train_config("recipe.batch_size=10", "+recipe.images_a_step=16", out="shared"))
-    assert "a step: 16 images (1 rank(s) x 2 x 8)" in capsys.readouterr().out.splitlines()[-2]
+    assert "a step: 16 images (1 rank x 2 x 8)" in capsys.readouterr().out.splitlines()[-2]
     told, shared = (load_file(tmp_path / out / "student.safetensors") for out in ("told", "shared"))
     assert all(torch.equal(told[name], shared[name]) for name in told)

@@ -231,7 +231,7 @@ def test_another_number_of_ranks_goes_on_at_the_same_part_of_the_way(
     capsys.readouterr()
     train(train_config(*options))
     told = capsys.readouterr().out
-    assert "was written by 2 rank(s) and this run has 1" in told
+    assert "was written by 2 ranks and this run has 1" in told
     assert "going on from step 8 of 16" in told
 
 

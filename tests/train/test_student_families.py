@@ -184,6 +184,7 @@ def test_without_a_hub_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"hub or the local cache .*student\.checkpoint to a local"
+        ConfigError,
+        match=r"from the local cache .* student\.checkpoint to a local",
     ):
         Student("test_resnet", pretrained=True, size=64)

@@ -32,9 +32,9 @@ def draw(path: Path, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> None:
                 row.difference_over_seeds,
                 row.difference_over_images,
             )
-    left.set_yticks(range(len(shown)), [row.variant for row in shown])
+    left.set_yticks(range(len(shown)), [row.variant for row in shown], parse_math=False)
     left.set_ylim(len(shown) - 0.5, -0.5)
-    left.set_title(rows[0].score, fontsize=10)
+    left.set_title(rows[0].score, fontsize=10, parse_math=False)
     left.set_xlabel("per cent")
     right.axvline(0, color="0.4", linewidth=0.8)
     right.set_title("paired difference to the baseline", fontsize=10)

@@ -19,6 +19,7 @@ from rich.table import Table
 from ...cache.durable import write_whole
 from ...errors import ConfigError
 from ...options import closest
+from ...progress import plain_console
 from ..alignment import ALIGNMENTS
 from ..evaluation.intervals import Bootstrap, over_seeds
 from .plan import Variant
@@ -29,6 +30,8 @@ CAPTION = (
     "bootstrap over test images, of the mean over seeds. Differences are to the baseline of the "
     "row, paired by seed and by image. Seconds are of training, a run."
 )
+
+LEGEND = "[95 % over seeds]  {95 % over test images}; differences are paired, to the baseline"
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,9 @@ def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
         # Each interval on a line of its own.
         table.add_row(*(cell.replace(" [", "\n[").replace(" {", "\n{") for cell in line))
     # Names and figures are never cut: the table is as wide as they are.
-    file = (console or Console()).file
-    width = Console(file=file, width=1000).measure(table).maximum
-    Console(file=file, width=max(80, width)).print(table)
+    file = (console or plain_console()).file
+    width = plain_console(file=file, width=1000).measure(table).maximum
+    plain_console(file=file, width=max(80, width)).print(table, LEGEND)
 
 
 def _flat(row: Row) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -115,7 +117,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
                     )
                 )
     seeds = seed_means(rows)
-    result = {
+    result: dict[str, Any] = {
         "rows": [row.as_json() for row in rows],
         "seeds": seeds,
         "repeated": repeated,
@@ -131,6 +133,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         "peak_memory_mb": peak_memory_mb(),
     }
     if fabric.global_rank == 0:
+        _keep_other(out, result["protocol"])
         write_json(out / RESULT, result)
         _write_resamples(out / RESAMPLES, rows)
         print_tables(
@@ -139,6 +142,25 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         print_seeds(seeds)
         print(f"{out / RESULT}: {len(rows)} rows in {result['seconds']:.0f} s")
     return result
+
+
+def _keep_other(out: Path, protocol: Mapping[str, Any]) -> None:
+    """Put aside what an evaluation by other options has left where this one's results go."""
+    with suppress(OSError, ValueError, LookupError, TypeError):  # damaged, or of another kind
+        found = json.loads((out / RESULT).read_text(encoding="utf-8"))["protocol"]
+        if found == json.loads(json.dumps(protocol)):
+            return
+    if not (out / RESULT).exists():
+        return
+    number = next(n for n in itertools.count(1) if not (out / f"{n}-{RESULT}").exists())
+    for name in (RESULT, RESAMPLES):
+        if (out / name).exists():
+            (out / name).rename(out / f"{number}-{name}")
+    print(
+        f"warning: {out / RESULT} was of other options and is {number}-{RESULT} now",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list[Truth]]:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...progress import plain_console
 from .intervals import over_seeds
 from .suite import DEFAULTS, Score
 
@@ -90,7 +91,7 @@ def print_tables(rows: Sequence[Row], title: str, console: Console | None = None
     Kinds keep their order, and within a kind the best of the first column comes first. ``-`` stands
     where a protocol has no figure for a feature.
     """
-    console = console or _console()
+    console = console or plain_console(WIDTH)
     for kind in dict.fromkeys(row.reads for row in rows):
         own = [row for row in rows if row.reads == kind]
         columns = {score.key: heading(score) for row in own for score in row.scores}
@@ -148,7 +149,7 @@ def print_table(
 
 def print_seeds(means: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Print what `seed_means` found."""
-    console = console or _console()
+    console = console or plain_console(WIDTH)
     for entry in means:
         parts = [
             f"{key} {100 * one['mean']:.1f} ±{50 * (one['high'] - one['low']):.1f}"
@@ -161,11 +162,6 @@ def print_seeds(means: Sequence[Mapping[str, Any]], console: Console | None = No
         console.print(
             f"{count} seeds, {entry['names'][0]} and so on, {readout}: {', '.join(parts)}"
         )
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH)
 
 
 NAMES = {

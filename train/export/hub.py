@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCardData
 from safetensors.torch import save
 
-from ...errors import ExportError
+from ...errors import ExportError, counted
 from ...version import __version__
 from ..students import IMAGENET_MEAN, IMAGENET_STD, Student, timm_options
 from .graph import Outputs, Run
@@ -129,7 +129,7 @@ def model_card(
 
 A `{architecture}` of {summary["parameters"]["student"]:,} parameters without a classifier, \
 trained with [timm](https://github.com/huggingface/pytorch-image-models) and preceptor \
-{__version__} to reproduce the features of {len(_teachers(model))} teacher(s).
+{__version__} to reproduce the features of {counted(len(_teachers(model)), "teacher")}.
 
 ```python
 import timm

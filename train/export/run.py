@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ...cache import Cache
 from ...cache.samples import SampleIndex
 from ...cache.views import ViewPolicy
 from ...engine import refuse_several
-from ...errors import ConfigError, DataError, ExportError
+from ...errors import ConfigError, DataError, ExportError, StoreError
 from ...options import plain
 from ...progress import ProgressLine
 from ..alignment import Alignment
@@ -207,24 +209,28 @@ def _outputs(module: nn.Module, pixels: Tensor) -> Outputs:
 def _images(config: DictConfig, run: Path, student: Student, interpolation: str) -> Tensor:
     """Central squares of the first images, normalised: float32 [check.images, 3, H, W].
 
-    One blank image where none are asked for.
+    The first rows' stored pixels, for a run that was trained on those. One blank image where none
+    are asked for.
     """
     if not config.check.images:
         return torch.zeros(1, 3, *student.size)
-    shards = config.check.shards
+    shards, store = config.check.shards, None
     if shards is None:
-        # Absent, or null: trained on the pixels of its store.
         with contextlib.suppress(OSError, AttributeError):
-            shards = OmegaConf.load(run / "config.yaml").data.shards
-    if shards is None:
-        raise DataError(
-            f"{run} does not say which images it was trained on; say check.shards=... or "
-            "check.images=0"
-        )
+            trained = OmegaConf.load(run / "config.yaml")
+            shards, store = trained.data.shards, trained.cache
     try:
+        if shards is None and store is not None:  # it was trained on the pixels of its store
+            cache = Cache.open(store)
+            rows = np.flatnonzero(cache.valid)[: config.check.images]
+            return normalise(cache.read_pixels(rows), torch.device("cpu"))
+        if shards is None:
+            raise DataError(f"{run} does not say which images it was trained on")
         index = SampleIndex.from_shards(plain(shards))
-    except DataError as error:
-        raise DataError(f"images to compare on: {error}; say check.shards=...") from error
+    except (DataError, StoreError) as error:
+        raise DataError(
+            f"images to compare on: {error}; say check.shards=... or check.images=0"
+        ) from error
     policy, found = ViewPolicy(), []
     for sample in range(min(len(index), config.check.images)):
         image = index.image(sample, config.max_pixels)

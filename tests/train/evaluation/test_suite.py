@@ -27,7 +27,7 @@ from preceptor.train.evaluation.features import (
     quarters,
 )
 from preceptor.train.evaluation.labels import Task
-from preceptor.train.evaluation.run import read_resamples
+from preceptor.train.evaluation.run import RESAMPLES, read_resamples
 from preceptor.train.evaluation.table import Row, print_tables
 from preceptor.train.students import build_student
 from rich.console import Console
@@ -230,6 +230,24 @@ def test_resamples_of_two_evaluations_can_be_subtracted(whole, tmp_path):
     (tmp_path / "resamples.safetensors").write_bytes(b"x")
     with pytest.raises(DataError, match=r"resamples\.safetensors cannot be read"):
         read_resamples(tmp_path)
+
+
+def test_figures_by_other_options_are_put_aside(whole, capsys):
+    _, again, out = whole
+    first, drawn = again(), read_resamples(out)
+    there = {path.name for path in out.iterdir()}
+    again()
+    assert {path.name for path in out.iterdir()} == there
+    capsys.readouterr()
+    again("protocols=[knn]", "readouts=[pooled]")
+    (kept,) = {path.name for path in out.glob("*-summary.json")} - there
+    assert f"was of other options and is {kept} now" in capsys.readouterr().err
+    earlier = json.loads((out / kept).read_text())
+    assert [row["scores"] for row in earlier["rows"]] == [row["scores"] for row in first["rows"]]
+    assert len(read_resamples(out)) < len(drawn)
+    (out / kept.replace("summary.json", RESAMPLES)).rename(out / RESAMPLES)
+    for one, other in zip(drawn, read_resamples(out), strict=True):
+        assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
 def test_equal_width_is_the_same_reduction_for_everyone(whole):

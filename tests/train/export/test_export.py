@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from preceptor.cache import Cache, Space
 from preceptor.cache.samples import SampleIndex
 from preceptor.errors import DataError, ExportError
 from preceptor.train.alignment import build_alignment
+from preceptor.train.batch import normalise
 from preceptor.train.checkpoint import load_model
 from preceptor.train.export import graph, hub, run
 from preceptor.train.loop import train
@@ -343,3 +345,23 @@ def test_averaged_weights(runs, pixels, tmp_path):
             expected = student(torch.from_numpy(pixels)).pooled.numpy()
         assert np.allclose(found, expected, rtol=1e-4, atol=1e-5) == same
     assert "exponential moving average" in (runs / "vit/export-ema/timm/README.md").read_text()
+
+
+def test_who_learnt_from_stored_pixels_is_compared_on_them(runs, pixel_bed, tmp_path, monkeypatch):
+    without = shutil.ignore_patterns("export*")
+    shutil.copytree(runs / "cnn", tmp_path / "run", ignore=without)
+    trained = OmegaConf.load(tmp_path / "run/config.yaml")
+    trained.cache, trained.data.shards = pixel_bed.cache, None
+    OmegaConf.save(trained, tmp_path / "run/config.yaml")
+    seen = []
+    monkeypatch.setattr(run, "normalise", lambda *given: seen.append(given[0]) or normalise(*given))
+    run.export(config(tmp_path / "run", "formats=[timm]"))
+    cache = Cache.open(pixel_bed.cache)
+    rows = [row for row in range(len(cache)) if cache.valid[row]][: len(seen[0])]
+    assert 5 < len(rows) < rows[-1] + 1  # one row has none
+    assert torch.equal(seen[0], cache.read_pixels(rows))
+    shutil.rmtree(tmp_path / "run/export")
+    trained.cache = str(tmp_path / "gone")
+    OmegaConf.save(trained, tmp_path / "run/config.yaml")
+    with pytest.raises(DataError, match=r"compare on: .*gone.*; say check\.shards=\.\.\. or check"):
+        run.export(config(tmp_path / "run", "formats=[timm]"))

@@ -57,7 +57,9 @@ def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
 
-    told(DataError, "holds no trained student", tmp_path)
+    told(DataError, "holds no trained student .*: run preceptor train with out=", tmp_path)
+    (tmp_path / "stopped/checkpoints").mkdir(parents=True)
+    told(DataError, "it was stopped, and the same preceptor train goes on", tmp_path / "stopped")
     told(ConfigError, "formats=.*tflite.*valid are timm, onnx, program", runs / "vit",
          "formats=[tflite]")  # fmt: skip
     told(ConfigError, r"write a list, formats=\[onnx\]", runs / "vit", "formats=onnx")
@@ -67,7 +69,7 @@ def test_mistakes_are_told_and_leave_nothing(runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "vit", tmp_path / "of-pixels")
     settings = OmegaConf.load(runs / "vit/config.yaml")
     OmegaConf.save({**settings, "data": {"shards": None}}, tmp_path / "of-pixels/config.yaml")
-    told(DataError, r"which images it was .*check\.shards=.*check\.images=0",
+    told(DataError, r"compare on: .* no pixels.*check\.shards=.*check\.images=0",
          tmp_path / "of-pixels")  # fmt: skip
     told(DataError, r"images to compare on.*check\.shards", runs / "vit", "check.shards=/no.tar")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
