@@ -236,7 +236,7 @@ def file_sizes(root: Path) -> dict[str, int]:
     for directory, _, names in os.walk(root):
         for name in names:
             path = os.path.join(directory, name)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(FileNotFoundError):
                 found[os.path.relpath(path, root)] = os.stat(path).st_size
     return found
 

@@ -358,7 +358,7 @@ def passed_by(index: SampleIndex) -> list[str]:
     lacking = np.flatnonzero(index.labels < 0)
     if 0 < len(lacking) < len(index):
         found.append(
-            f"{len(lacking):,} of {len(index):,} images have no label though others have, such as "
+            f"{len(lacking):,} of {len(index):,} images lack a label though others have, such as "
             f"{index.where(int(lacking[0]))}: the tars lack their .cls"
         )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..cache.source import local_path
 from ..cache.verify import verify_store
 from ..cache.verify_report import VerifyReport, fresh_report, report_path
 from ..engine import gathered, launch, refuse_several
-from ..errors import ConfigError, DataError, StoreError
+from ..errors import ConfigError, DataError, StoreError, counted
 from . import live
 from .calibration import calibrate, check_calibration
 from .images import stored_pixels
@@ -114,8 +115,9 @@ def repair(config: DictConfig) -> dict[str, Any]:
     }
     keep_summary(root, "repair", summary)
     print(
-        f"{root}: {len(done.restored)} small files restored, {len(done.extracted)} shards "
-        f"extracted again, {len(done.extracted) - len(done.different)} of them to the same bytes"
+        f"{root}: {counted(len(done.restored), 'small file')} restored, "
+        f"{counted(len(done.extracted), 'shard')} extracted again, "
+        f"{len(done.extracted) - len(done.different)} of them to the same bytes"
     )
     if report.strays:
         print(_dropping(report))
@@ -346,12 +348,12 @@ def _refuse_pending(writer: StoreWriter, names: Sequence[str]) -> None:
 
 
 def _damage(report: VerifyReport, kept: str) -> str:
-    shown = "; ".join(str(problem) for problem in report.problems[:_SHOWN])
-    more = len(report.problems) - _SHOWN
-    told = (
-        f"{report.store} is not whole: {shown}{f' and {more} more' if more > 0 else ''}. "
-        f"{kept[0].upper()}{kept[1:]}; "
-    )
+    lacking = Counter(p.unit for p in report.problems if p.pending and p.shard is not None)
+    rest = [str(p) for p in report.problems if not p.pending or p.shard is None]
+    more = len(rest) - _SHOWN
+    shown = [*rest[:_SHOWN], *([f"{more} more"] if more > 0 else [])]
+    shown += [f"{counted(n, 'shard')} of {unit} not extracted yet" for unit, n in lacking.items()]
+    told = f"{report.store} is not whole: {'; '.join(shown)}. {kept[0].upper()}{kept[1:]}; "
     steps = []
     if report.damaged:
         steps.append(f"run `preceptor repair cache={report.store} data.shards=... teachers=...`")

@@ -38,7 +38,7 @@ from ..cache.samples import list_samples
 from ..cache.source import local_path
 from ..cache.verify_report import write_beside
 from ..engine import gathered, launch, precision
-from ..errors import ConfigError, DataError, StoreError, closest
+from ..errors import ConfigError, DataError, StoreError, closest, counted
 from ..measure import peak_memory_mb
 from ..options import plain
 from .calibration import calibrate, check_calibration
@@ -100,13 +100,15 @@ def extract(config: DictConfig) -> dict[str, Any]:
         extracted = sum(rows for _, rows in done)
         summary = _summary(config, started, runner, extracted, problems)
         keep_summary(config.cache, "extract", summary)
+        invalid = summary["rows_invalid"]
+        lacking = f"{counted(invalid, 'row')} without tokens"
         print(
             f"{config.cache}: {summary['rows']:,} rows, {summary['bytes'] / 2**20:,.1f} MiB, "
             f"{summary['bytes_per_row']:,.0f} bytes a row; "
             f"{summary['rows_extracted']:,} rows extracted now in {summary['seconds']:.0f} s"
-            + (f"; {summary['rows_invalid']} invalid rows" if summary["rows_invalid"] else "")
+            + (f"; {lacking}, named in {config.cache}.extract.json" if invalid else "")
         )
-        if summary["rows_invalid"] == summary["rows"]:
+        if invalid == summary["rows"]:
             first = f", the first for this: {problems[0]}" if problems else ""
             raise DataError(
                 f"{config.cache}: none of its {summary['rows']:,} rows has tokens{first}"

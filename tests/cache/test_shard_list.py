@@ -191,7 +191,7 @@ def test_what_is_passed_by_is_told_with_its_number_also_from_a_kept_list(
         told = capsys.readouterr().err
         assert "warning: 4 members of the tars are links or no regular files" in told
         assert "such as 'a/l.png'" in told
-        assert "2 of 4 images have no label though others have, such as 'b/x' in shard" in told
+        assert "2 of 4 images lack a label though others have, such as 'b/x' in shard" in told
         assert told.count("warning") == 2
     assert len(walks) == 2
     list_samples([str(path) for path in paths], quiet=True)

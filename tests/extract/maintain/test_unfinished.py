@@ -66,7 +66,8 @@ def test_verify_says_how_a_begun_store_is_finished(
     StoreWriter.open_or_create(begun, Cache.open(store).plan)
     assert main(["verify", f"cache={begun}"]) == 1
     told = capsys.readouterr().err
-    assert "the shard was not extracted yet" in told
+    assert told.count("3 shards of") == 3  # rows, and two teachers
+    assert "3 shards of cnn not extracted yet" in told
     assert "preceptor extract" in told
     assert "preceptor repair" not in told
     for file in (store / "commits").glob("*/complete.json"):
