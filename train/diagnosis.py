@@ -19,7 +19,10 @@ COLLAPSED = 0.01
 
 
 def teacher_gradients(
-    terms: Mapping[str, Tensor], shared: Sequence[Tensor], scale: float = 1.0
+    terms: Mapping[str, Tensor],
+    shared: Sequence[Tensor],
+    scale: float = 1.0,
+    factors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Share of each teacher in the gradient, and the angles between the teachers' gradients.
 
@@ -33,9 +36,10 @@ def teacher_gradients(
         terms: scalar loss with gradient per teacher.
         shared: tensors of the student's output, part of the graph of the terms.
         scale: factor for the way back, where gradients of half precision would vanish.
+        factors: of the terms in the loss; None: 1.
 
     Returns:
-        ``share/TEACHER``: norm of its gradient over the sum of all teachers' norms;
+        ``share/TEACHER``: norm of its gradient, times its factor, over the sum of all teachers';
         ``conflict/A~B``: cosine between two teachers' gradients, below 0 where they oppose;
         ``conflict/least``: the least of them. Nothing for a single teacher.
     """
@@ -48,8 +52,9 @@ def teacher_gradients(
         )
         gradients[teacher] = torch.cat([part.float().flatten() for part in parts])
     norms = {teacher: gradient.norm() for teacher, gradient in gradients.items()}
-    total = torch.stack(list(norms.values())).sum().clamp_min(1e-30)
-    found = {f"share/{teacher}": norm / total for teacher, norm in norms.items()}
+    pulls = {name: norm * (factors[name] if factors else 1) for name, norm in norms.items()}
+    total = torch.stack(list(pulls.values())).sum().clamp_min(1e-30)
+    found = {f"share/{teacher}": pull / total for teacher, pull in pulls.items()}
     cosines = {
         f"conflict/{a}~{b}": torch.dot(gradients[a], gradients[b])
         / (norms[a] * norms[b]).clamp_min(1e-30)
@@ -100,7 +105,9 @@ class Diagnosis:
         features, output = seen
         scaler = getattr(self._fabric.strategy.precision, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        local = teacher_gradients(output.by_teacher, features.ends(), scale)
+        balance = self._alignment.balance
+        factors = dict(zip(balance.teachers, balance.factors(), strict=True))
+        local = teacher_gradients(output.by_teacher, features.ends(), scale, factors)
         with self._fabric.autocast():
             local |= spreads(self._alignment, features)
         values = torch.tensor(list(local.values()), device=self._fabric.device)

@@ -163,7 +163,8 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
         first, seen = int(state["step"]), int(state["images"])
         spent = float(state.get("seconds", 0))  # older checkpoints do not say
         if recipe.epochs and state["ranks"] != world:
-            first = seen // images_a_step  # the same part of the way, in steps of another size
+            # the same part of the way, in steps of another size, of which one is left to do
+            first = min(seen // images_a_step, steps if (out / SUMMARY).exists() else steps - 1)
         if first >= steps and (out / SUMMARY).exists():
             fabric.print(f"{out}: trained already ({first} steps); resume=false trains anew")
             return dict(json.loads((out / SUMMARY).read_text(encoding="utf-8")))

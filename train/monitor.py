@@ -123,6 +123,10 @@ class KnnMonitor:
         Every rank computes its share, of damaged images too, so that shares stay equal.
         """
         fabric = self._fabric
+        if fabric.world_size > 1:
+            # Running statistics are each rank's own; those of the first one are saved.
+            for buffer in (*student.buffers(), *alignment.buffers()):
+                torch.distributed.broadcast(buffer, 0)
         own = np.split(self._rows, fabric.world_size)[fabric.global_rank]
         orders = [
             [(int(row), 0) for row in part]

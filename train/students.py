@@ -110,6 +110,11 @@ class Student(nn.Module):
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.model: Any = _create(name, pretrained, checkpoint, self.size, options)
+        if not isinstance(getattr(self.model, "patch_drop", None), nn.Identity | None):
+            raise ConfigError(
+                f"student.options.patch_drop_rate of {name}: tokens that are dropped leave no grid "
+                "to draw to the teachers'; leave the option out"
+            )
         if wrong := not_whole_patches(self.model, self.size):
             raise ConfigError(f"student.size of {name}: {wrong}")
         self._norm = True

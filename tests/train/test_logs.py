@@ -151,6 +151,11 @@ def test_shares_and_angles_of_gradients_are_those_of_plain_algebra():
     norms = [np.linalg.norm(weight) for weight in flat]
     for i, a in enumerate("abc"):
         assert found[f"share/{a}"] == pytest.approx(norms[i] / sum(norms), rel=1e-5)
+    factors = dict(zip("abc", torch.tensor([10.0, 0.0, 1.0]), strict=True))
+    weighed = teacher_gradients(terms, (tokens, pooled), factors=factors)
+    assert weighed["share/a"] == pytest.approx(10 * norms[0] / (10 * norms[0] + norms[2]), rel=1e-5)
+    assert weighed["share/b"] == 0
+    assert all(weighed[name] == value for name, value in found.items() if "conflict" in name)
     cosines = {
         f"conflict/{'abc'[i]}~{'abc'[j]}": flat[i] @ flat[j] / norms[i] / norms[j]
         for i in range(3)

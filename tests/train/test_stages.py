@@ -127,6 +127,23 @@ def test_a_hidden_cell_is_not_seen(name):
         assert embedded.shape == (2, rows * columns, student.patch_dim)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_small_r26_s32_224"])
+def test_a_stem_whose_windows_overlap_is_shown_no_hidden_pixel(name):
+    """Its embeddings of the cells around a hidden one would tell what lies there."""
+    torch.manual_seed(0)
+    student = Student(name, size=96, depth=1).eval()
+    assert student.patch_dim is None
+    pixels = torch.randn(1, 3, 96, 96)
+    rows, columns = student.grid
+    mask = torch.zeros(1, rows * columns, dtype=torch.bool)
+    mask[0, 1] = True
+    height, width = 96 // rows, 96 // columns
+    changed = pixels.clone()
+    changed[:, :, :height, width : 2 * width] += 1
+    assert not torch.equal(student(pixels).tokens, student(changed).tokens)
+    assert torch.equal(student(pixels, mask=mask).tokens, student(changed, mask=mask).tokens)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_batch_norms_keep_the_statistics_of_whole_images(compiled):
     student, pixels = make("resnet10t")

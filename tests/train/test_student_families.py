@@ -177,6 +177,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         Student("test_resnet", checkpoint=str(tmp_path / "w.pth"), size=64)
 
 
+def test_tokens_that_are_dropped_in_training_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="patch_drop_rate of vit_tiny_patch16_224: tokens that"):
+        Student("vit_tiny_patch16_224", size=32, patch_size=8, depth=1, patch_drop_rate=0.5)
+
+
 def test_without_a_hub_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

@@ -56,6 +56,11 @@ class Balance(nn.Module, ABC):
         losses = torch.stack([by_teacher[name] for name in self.teachers])
         return self.combine(losses, self.weights.to(losses.dtype), ends)
 
+    def factors(self) -> Tensor:
+        """What L_t is multiplied by in the loss, [T]: the weights, where nothing else is; on the
+        average of what is drawn, and before gradients are projected."""
+        return self.weights
+
     @abstractmethod
     def combine(self, losses: Tensor, weights: Tensor, ends: Sequence[Tensor]) -> Tensor:
         """The loss from L_t [T] and w_t [T]."""
@@ -106,14 +111,17 @@ class Normalised(Balance):
                 self.seen += 1
                 rate = torch.clamp(1 / self.seen, min=1 - self.momentum)
                 self.mean += rate * (losses.detach().to(self.mean.dtype) - self.mean)
+        return (self.factors().to(losses.dtype) * losses).sum()
+
+    def factors(self) -> Tensor:
         # A copy: the next step changes the buffer, and this step's backward pass comes later.
-        mean = torch.where(self.seen > 0, self.mean, 1.0).to(losses.dtype)
-        return (weights * losses / mean.clamp_min(1e-12)).sum()
+        mean = torch.where(self.seen > 0, self.mean, 1.0)
+        return self.weights / mean.clamp_min(1e-12)
 
 
 class Drop(Balance):
     """Teacher dropping: the teacher with the highest loss stays, each other one is dropped with
-    probability p; T / kept times the sum of those that stay.
+    probability p; T / kept times the sum of those that stay. T are those with w_t > 0.
 
         loss = T / sum_t c_t * sum_t c_t w_t L_t      c_t = 1 for argmax_t w_t L_t, else
                                                       Bernoulli(1 - p)
@@ -141,8 +149,9 @@ class Drop(Balance):
             return losses.sum()
         kept = torch.rand(len(losses), device=losses.device) >= self.p
         kept = kept | (losses.detach() == losses.detach().max())
-        share = kept.to(losses.dtype)
-        return (share * losses).sum() * (len(losses) / share.sum())
+        asked = (weights > 0).to(losses.dtype)
+        share = kept * asked
+        return (share * losses).sum() * (asked.sum() / share.sum())
 
 
 class PCGrad(Balance):

@@ -150,6 +150,9 @@ class Measurement:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+ASKED = 50_000
+"""Training images at most that a validation figure by which nothing is chosen asks about."""
+
 T = TypeVar("T", bound=Truth)
 V = TypeVar("V", int, float, str)
 
@@ -213,7 +216,8 @@ def split(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of the images that fit and of those that choose, stratified by `classes`.
 
-    The image of a class that has no other is one that fits.
+    The image of a class that has no other is one that fits. Of classes too small to be divided in
+    proportion the images that choose are drawn among all, and each keeps one that fits.
 
     Raises:
         ConfigError: too few images to split.
@@ -231,10 +235,19 @@ def split(
             stratify=None if classes is None else classes[others],
         )
     except ValueError as error:
-        of = "" if classes is None else f" of {len(counts)} classes"
-        raise ConfigError(
-            f"validation={validation}: cannot split {images} images{of}: {error}"
-        ) from error
+        if classes is None or not len(others) or not 0 < validation < 1:
+            of = "" if classes is None else f" of {len(counts)} classes"
+            raise ConfigError(
+                f"validation={validation}: cannot split {images} images{of} into some that fit and "
+                "some that choose"
+            ) from error
+        left, chosen = counts.copy(), list[int]()
+        for image in np.random.default_rng(seed).permutation(others):
+            if left[kinds[image]] > 1 and len(chosen) < validation * len(others):
+                left[kinds[image]] -= 1
+                chosen.append(image)
+        held = np.array(chosen)
+        return np.setdiff1d(np.arange(images), held), held
     return np.concatenate([fit, np.flatnonzero(alone)]), held
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ConfigError
-from .base import Array, Features, Labels, Measurement, Protocol, correct, row_blocks
+from ...errors import ConfigError, counted
+from .base import ASKED, Array, Features, Labels, Measurement, Protocol, correct, row_blocks
 from .intervals import MeanOf
 from .truths import Classes
 
@@ -28,7 +28,7 @@ class FewShot(Protocol[Classes]):
     to choose. All classes of the training images take part (all-way). The figure is the mean over
     ``repeats`` draws without replacement; draws depend on the labels and the seed alone, so every
     model is given the same images. The validation figure is that of the training images which a
-    draw has left over.
+    draw has left over, 50,000 of them at most.
 
     Attributes:
         shots: images a class; one figure each.
@@ -50,10 +50,10 @@ class FewShot(Protocol[Classes]):
         kinds, counts = np.unique(truth.train, return_counts=True)
         fewest = int(counts.argmin())
         if counts[fewest] < max(self.shots):
+            there = counted(int(counts[fewest]), "training image")
             raise ConfigError(
-                f"fewshot.shots={list(self.shots)}: task {truth.name} has {counts[fewest]} "
-                f"training image(s) of class {kinds[fewest]}, fewer than {max(self.shots)}; ask "
-                "for fewer shots"
+                f"fewshot.shots={list(self.shots)}: task {truth.name} has {there} of class "
+                f"{kinds[fewest]}, fewer than {max(self.shots)}; ask for fewer shots"
             )
 
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
@@ -72,6 +72,8 @@ class FewShot(Protocol[Classes]):
             right += of_draw / self.repeats
             each.append(float(of_draw.mean()))
             rest = np.setdiff1d(np.arange(len(train)), drawn)
+            if len(rest) > ASKED:
+                rest = np.random.default_rng([self.seed, repeat]).choice(rest, ASKED, replace=False)
             if len(rest):
                 found = kinds[_nearest(train, means, rest)]
                 left_over.append(float(correct(found, truth.train[rest]).mean()))

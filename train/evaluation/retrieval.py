@@ -10,12 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .base import CPU, Array, Features, Labels, Measurement, Protocol
+from .base import ASKED, CPU, Array, Features, Labels, Measurement, Protocol
 from .intervals import MeanOf
 from .search import cosines, unit, unit_blocks
 from .truths import Classes
 
-_ASKED = 50_000  # queries of the validation figure at most: the gallery is sorted for each
 _COMPARED = 2**28  # similarities that are held at once, of 4 bytes
 _RANKED = 2**24  # of those, which are sorted at once, of some 64 bytes meanwhile
 
@@ -32,30 +31,28 @@ class Retrieval(Protocol[Classes]):
     over the whole ranking; mAP is its mean over queries (Manning et al. 2008, section 8.4). There
     is nothing to choose. Queries whose class the gallery lacks count as 0. The validation figure
     takes the held-out training images, 50,000 of them at most, as queries and the others as the
-    gallery.
+    gallery; there is none where every class has a single image.
     """
 
     truth: ClassVar[type[Classes]] = Classes
 
-    def check(self, truth: Classes) -> None:
-        self.split(len(truth.train), truth.train)
-
     def measure(self, features: Features, truth: Classes) -> list[Measurement]:
-        fit, held = self.split(len(truth.train), truth.train)
-        held = held[:_ASKED]  # in random order
-        held_out = average_precision(
-            features.train[fit],
-            truth.train[fit],
-            features.train[held],
-            truth.train[held],
-            self.device,
-        )
+        validation = None
+        if np.unique(truth.train, return_counts=True)[1].max() > 1:
+            fit, held = self.split(len(truth.train), truth.train)
+            held = held[:ASKED]  # in random order
+            held_out = average_precision(
+                features.train[fit],
+                truth.train[fit],
+                features.train[held],
+                truth.train[held],
+                self.device,
+            )
+            validation = float(held_out.mean())
         found = average_precision(
             features.train, truth.train, features.test, truth.test, self.device
         )
-        return [
-            Measurement(metric="mAP", statistic=MeanOf(found), validation=float(held_out.mean()))
-        ]
+        return [Measurement(metric="mAP", statistic=MeanOf(found), validation=validation)]
 
 
 def average_precision(

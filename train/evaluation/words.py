@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def embedded(
     templates = (
         _TEMPLATES[protocol.templates]
         if isinstance(protocol.templates, str)
-        else [template.format for template in protocol.templates]
+        else [partial(_filled, template) for template in protocol.templates]
     )
     texts = [template(name) for name in words.names for template in templates]
     for space, teacher in language_spaces(cache).items():
@@ -155,6 +156,11 @@ def text_tower(protocol: ZeroShot, cache: Cache, teacher: str) -> tuple[Any, Any
             "it was extracted with"
         )
     return model, tokenizer(teacher, source)
+
+
+def _filled(template: str, name: str) -> str:
+    """A text with the name in it; other braces are the text's own."""
+    return template.replace("{}", name)
 
 
 def _embed(

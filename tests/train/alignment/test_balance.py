@@ -59,6 +59,25 @@ def test_dropping_keeps_the_highest_loss_and_the_scale():
     assert float(balance.eval()(losses(1.0, 3.0, 2.0), [])) == 6
 
 
+def test_a_teacher_without_weight_is_none_that_could_be_dropped():
+    balance = Drop(["a", "b", "c"], {"c": 0, "b": 2}, p=0.5)
+    torch.manual_seed(0)
+    found = {float(balance(losses(1.0, 3.0, 9.0), []).detach()) for _ in range(50)}
+    assert found == {7.0, 12.0}  # both, or b alone, counted for two
+    alone = Drop(["a", "b"], {"a": 0}, p=0.5)
+    assert {float(alone(losses(5.0, 3.0), []).detach()) for _ in range(50)} == {3.0}
+
+
+def test_factors_are_what_the_losses_are_multiplied_by():
+    weights = {"a": 3.0, "b": 0.5}
+    for kind in ("fixed", "normalised", "drop", "pcgrad"):
+        balance = build_balance(kind, ["a", "b"], weights, momentum=0.9, drop=0.0)
+        for values in ((2.0, 5.0), (1.0, 8.0)):
+            given = torch.tensor(values, requires_grad=True)
+            balance(dict(zip("ab", given.unbind(), strict=True)), []).backward()
+            torch.testing.assert_close(balance.factors(), given.grad)
+
+
 def surgery(gradients: np.ndarray, orders: list[list[int]]) -> np.ndarray:
     """Algorithm 1 of the paper, task by task."""
     found = gradients.copy()

@@ -377,8 +377,13 @@ def test_mistakes_are_told():
         with pytest.raises(ConfigError, match="task class: the training images are all of one cl"):
             build_suite([name]).check([of_one])
     for name, options in {"linear": {}, "retrieval": {}, "knn": {"k": [1, 2]}}.items():
-        with pytest.raises(ConfigError, match="cannot split 60 images of 30 classes"):
-            build_suite([name], {name: options}).check([few])
+        build_suite([name], {name: options}).check([few])
+    alone = Classes("class", np.arange(60), truth.test)
+    for name, options in {"linear": {}, "knn": {"k": [1, 2]}}.items():
+        with pytest.raises(
+            ConfigError, match="cannot split 60 images of 60 classes into some that"
+        ):
+            build_suite([name], {name: options}).check([alone])
     with pytest.raises(ConfigError, match="cannot split 1 images"):
         build_suite(["dense"]).check([Maps("m", np.eye(2, dtype=int)[None], np.ones((1, 2, 2)))])
     with pytest.raises(ConfigError, match="same for every test image"):
@@ -388,6 +393,29 @@ def test_mistakes_are_told():
     with pytest.raises(DataError, match="does not fit"):
         Features(np.ones((3, 2), np.float32), np.ones((3, 4), np.float32))
     assert set(PROTOCOLS) >= {"knn", "linear", "fewshot", "retrieval", "regression", "dense"}
+
+
+@pytest.mark.parametrize("sizes", [[2] * 25, [1, 2, 3] * 9, [1] * 40 + [5], [4] * 12])
+def test_few_images_a_class_are_split_so_that_every_class_keeps_one(sizes):
+    classes = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    fit, held = split(len(classes), 0.2, 0, classes)
+    assert sorted([*fit, *held]) == list(range(len(classes)))
+    others = len(classes) - sizes.count(1)
+    assert 0 < len(held) <= np.ceil(0.2 * others)
+    assert set(classes[fit]) == set(range(len(sizes)))
+    again = split(len(classes), 0.2, 0, classes)
+    assert all(np.array_equal(a, b) for a, b in zip((fit, held), again, strict=True))
+    assert not np.array_equal(held, split(len(classes), 0.2, 1, classes)[1])
+
+
+def test_retrieval_of_instances_needs_no_second_image():
+    features, truth = (
+        Features(np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)),
+        np.arange(4),
+    )
+    build_suite(["retrieval"]).check([Classes("class", truth, truth)])
+    (score,) = one("retrieval", features, Classes("class", truth, truth))
+    assert (score.value, score.validation) == (1.0, None)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
