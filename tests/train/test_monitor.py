@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -126,6 +128,45 @@ def test_damaged_images_are_left_out_of_the_knn_where_damage_is_skipped(
     ).fit(features[~asked & kept], labels[~asked & kept])
     expected = (judge.predict(features[asked & kept]) == labels[asked & kept]).mean()
     assert found == pytest.approx(expected)
+
+
+RANKS = """
+import sys, torch
+from lightning_fabric import Fabric
+from preceptor.cache import Cache
+from preceptor.train.alignment import build_alignment
+from preceptor.train.alignment.base import Space
+from preceptor.train.monitor import KnnMonitor
+from preceptor.train.students import build_student
+from preceptor.train.views import StorePixels
+fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+fabric.launch()
+student = build_student({"model": "resnet10t", "size": 32}, 0)
+alignment = build_alignment({"name": "regression"}, student, {"vit/cls": Space("vit", 1, 4, None)})
+for name, buffer in student.named_buffers():
+    if name.endswith("running_mean"):
+        buffer += fabric.global_rank  # as batches of its own have left it
+cache = Cache.open(sys.argv[1])
+monitor = KnnMonitor(fabric, cache, StorePixels(cache), images=40, neighbours=3, seed=4,
+                     batch_size=16, workers=0)
+features, _ = monitor._features(student.eval(), alignment.eval())
+if fabric.global_rank == 0:
+    torch.save((features, torch.from_numpy(monitor._rows)), sys.argv[2])
+"""
+
+
+def test_all_ranks_look_with_the_statistics_of_the_first(pixel_bed, tmp_path):
+    script, found = tmp_path / "ranks.py", tmp_path / "found.pt"
+    script.write_text(RANKS)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    given = [sys.executable, *command, pixel_bed.cache, str(found)]
+    subprocess.run(given, check=True, capture_output=True, text=True)
+    features, rows = torch.load(found)
+    student = build_student({"model": "resnet10t", "size": 32}, 0).eval()
+    with torch.no_grad():
+        pixels = StorePixels(Cache.open(pixel_bed.cache)).__getitems__(rows.tolist())
+        expected = student(normalise(pixels, torch.device("cpu"))).pooled
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_knn_of_which_nothing_is_left_is_none(pixel_bed, tmp_path):

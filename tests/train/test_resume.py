@@ -235,6 +235,19 @@ def test_another_number_of_ranks_goes_on_at_the_same_part_of_the_way(
     assert "going on from step 8 of 16" in told
 
 
+def test_more_ranks_for_less_than_a_step_do_one_more(train_config, tmp_path, interrupted, capsys):
+    options = ("recipe.steps=null", "recipe.epochs=8", "recipe.checkpoint_every=4")
+    options += ("recipe.log_every=50",)
+    with interrupted(5):
+        train(train_config(*options))
+    last = Checkpoints(tmp_path / "run", 1).last
+    state = load_checkpoint(last)
+    # As a run with other steps would have left it, shortly before its end.
+    save_checkpoint(last, {**state, "ranks": 2, "images": 4 * state["images"]})
+    assert train(train_config(*options))["loss"] > 0
+    assert "going on from step 15 of 16" in capsys.readouterr().out
+
+
 def test_more_ranks_keep_their_own_checkpoints_though_their_steps_are_fewer(
     train_config, tmp_path, interrupted, capsys
 ):

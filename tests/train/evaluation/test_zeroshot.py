@@ -28,7 +28,7 @@ from scored import one
 
 ARCHITECTURE = "ViT-words"
 NAMES = ["red square", "green  square", "blue square", "café", "{}"]
-PROMPTS = ["a photo of a {}.", "{} on a dark field"]
+PROMPTS = ["a photo of a {}.", "{} on a dark field, {unsaid}"]
 SPACE = "clip/embedding"
 
 
