@@ -29,7 +29,14 @@ from preceptor.benchmarks.comparison.options import changed, trained_with
 from preceptor.benchmarks.comparison.plan import PRECISION, PRECISIONS, Plan
 from preceptor.benchmarks.comparison.records import Record
 from preceptor.benchmarks.comparison.runs import RESULT, TAUGHT, judge_anew, run
-from preceptor.benchmarks.comparison.variants import LARGER, STUDENTS, Variant, choose, variants
+from preceptor.benchmarks.comparison.variants import (
+    LARGER,
+    OURS,
+    STUDENTS,
+    Variant,
+    choose,
+    variants,
+)
 from preceptor.benchmarks.harness import machine, save, show, side_by_side
 from preceptor.benchmarks.testbed import shards
 from preceptor.errors import ConfigError, PreceptorError
@@ -132,12 +139,16 @@ def judge_all(plan: Plan) -> None:
 
 
 def results(
-    plan: Plan, found: Sequence[Record], teachers: Mapping[str, Sequence[report.Run]]
+    plan: Plan,
+    found: Sequence[Record],
+    teachers: Mapping[str, Sequence[report.Run]],
+    of: str = OURS,
 ) -> dict[str, Any]:
     """Everything that is there, as JSON.
 
     Args:
         teachers: what `teachers_of` gave.
+        of: the variant whose differences from the others are given.
     """
     times = timing.collect(plan)
     runs: dict[str, dict[str, list[Record]]] = {}
@@ -148,7 +159,7 @@ def results(
     for name, told in others.items():
         print(f"{name} was trained with {_told(told)}", file=sys.stderr)
     summary: dict[str, Any] = {
-        student: report.summarise(own, teachers, times.get(student))
+        student: report.summarise(own, teachers, times.get(student), of)
         for student, own in runs.items()
     }
     return {
@@ -189,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="runs; BED/method-STEPS by default")
     parser.add_argument("--students", default=",".join(STUDENTS))
     parser.add_argument("--variants", default="all", help="names or kinds, or none")
+    parser.add_argument("--of", default=OURS, help="the variant whose differences are shown")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --first-seed on")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
@@ -232,11 +244,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         gathered = records.gather(plan, options.runs)
         if options.runs is not None:
             records.keep(options.runs, gathered)
-        found = results(plan, gathered, teachers_of(plan))
+        choose(options.of, variants(bed.teachers))
+        found = results(plan, gathered, teachers_of(plan), options.of)
     except PreceptorError as error:
         sys.exit(str(error))
     for student, summary in found["summary"].items():
-        show(f"{student}: mean over {len(bed.tasks)} tasks, %", COLUMNS, report.rows(summary))
+        columns = (*COLUMNS[:-1], f"{options.of} − it")
+        show(f"{student}: mean over {len(bed.tasks)} tasks, %", columns, report.rows(summary))
         if student in found["times"]:
             times = found["times"][student]
             columns = ("variant", *times["settings"])

@@ -119,6 +119,7 @@ def summarise(
     runs: Mapping[str, Sequence[Run]],
     teachers: Mapping[str, Sequence[Run]],
     times: Mapping[str, Any] | None = None,
+    of: str = OURS,
 ) -> dict[str, Any]:
     """The summary of one student's runs.
 
@@ -126,6 +127,7 @@ def summarise(
         runs: by variant.
         teachers: by teacher, one "run" each.
         times: what `timing` measured of this student.
+        of: the variant whose differences from the others are given.
     """
     kinds = {name: own[0]["kind"] for name, own in runs.items()}
     summary: dict[str, Any] = {
@@ -155,10 +157,10 @@ def summarise(
         for when, name in (("start", "random"), ("end", "regression"))
         if name in runs
     }
-    if OURS not in runs:
+    if of not in runs:
         return summary
-    ours = runs[OURS]
-    others = {name: own for name, own in runs.items() if name != OURS and can_be_paired(ours, own)}
+    ours = runs[of]
+    others = {name: own for name, own in runs.items() if name != of and can_be_paired(ours, own)}
     summary["against"] = {name: difference(ours, own) for name, own in others.items()} | {
         f"teacher {name}": difference(ours, own) for name, own in teachers.items()
     }
