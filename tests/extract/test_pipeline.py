@@ -340,12 +340,12 @@ import os, sys, time
 from preceptor.cache import StoreWriter
 from preceptor.cli import main
 plain = StoreWriter.pending
-def pending(self):
+def pending(self, units=None):
     last = time.monotonic() + 60
     while os.environ["RANK"] == "1" and time.monotonic() < last:
         if os.path.exists(f"{self.path}/commits/vit/2.json"): break
         time.sleep(0.1)
-    return plain(self)
+    return plain(self, units)
 StoreWriter.pending = pending
 sys.exit(main(sys.argv[1:]))
 """
