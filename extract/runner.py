@@ -107,9 +107,11 @@ class TeacherRunner:
                 spaces = teacher(inputs)
                 refuse_other_shapes(teacher, spaces, len(pixels))
             for name, tokens in spaces.items():
-                # The user's own code may give the same memory again for the next batch.
-                kept = tokens.detach().to(torch.float32, copy=teacher.own_code)
-                found[f"{teacher.name}/{name}"] = kept
+                # The user's own code may give the same memory again for the next batch, or compute
+                # elsewhere.
+                found[f"{teacher.name}/{name}"] = tokens.detach().to(
+                    self.fabric.device, torch.float32, copy=teacher.own_code
+                )
         return found
 
     def fill(self, writer: StoreWriter) -> list[str]:

@@ -151,6 +151,17 @@ class Learning(Tiny):
             return super().__call__(pixels.clone())
 
 
+class Elsewhere(Tiny):
+    """On the CPU, whatever device it is told."""
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        return super().__call__(torch.zeros(pixels.shape))
+
+    def to(self, device: torch.device | str) -> Tiny:
+        return self
+
+
+elsewhere = partial(Elsewhere, DIM, 0)
 fresh = partial(Tiny, DIM, 0)
 reused = Bound
 with_gradient = partial(Learning, DIM, 0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import torch
 from omegaconf import OmegaConf
 from preceptor.cache import Cache
 from preceptor.errors import TeacherError
+from preceptor.extract.images import ViewBatch, geometry
 from preceptor.extract.pipeline import load_teachers, teacher_record
+from preceptor.extract.runner import TeacherRunner
 from preceptor.extract.teachers import LOADERS, load_teacher
 from preceptor.extract.teachers.base import SpaceShape
 from preceptor.tests.extract import awkward_teachers
@@ -81,6 +85,19 @@ def test_tokens_are_what_was_returned_whatever_the_next_call_writes(
     for function in ("reused", "with_gradient"):
         pairs = zip(found["fresh"], found[function], strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_tokens_lie_on_the_device_wherever_they_were_computed() -> None:
+    """A session of another runtime may compute on the CPU beside teachers on a GPU."""
+    device = torch.device("meta")  # which every machine has
+    place = SimpleNamespace(device=device, autocast=contextlib.nullcontext)
+    teacher = load_teacher("mine", f"{CALL}:elsewhere")
+    options = {"batch_size": 2, "workers": 0, "on_corrupt": "stop", "data": {"max_pixels": 1}}
+    runner = TeacherRunner(place, [teacher], None, None, OmegaConf.create(options))  # type: ignore[arg-type]
+    shape = geometry(teacher.preprocessing)
+    pixels = torch.zeros(2, 3, *shape[0], dtype=torch.uint8)
+    found = runner.tokens(ViewBatch(None, {shape: pixels}, []))  # type: ignore[arg-type]
+    assert {tokens.device for tokens in found.values()} == {device}
 
 
 def test_a_space_s_numbers_may_be_numpy_s() -> None:
