@@ -17,7 +17,8 @@ from ...hub import hub_or_cache
 from .base import Preprocessing
 from .network import NetworkTeacher, Offer, Tap, check_whole_patches, size_pair, taps_from
 
-_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
+_FOLDER = "local-dir:"
+_ELSEWHERE = ("hf-hub:", "hf_hub:", _FOLDER)
 
 
 class TimmTeacher(NetworkTeacher):
@@ -205,14 +206,24 @@ def _from_hub(teacher: str, model: str) -> nn.Module:
         raise TeacherError(
             f"teacher {teacher}: timm has no pretrained weights for {model}; {advice}"
         )
-    with hub_or_cache() as hub:
+    with _place(model) as (place, remedy):
         try:
             return timm.create_model(model, pretrained=True)
         except Exception as error:
             raise TeacherError(
-                f"teacher {teacher}: the weights of timm:{model} could not be had from {hub} "
-                f"({first_sentence(error)}); try again with a network, {advice}"
+                f"teacher {teacher}: the weights of timm:{model} could not be had from {place} "
+                f"({first_sentence(error)}); {remedy}, {advice}"
             ) from error
+
+
+@contextlib.contextmanager
+def _place(model: str) -> Iterator[tuple[str, str]]:
+    """Where a network is looked for, and what may help where it is not found, for a message."""
+    if model.startswith(_FOLDER):
+        yield "that folder", "mend the folder"
+    else:
+        with hub_or_cache() as hub:
+            yield hub, "try again with a network"
 
 
 @contextlib.contextmanager
@@ -237,16 +248,16 @@ def _missing_keys() -> Iterator[list[str]]:
 def _from_file(teacher: str, model: str, checkpoint: str) -> nn.Module:
     """The network with every one of its weights from a file, whatever classifier that has."""
     state = read_checkpoint(checkpoint, TeacherError)
-    with hub_or_cache() if model.startswith(_ELSEWHERE) else contextlib.nullcontext("") as hub:
+    with _place(model) if model.startswith(_ELSEWHERE) else contextlib.nullcontext() as found:
         try:
             bare: Any = timm.create_model(model, pretrained=False, num_classes=0)
         except Exception as error:
-            if not hub:
+            if found is None:
                 raise
             raise TeacherError(
-                f"teacher {teacher}: what network timm:{model} is could not be had from {hub} "
-                f"({first_sentence(error)}), and a checkpoint holds its weights alone: try again "
-                "with a network, or name the network itself, as timm lists it"
+                f"teacher {teacher}: what network timm:{model} is could not be had from {found[0]} "
+                f"({first_sentence(error)}), and a checkpoint holds its weights alone: {found[1]}, "
+                "or name the network itself, as timm lists it"
             ) from error
     config = bare.pretrained_cfg
     classifier = config.get("classifier")

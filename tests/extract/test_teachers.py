@@ -249,20 +249,6 @@ def test_bad_checkpoints_are_named(
     with pytest.raises(TeacherError, match=r"absent\.pth is no file"):
         load_teacher("t", "timm:test_vit", checkpoint=absent)
     torch.save({"model": _Code()}, tmp_path / "code.pth")
-    for name, start, told in (
-        ("page.pth", b"<!DOCTYPE html>", "is a page or a text, no file of weights"),
-        ("note.bin", b"# a readme\n", "is of another kind, no file of weights"),
-        ("lfs.bin", b"version https://git-lfs.github.com/spec/v1\n", r"pointer of Git LFS \(git l"),
-        (
-            "model.bin",
-            (64).to_bytes(8, "little") + b'{"a": {"dtype"',
-            "of safetensors under another",
-        ),
-    ):
-        (tmp_path / name).write_bytes(start)
-        with pytest.raises(TeacherError, match=told) as caught:
-            read_checkpoint(tmp_path / name, TeacherError)
-        assert "weights_only" not in str(caught.value)
     with pytest.raises(TeacherError, match=r"code\.pth holds more than tensors \((?!Weights)"):
         load_teacher("t", "timm:test_vit", checkpoint=str(tmp_path / "code.pth"))
     assert "has run" not in capfd.readouterr().out
@@ -291,6 +277,17 @@ def test_a_network_that_only_the_hub_knows_is_told(
             TeacherError, match=r"teacher t: what network timm:.* a checkpoint holds"
         ):
             load_teacher("t", source, checkpoint=str(checkpoints["test_vit"]))
+
+
+def test_a_folder_of_a_network_is_not_asked_of_the_hub(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    for more in ({}, {"checkpoint": str(checkpoints["test_vit"])}):
+        with pytest.raises(
+            TeacherError, match=r"from that folder \(.*mend the folder, or"
+        ) as caught:
+            load_teacher("t", f"timm:local-dir:{tmp_path}", **more)
+        assert "try again with a network" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
