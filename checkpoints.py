@@ -30,7 +30,11 @@ def read_checkpoint(path: str | Path, refused: type[PreceptorError]) -> dict[str
             named tensors.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a folder that may not be looked into, a name that cannot be
+        raise refused(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    if not is_file:
         raise refused(f"checkpoint {path} is no file")
     state: Any
     try:
@@ -38,15 +42,8 @@ def read_checkpoint(path: str | Path, refused: type[PreceptorError]) -> dict[str
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if (other := _other_kind(path)) is not None:
-            raise refused(f"checkpoint {path} is {other}, no file of weights") from error
-        raise refused(
-            f"checkpoint {path} holds more than tensors ({_reason(error)}), and code in a "
-            "checkpoint is never run; save its state_dict as .safetensors"
-        ) from error
     except Exception as error:  # damaged files raise anything at all
-        raise refused(f"checkpoint {path} cannot be read: {first_line(error)}") from error
+        raise refused(f"checkpoint {path} {_complaint(path, error)}") from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -56,23 +53,48 @@ def read_checkpoint(path: str | Path, refused: type[PreceptorError]) -> dict[str
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _other_kind(path: Path) -> str | None:
-    """What a file is that torch takes for a pickle and that is none; None where it is one."""
-    with open(path, "rb") as file:
-        start = file.read(64)
+def _complaint(path: Path, error: Exception) -> str:
+    """What is wrong with a file that could not be loaded; without torch's advice to run its code.
+
+    Loaders take whatever they are given for their own kind, so its first bytes are looked at.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as unread:
+        return f"cannot be read: {unread.strerror}"
+    named_safe = path.suffix == ".safetensors"
+    is_safe, is_torch = start[8:9] == b"{", start.startswith((b"\x80", b"PK"))
+    if not start:
+        return "is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS (git lfs pull fetches what it stands for)"
-    if start[8:9] == b"{":
-        return "of safetensors under another name (its name must end with .safetensors)"
-    if start.lstrip().startswith((b"<", b"{")):
-        return "a page or a text"
-    return None if start.startswith((b"\x80", b"PK")) else "of another kind"
+        return (
+            "is a pointer of Git LFS, no file of weights: git lfs pull fetches what it stands for"
+        )
+    if is_safe and not named_safe:
+        return "is of safetensors under another name: let it end with .safetensors"
+    if is_torch and named_safe:
+        return "is of torch.save under another name: let it end with .pth"
+    if is_torch and (isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error)):
+        return (
+            f"holds more than tensors ({_reason(error)}), and code in a checkpoint is never run; "
+            "save its state_dict as .safetensors"
+        )
+    if is_safe or is_torch:
+        return f"cannot be read: {first_line(error)}"
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"<", b"{")):
+        return "is a page or a text, no file of weights"
+    return "is of another kind, no file of weights"
 
 
-def _reason(error: BaseException) -> str:
-    """Why torch refuses a pickle, without its advice to load it all the same."""
-    found = re.search(r"WeightsUnpickler error: (.*)", str(error))
-    return found[1] if found else first_line(error)
+def _reason(error: Exception) -> str:
+    """Why torch refuses a file, in its own words."""
+    said = re.search(
+        r"WeightsUnpickler error:\s*(.+?)( was not an allowed|\. |$)", str(error), re.M
+    )
+    if said is not None:
+        return said[1]
+    return "TorchScript" if "TorchScript" in str(error) else type(error).__name__
 
 
 def misfit(error: BaseException) -> str:
