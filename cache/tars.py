@@ -21,7 +21,7 @@ from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .remote import SCHEMES
 
 MAX_UNPACKED = 256 * 2**20
@@ -327,8 +327,9 @@ def members(
         raise
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from error
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"shard {path} is damaged or no tar file: {error}") from error
+    # A header may state a size that no memory holds, or stand before thousands of its kind.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise DataError(f"shard {path} is damaged or no tar file: {first_line(error)}") from error
     # tarfile takes a file that stops between two members, or a header it cannot read, for the end.
     file.seek(end)
     if file.read(_BLOCK) != bytes(_BLOCK):

@@ -53,3 +53,16 @@ def test_headers_that_a_device_does_not_give_are_told(
     monkeypatch.setattr(tars.TarShard, "open", lambda self: io.BufferedReader(Failing(self.path)))
     with pytest.raises(DataError, match=r"far\.tar cannot be read: Input/output error"):
         SampleIndex.from_shards(write(tmp_path / "far.tar"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_without_measure_are_damage(kind: bytes, tmp_path: Path) -> None:
+    """One of more bytes than any memory has, and more of them than the interpreter's stack takes."""
+    header = tarfile.TarInfo("header")
+    header.type = kind
+    for name, size, times in (("huge", 1 << 60, 1), ("chained", 0, 3000)):
+        header.size = size
+        shard = tmp_path / f"{name}.tar"
+        shard.write_bytes(header.tobuf(tarfile.GNU_FORMAT) * times + bytes(10240))
+        with pytest.raises(DataError, match=rf"{name}\.tar is damaged or no tar file: \w"):
+            SampleIndex.from_shards(str(shard))
