@@ -1,4 +1,4 @@
-"""What is said of a file that holds no weights; the rest is tested with the teachers that read them."""
+"""What is said of files that hold no weights."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_headers_that_a_device_does_not_give_are_told(
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 def test_headers_without_measure_are_damage(kind: bytes, tmp_path: Path) -> None:
-    """One of more bytes than any memory has, and more of them than the interpreter's stack takes."""
+    """One of more bytes than any memory has, and more of them than a stack takes."""
     header = tarfile.TarInfo("header")
     header.type = kind
     for name, size, times in (("huge", 1 << 60, 1), ("chained", 0, 3000)):
