@@ -131,16 +131,18 @@ def test_damaged_images_are_left_out_of_the_knn_where_damage_is_skipped(
 
 
 RANKS = """
-import sys, torch
-from lightning_fabric import Fabric
+import sys, preceptor, torch
+from pathlib import Path
+from omegaconf import OmegaConf
 from preceptor.cache import Cache
+from preceptor.engine import launch
 from preceptor.train.alignment import build_alignment
 from preceptor.train.alignment.base import Space
 from preceptor.train.monitor import KnnMonitor
 from preceptor.train.students import build_student
 from preceptor.train.views import StorePixels
-fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
-fabric.launch()
+configs = Path(preceptor.__file__).parent / "configs"
+fabric = launch(OmegaConf.load(configs / "engine" / "cpu.yaml"))
 student = build_student({"model": "resnet10t", "size": 32}, 0)
 alignment = build_alignment({"name": "regression"}, student, {"vit/cls": Space("vit", 1, 4, None)})
 for name, buffer in student.named_buffers():
@@ -160,7 +162,8 @@ def test_all_ranks_look_with_the_statistics_of_the_first(pixel_bed, tmp_path):
     script.write_text(RANKS)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     given = [sys.executable, *command, pixel_bed.cache, str(found)]
-    subprocess.run(given, check=True, capture_output=True, text=True)
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     features, rows = torch.load(found)
     student = build_student({"model": "resnet10t", "size": 32}, 0).eval()
     with torch.no_grad():
