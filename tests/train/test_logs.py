@@ -44,9 +44,9 @@ def test_logs_go_on_where_an_interrupted_run_stopped(train_config, tmp_path, int
     assert parts == whole
     assert [step for step, *_ in whole] == list("12345678")
     # Files of one second are read by their names, of which ".10" comes before ".9": here as one.
-    parts = sorted((tmp_path / "parts" / "logs").glob("events.*"), key=lambda p: p.stat().st_mtime_ns)
-    assert len(parts) == 2
-    (tmp_path / "events.out.tfevents.whole").write_bytes(b"".join(p.read_bytes() for p in parts))
+    files = sorted((tmp_path / "parts/logs").glob("events.*"), key=lambda f: f.stat().st_mtime_ns)
+    assert len(files) == 2
+    (tmp_path / "events.out.tfevents.whole").write_bytes(b"".join(f.read_bytes() for f in files))
     events = EventAccumulator(str(tmp_path / "events.out.tfevents.whole")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
 
