@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import resource
-import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,9 @@ from .sharding import crc32c
 
 T = TypeVar("T")
 
-_OPEN_FILES = min(256, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
-"""Files that each open store keeps open."""
+OPEN_FILES = min(max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4), 4096)
+"""Files of stores that stay open in a process, of all stores together."""
+_NUMBERS = itertools.count()
 _VECTOR = 1000  # below the IOV_MAX of Linux and macOS
 _PIECE = 800 << 10  # what was read is still in the core's own cache when it is summed
 
@@ -105,8 +107,14 @@ class _File:
             os.close(self.fd)
 
 
+@lru_cache(maxsize=OPEN_FILES)
+def _opened(source: int, path: str) -> _File:
+    # This cache holds no lock of Python's, so a fork at any moment leaves it usable.
+    return _File(path)
+
+
 class LocalSource(Source):
-    """Files below a directory, kept open in least-recently-used order.
+    """Files below a directory; those of all such sources that were used last stay open.
 
     Files are read, not mapped: a mapped file that is cut short, or whose device fails, kills the
     process where a read only fails.
@@ -115,8 +123,8 @@ class LocalSource(Source):
     def __init__(self, root: str | Path) -> None:
         self.location = str(root)
         self._root = str(root)
-        self._lock = threading.RLock()  # of `_room` within `_open` too
-        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._number = next(_NUMBERS)
+        self._keeps = False
 
     def __getstate__(self) -> dict[str, str]:
         return {"root": self._root}
@@ -198,34 +206,27 @@ class LocalSource(Source):
         """What a function opens, if need be in place of what is kept open.
 
         Raises:
-            StoreError: this process may have no more files open.
+            StoreError: this process, or the system, may have no more files open.
         """
         for again in (True, False):
             try:
                 return opens()
             except OSError as error:
-                if error.errno != errno.EMFILE:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
                 if not again:
                     raise StoreError(
                         f"{self._root}: this process has as many files open as it may have; raise "
                         "its limit (ulimit -n), or close what else it holds"
                     ) from error
-            with self._lock:
-                self._files.clear()
+            _opened.cache_clear()
         raise AssertionError
 
     def _open(self, name: str) -> _File:
-        with self._lock:
-            file = self._files.get(name)
-            if file is None:
-                path = f"{self._root}/{name}"
-                file = self._files[name] = self._room(lambda: _File(path))
-                if len(self._files) > _OPEN_FILES:
-                    self._files.popitem(last=False)
-            else:
-                self._files.move_to_end(name)
-            return file
+        if not self._keeps:  # files of a store that is let go of and deleted would hold their room
+            self._keeps = True
+            weakref.finalize(self, _opened.cache_clear).atexit = False
+        return self._room(lambda: _opened(self._number, f"{self._root}/{name}"))
 
 
 def local_path(location: str | Path, what: str) -> Path:
