@@ -28,6 +28,17 @@ _VECTOR = 1000  # below the IOV_MAX of Linux and macOS
 _PIECE = 800 << 10  # what was read is still in the core's own cache when it is summed
 
 
+def too_many_open(error: OSError) -> StoreError | None:
+    """What to tell of a file that is not opened since too many are, which says nothing of the file;
+    None for another error."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    return StoreError(
+        f"{error.filename}: this process has as many files open as it may have; raise its limit "
+        "(ulimit -n), or close what else it holds"
+    )
+
+
 def _summed(buffers: Sequence[np.ndarray], value: int) -> int:
     """CRC-32C of bytes that lie in several buffers, continuing ``value``."""
     for buffer in buffers:
@@ -212,13 +223,10 @@ class LocalSource(Source):
             try:
                 return opens()
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                if (told := too_many_open(error)) is None:
                     raise
                 if not again:
-                    raise StoreError(
-                        f"{self._root}: this process has as many files open as it may have; raise "
-                        "its limit (ulimit -n), or close what else it holds"
-                    ) from error
+                    raise told from error
             _opened.cache_clear()
         raise AssertionError
 

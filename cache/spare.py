@@ -25,6 +25,7 @@ from .durable import make_directory, write_whole
 from .layout import Layout
 from .manifest import MANIFEST, Manifest
 from .plan import SpaceSpec
+from .source import too_many_open
 
 SPARE = "spare"
 
@@ -107,7 +108,9 @@ def mend(root: Path) -> list[str]:
 def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
-    except OSError:  # what cannot be read is as good as gone: the other copy replaces it
+    except OSError as error:  # what cannot be read is as good as gone: the other copy replaces it
+        if (told := too_many_open(error)) is not None:
+            raise told from error
         return None
 
 

@@ -32,7 +32,7 @@ from .plan import ROWS
 from .rows import decode_keys
 from .shard_writer import PARTIAL, partial_name
 from .sharding import LARGEST_GAP, crc32c, parse_index, plain_index
-from .source import local_path
+from .source import local_path, too_many_open
 from .verify_report import Problem, VerifyReport, fingerprint
 
 _BLOCK = 512 << 10  # what was read is still in the core's own cache when it is hashed
@@ -53,7 +53,7 @@ def verify_store(path: str | Path, *, threads: int = 4, progress: bool = False) 
         progress: show a progress line.
 
     Raises:
-        StoreError: there is no store at all.
+        StoreError: there is no store at all, or this process may open no more files.
     """
     root, started = local_path(path, "verifying"), time.monotonic()
     if threads < 1:
@@ -339,6 +339,8 @@ def _hash_span(
 
 
 def _unread(error: OSError) -> str:
+    if (told := too_many_open(error)) is not None:  # no damage, and no matter for repair
+        raise told from error
     gone = isinstance(error, FileNotFoundError | NotADirectoryError)
     return "is missing" if gone else f"cannot be read: {error.strerror}"
 

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 from preceptor.cache import source
+from preceptor.cache.commit import FileRecord
+from preceptor.cache.layout import Layout
 from preceptor.cache.source import LocalSource
+from preceptor.cache.verify import check_file, verify_store
 from preceptor.errors import StoreError
+from preceptor.tests.cache.small_stores import write_store
 
 
 @pytest.fixture
@@ -39,6 +43,14 @@ def kept_open(folder: Path) -> int:
     return found
 
 
+def fill(held: list[int]) -> None:
+    """Open files until this process may open no more."""
+    source._opened.cache_clear()
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+
+
 def test_stores_give_up_what_they_keep_open(tmp_path: Path, few_files: list[int]) -> None:
     """Those that are not read just now as well."""
     stores = [LocalSource(tmp_path / str(number)) for number in range(5)]
@@ -54,14 +66,23 @@ def test_stores_give_up_what_they_keep_open(tmp_path: Path, few_files: list[int]
                 assert store.read_into(name, 0, [buffer]) == len(name)
                 assert buffer.decode() == name == store.read(name).decode()
     assert kept_open(tmp_path) > 0
-    source._opened.cache_clear()
-    with contextlib.suppress(OSError):
-        while True:
-            few_files.append(os.open(tmp_path, os.O_RDONLY))
+    fill(few_files)
     store = stores[0]
     for ask in (lambda: store.read("1"), lambda: store.read_into("1", 0, [bytearray(1)])):
         with pytest.raises(StoreError, match=r"as many files open as it may have; raise its limit"):
             ask()
+
+
+def test_a_file_that_is_one_too_many_is_no_damage(tmp_path: Path, few_files: list[int]) -> None:
+    """Repair would make again what verify calls damaged."""
+    plan = write_store(tmp_path / "store").plan
+    spec = next(iter(Layout(plan).unit_arrays("rows").values()))
+    fill(few_files)
+    with pytest.raises(StoreError, match=r"manifest\.json: this process has as many files open"):
+        verify_store(tmp_path / "store")
+    file = tmp_path / "store" / spec.file(0)
+    with pytest.raises(StoreError, match=r"rows/.*: this process has as many files open as it may"):
+        check_file(file, spec, FileRecord(0, "", ()), 1)
 
 
 def test_a_store_that_is_let_go_of_holds_no_file(tmp_path: Path) -> None:
