@@ -130,7 +130,17 @@ def filled(
 
 
 def extract(path: Path, *teachers: TeacherRecord, rows: int = ROWS) -> StoreWriter:
-    writer = StoreWriter.open_or_create(path, plan(*teachers, rows=rows))
+    return _whole(StoreWriter.open_or_create(path, plan(*teachers, rows=rows)))
+
+
+def add(path: Path, teacher: TeacherRecord) -> StoreWriter:
+    """Extract one more teacher of a store."""
+    writer = StoreWriter.open(path)
+    writer.add(teacher)
+    return _whole(writer)
+
+
+def _whole(writer: StoreWriter) -> StoreWriter:
     calibrate(writer)
     fill(writer)
     writer.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -94,7 +95,7 @@ def convert_store(
     encoding(encoding_name)
     root = local_path(out, "converting")
     cache = Cache.open(source)
-    real = root.resolve()
+    real = Path(os.path.realpath(root))  # unlike resolve, of links that lead in a circle too
     if isinstance(cache.source, LocalSource) and (
         Path(cache.location).resolve() in (real, *real.parents)
     ):

@@ -16,6 +16,7 @@ from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import (
     ROWS,
     TEACHERS,
+    add,
     batch,
     calibrate,
     contents,
@@ -71,6 +72,12 @@ def test_a_store_is_not_converted_into_itself(store: Path) -> None:
         with pytest.raises(ConfigError, match="name another directory"):
             convert_store(f"file://{store}", f"file://{out}", "int4")
     assert contents(store) == before
+
+
+def test_a_link_that_leads_in_a_circle_is_no_place_for_a_store(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StoreError, match="loop cannot be made"):
+        convert_store(store, tmp_path / "loop", "int4")
 
 
 def test_every_token_is_the_decoded_one_encoded_again(store: Path, tmp_path: Path) -> None:
@@ -305,11 +312,7 @@ def test_a_conversion_leaves_alone_what_its_store_has_got_since(
     source, out = tmp_path / "source", tmp_path / "out"
     extract(source, TEACHERS[0])
     convert_store(source, out, "int4")
-    writer = StoreWriter.open(out)
-    writer.add(TEACHERS[1])
-    calibrate(writer)
-    fill(writer)
-    writer.finish()
+    add(out, TEACHERS[1])
     good = contents(out)
     flip(out / "spaces/vit/patch/codes/c.1.0.0", np.random.default_rng(0))
     flip(out / "spaces/cnn/patch/codes/c.0.0.0", np.random.default_rng(0))
@@ -328,11 +331,7 @@ def test_a_conversion_goes_on_without_what_its_source_has_got_or_lost_since(
     extract(source, TEACHERS[0])
     convert_store(source, out, "int4")
     good = contents(out)
-    writer = StoreWriter.open(source)
-    writer.add(TEACHERS[1])
-    calibrate(writer)
-    fill(writer)
-    writer.finish()
+    writer = add(source, TEACHERS[1])
     (out / "spaces/vit/patch/codes/c.1.0.0").unlink()
     convert_store(source, out, "int4")
     assert contents(out) == good

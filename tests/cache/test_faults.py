@@ -17,8 +17,8 @@ import pytest
 from preceptor.benchmarks import faults
 from preceptor.benchmarks.small_store import (
     TEACHERS,
+    add,
     batch,
-    calibrate,
     contents,
     extract,
     fill,
@@ -250,11 +250,7 @@ def test_older_manifest(folder: Path, whole: tuple[dict[str, bytes], dict[str, b
     path = folder / "manifest"
     extract(path, TEACHERS[0])
     old = contents(path)
-    writer = StoreWriter.open(path)
-    writer.add(TEACHERS[1])
-    calibrate(writer)
-    fill(writer)
-    writer.finish()
+    add(path, TEACHERS[1])
     good = contents(path)
     for name in ("manifest.json", "spare/manifest.json"):
         (path / name).write_bytes(old[name])
