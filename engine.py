@@ -64,7 +64,8 @@ def launch(
 
     Raises:
         ConfigError: this machine has no such accelerator or not so many devices, an option has a
-            value that Fabric does not know, or several devices were asked of a single process.
+            value that Fabric does not know or that device cannot do, or several devices were asked
+            of a single process.
     """
     devices, nodes = engine.devices, engine.num_nodes
     if devices == 1:
@@ -84,16 +85,21 @@ def launch(
             f"engine.accelerator={engine.accelerator}: there is no CUDA device to be used (torch "
             f"{built}); engine=auto takes what there is, engine=cpu the processor"
         )
+    accelerator, used = engine.accelerator, exact or precision(engine)
+    if accelerator == "auto":  # Fabric might choose MPS, which has no float64 for statistics
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cpu" and used == "16-mixed":  # Fabric would take bf16-mixed in its place
+        raise ConfigError(
+            "engine.precision=16-mixed: there is no such autocast on the processor; say "
+            "engine.precision=bf16-mixed or 32-true"
+        )
+    parts: dict[str, Any] = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": nodes,
+        "precision": used,
+    }
     try:
-        accelerator = engine.accelerator
-        if accelerator == "auto":  # Fabric might choose MPS, which has no float64 for statistics
-            accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-        parts: dict[str, Any] = {
-            "accelerator": accelerator,
-            "devices": devices,
-            "num_nodes": nodes,
-            "precision": exact or precision(engine),
-        }
         fabric = Fabric(strategy=engine.strategy, **parts)
         if patience is not None and fabric.world_size > 1 and engine.strategy in ("auto", "ddp"):
             fabric = Fabric(strategy=DDPStrategy(timeout=patience), **parts)

@@ -365,4 +365,7 @@ def plan_difference(store: StorePlan, ours: StorePlan, kept: Collection[str] = (
         teachers = [teacher.as_json() for teacher in plan.teachers]
         return {**plan.rows_json(), **plan.pixels_json(), "teachers": teachers}
 
-    return difference(whole(store), whole(replace(ours, teachers=tuple(formed))))
+    left, right = whole(store), whole(replace(ours, teachers=tuple(formed)))
+    causes = [{key: side[key] for key in side if key != "rows"} for side in (left, right)]
+    # `rows` follows from samples and views
+    return difference(causes[0], causes[1]) or difference(left, right)

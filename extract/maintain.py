@@ -198,8 +198,9 @@ def add(config: DictConfig) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     keep_summary(root, "add", summary)
+    done = "added" if extracted else "there already"
     print(
-        f"{root}: {', '.join(names)} added, {extracted:,} rows extracted in "
+        f"{root}: {', '.join(names)} {done}, {extracted:,} rows extracted in "
         f"{summary['seconds']:.0f} s"
     )
     return summary

@@ -152,6 +152,15 @@ def test_auto_is_no_accelerator_that_was_never_tried(monkeypatch):
     assert launch(OmegaConf.create({**engine, "precision": "auto"})).device.type == "cpu"
 
 
+@pytest.mark.parametrize("exact", [None, "16-mixed"])
+def test_a_precision_of_gpus_is_not_replaced_by_another_in_silence(exact):
+    """What a manifest says of its teachers would not be how they were run."""
+    engine = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    asked = OmegaConf.create({**engine, "precision": "bf16-mixed" if exact else "16-mixed"})
+    with pytest.raises(ConfigError, match=r"16-mixed: .* say engine.precision=bf16-mixed or 32-"):
+        launch(asked, exact=exact)
+
+
 def test_a_device_that_is_not_there_is_told_in_this_program_s_words(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     engine = {"accelerator": "cuda", "devices": "auto", "num_nodes": 1, "strategy": "auto"}

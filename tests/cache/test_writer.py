@@ -42,6 +42,9 @@ def test_another_configuration_is_refused_with_both_sides(store: Path) -> None:
         StoreWriter.open_or_create(store, replace(plan, teachers=(teacher, *plan.teachers[1:])))
     with pytest.raises(StoreError, match=r"group_rows is 4 in the store and 8"):
         StoreWriter.open_or_create(store, replace(plan, group_rows=8))
+    views = {**plan.views, "count": 2}
+    with pytest.raises(StoreError, match=r"views.count is 1 in the store and 2"):
+        StoreWriter.open_or_create(store, replace(plan, views=views, rows=2 * plan.rows))
 
 
 def test_a_directory_with_other_things_is_refused(tmp_path: Path) -> None:
