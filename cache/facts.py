@@ -17,6 +17,7 @@ from .rows import decode_keys
 from .shard_index import ChunkReader
 
 _SHARDS_KEPT = 8
+_TOLD_OTHERWISE = ("key", "valid")  # fill values are no UTF-8, and make no row valid
 
 
 class RowFacts:
@@ -29,9 +30,20 @@ class RowFacts:
         self._arrays = layout.row_arrays()
 
     def shard(self, name: str, shard: int) -> np.ndarray:
-        """One fact of one shard's rows."""
-        values = self._chunks.values(ROWS, self._arrays[name], shard, 0)
-        return values[: self._plan.rows_in(shard)]
+        """One fact of one shard's rows.
+
+        Raises:
+            StoreError: damage, or a row that its writer left out.
+        """
+        spec = self._arrays[name]
+        values = self._chunks.values(ROWS, spec, shard, 0)[: self._plan.rows_in(shard)]
+        if name in _TOLD_OTHERWISE:
+            return values
+        holes = spec.filled(values)
+        if holes.any():
+            row = self._plan.rows_of(shard)[int(np.argwhere(holes)[0, 0])]
+            raise self._chunks.hole(ROWS, row, spec.path)
+        return values
 
     def all(self, name: str) -> np.ndarray:
         """One fact of all rows."""

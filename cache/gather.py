@@ -122,8 +122,7 @@ class Destination:
             width = np.dtype(spec.dtype).itemsize
             start = 0
             for buffer in self._bytes[name]:
-                first = buffer[:, :width].view(spec.dtype)[:, 0]
-                empty = np.isnan(first) if isinstance(spec.fill, float) else first == spec.fill
+                empty = spec.filled(buffer[:, :width].view(spec.dtype)[:, 0])
                 if empty.any():
                     found |= {start + at: spec.path for at in np.flatnonzero(empty).tolist()}
                 start += len(buffer)

@@ -94,6 +94,10 @@ class ArraySpec:
         """Path of a shard's file within the store."""
         return f"{self.path}/c.{shard}" + ".0" * (len(self.shape) - 1)
 
+    def filled(self, values: np.ndarray) -> np.ndarray:
+        """Where values of the array, of any shape, are the fill value: bool of that shape."""
+        return np.isnan(values) if isinstance(self.fill, float) else values == self.fill
+
     def metadata(self) -> Json:
         """The array's zarr.json."""
         chain = [*self._codecs(), {"name": "crc32c"}]

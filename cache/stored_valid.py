@@ -40,8 +40,7 @@ def stored_valid(root: Path, manifest: Manifest, shard: int) -> NDArray[np.bool_
         ]
         spec = min(arrays, key=lambda one: one.row_bytes)
         values = _values(root, layout, spec, shard)[:count]
-        filled = np.isnan(values) if np.isnan(spec.fill) else values == spec.fill
-        return np.asarray(~filled.reshape(count, -1).all(1))
+        return np.asarray(~spec.filled(values).reshape(count, -1).all(1))
     return None
 
 

@@ -236,18 +236,19 @@ class _Work:
             return [problem for found in pool.map(one, self._jobs) for problem in found]
 
     def _row_problems(self, spec: ArraySpec, shard: int) -> list[str]:
-        """Whether keys and validity are those that the record names."""
+        """Whether keys and validity are those that the record names, and no other fact is left
+        out."""
         fact, commit = spec.path.rpartition("/")[2], self._rows[shard]
-        if fact not in ("key", "valid"):
-            return []
         try:
             raw = np.frombuffer((self._root / spec.file(shard)).read_bytes()[:-CRC], np.uint8)
-            values = spec.decode_chunk(raw)[: commit.rows]
+            values, good = spec.decode_chunk(raw)[: commit.rows], True
             if fact == "valid":
                 good = int(values.sum()) == commit.valid
-            else:
+            elif fact == "key":
                 keys = decode_keys(values[[0, -1]])
                 good = keys == [commit.first_key, commit.last_key]
+            elif spec.filled(values).any():
+                return [f"lacks the {fact} of a row: its writer left it out"]
         except OSError as error:  # gone since it was checked
             return [_unread(error)]
         except ValueError as error:

@@ -22,6 +22,7 @@ from preceptor.cache.documents import sealed
 from preceptor.cache.encodings import encoding
 from preceptor.cache.layout import Layout
 from preceptor.cache.sharding import shard_file
+from preceptor.cache.verify import verify_store
 from preceptor.errors import StoreError
 from small_stores import CORRUPT, ROWS, SPACES, facts_of, tokens_of
 
@@ -231,6 +232,22 @@ def test_rows_that_a_writer_left_out_are_refused(store: Path, array: str, value:
         for row, why in ((int(batch.rows[at]), why) for at, why in batch.damaged.items())
     ]
     assert told == [(2, True)]
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("label", -(2**63)), ("size", -1), ("box", np.nan), ("flip", 255)]
+)
+def test_facts_that_a_writer_left_out_are_refused(store: Path, fact: str, value: float) -> None:
+    def leave_out(values: np.ndarray) -> None:
+        values[2] = value
+
+    forge(store, "rows", f"rows/{fact}", leave_out)
+    cache = Cache.open(store)
+    with pytest.raises(StoreError, match=rf"row 2 of .* is a hole in rows/{fact}"):
+        getattr(cache, {"box": "boxes"}.get(fact, f"{fact}s"))
+    (problem,) = verify_store(store).problems
+    assert (problem.unit, problem.shard) == ("rows", 0)
+    assert f"lacks the {fact} of a row" in str(problem)
 
 
 def test_only_a_one_makes_a_row_valid(store: Path) -> None:
