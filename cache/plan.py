@@ -273,6 +273,11 @@ class StorePlan:
         return -(-self.rows // self.shard_rows)
 
     @property
+    def views_a_sample(self) -> int:
+        """V: row r is view r mod V of sample r // V."""
+        return int(self.views.get("count", 1))
+
+    @property
     def units(self) -> tuple[str, ...]:
         """``rows``, ``pixels`` where there are any, and every teacher: what is committed, added
         and dropped independently."""

@@ -34,7 +34,7 @@ def epoch_of(
         ConfigError: `first_views` is more than the store has.
         DataError: the store has fewer images than one batch for every rank.
     """
-    count = int(cache.plan.views.get("count", 1))
+    count = cache.plan.views_a_sample
     found = EpochViews(cache.valid, count, seed, first_views)
     if found.images < batch_size * world:
         raise DataError(
@@ -112,7 +112,7 @@ class TrainData:
     def describe(self) -> str:
         """The length of an epoch in a sentence, with what it leaves out."""
         each = f" of {self.world} ranks" if self.world > 1 else ""
-        count = int(self.cache.plan.views.get("count", 1))
+        count = self.cache.plan.views_a_sample
         without = int(self.cache.plan.rows // count) - self.epoch_views.images
         told = f"an epoch: {self.epoch_views.images:,} images{self.epoch_views.describe()}"
         if without:

@@ -71,7 +71,7 @@ class KnnMonitor:
         self._views = copy.copy(views)
         self._views.jitter = self._views.crop = None
         labels = np.asarray(cache.labels, dtype=np.int64)
-        count = int(cache.manifest.plan.views["count"])
+        count = cache.plan.views_a_sample
         first = np.arange(len(cache)) % count == 0
         rows = np.flatnonzero(first & np.asarray(cache.valid, dtype=bool) & (labels >= 0))
         random = np.random.default_rng(seed)

@@ -101,7 +101,7 @@ class LabelledRows:
         store = Cache.open(cache)
         members = dict.fromkeys(task.member for task in tasks if task.member)
         index = list_samples(shards, list(members))
-        views = int(store.manifest.plan.views["count"])
+        views = store.plan.views_a_sample
         first = np.arange(len(store)) % views == 0
         rows = np.flatnonzero(first & np.asarray(store.valid, dtype=bool))
         if not len(rows):

@@ -213,7 +213,7 @@ def prepare(config: DictConfig) -> tuple[Suite, LabelledRows, LabelledRows, list
 def warn_of_views(train: LabelledRows, test: LabelledRows) -> None:
     """Say on standard error that probes learn from other views than they are scored on, where a
     random crop makes them worse."""
-    ours, theirs = (side.cache.plan.views["name"] for side in (train, test))
+    ours, theirs = (side.cache.plan.views.get("name") for side in (train, test))
     if ours == "random" != theirs:
         print(
             "warning: probes learn from random crops, the first stored view of each training "
