@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..cache import Cache, SampleIndex, StoreWriter, TeacherRecord, ViewPolicy
 from ..cache.copies import stray_units
-from ..cache.documents import difference
+from ..cache.documents import difference, only
 from ..cache.durable import file_sizes
 from ..cache.manifest import read_manifest
 from ..cache.mend import Repaired, mend_files, repair_store
@@ -314,13 +314,20 @@ def _images(
         )
     shards = config.data.shards
     index = list_samples(shards if isinstance(shards, str) else list(shards), quiet=quiet)
-    order = plan.samples["order"]
-    if order["kind"] == "hashed":
+    order = plan.samples.get("order")
+    if isinstance(order, dict) and order.get("kind") == "hashed":
         index = index.permuted(int(order["seed"]))
     if found := difference(dict(plan.samples), index.describe()):
         raise DataError(
             f"data.shards={shards} are not the images that {config.cache} was made from: {found}"
         )
+    try:
+        only(plan.views, ViewPolicy.__dataclass_fields__)
+    except ValueError as error:
+        raise StoreError(
+            f"the views of {config.cache} are not of a policy that this release has ({error}): use "
+            "the program that made it"
+        ) from None
     return index, ViewPolicy(**plan.views)
 
 

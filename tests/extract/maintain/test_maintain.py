@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from omegaconf import OmegaConf
 from PIL import Image
 from preceptor.benchmarks.faults import flip
 from preceptor.benchmarks.small_store import contents
 from preceptor.cache import Cache, SampleIndex, StoreWriter
+from preceptor.cache.manifest import read_manifest
 from preceptor.cache.plan import TeacherRecord
 from preceptor.cli import main
+from preceptor.errors import DataError, StoreError
+from preceptor.extract import maintain
 from preceptor.tests.extract.tiny_store import CALL, COUNT, run, teachers
 
 
@@ -172,6 +176,18 @@ def test_repair_without_a_report_verifies_first_and_asks_for_what_it_needs(
     assert "are not the images" in capsys.readouterr().err
     assert run("repair", store, shards, teachers(vit="vit")) == 0  # the cnn is not needed
     assert contents(store) == good
+
+
+def test_a_store_of_another_program_s_samples_or_views_is_refused(shards: str, store: Path) -> None:
+    plan = read_manifest(store).plan
+    config = OmegaConf.create({"cache": str(store), "data": {"shards": shards}})
+    assert len(maintain._images(config, plan)[0]) == COUNT
+    with pytest.raises(DataError, match=r"are not the images that .* was made from"):
+        maintain._images(config, replace(plan, samples={"count": COUNT}))
+    with pytest.raises(DataError, match=r"are not the images that .* was made from"):
+        maintain._images(config, replace(plan, samples={**plan.samples, "order": "by hand"}))
+    with pytest.raises(StoreError, match="zoom is no member"):
+        maintain._images(config, replace(plan, views={**plan.views, "zoom": 2}))
 
 
 def test_live_teachers_agree_or_are_told_apart(
