@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import StoreError
-from .documents import Json, member, sealed, unsealed
+from .documents import Json, member, only, sealed, unsealed
 from .durable import directory_lock, read_whole, sync_directory
 from .layout import Layout
-from .manifest import Manifest
+from .manifest import MANIFEST, Manifest
 
 COMMITS = "commits"
 
@@ -87,6 +88,7 @@ class Commit:
         body = unsealed(raw, where)
         try:
             entries = member(body, "files", dict)
+            only(body, cls.__dataclass_fields__)
             return cls(
                 member(body, "unit", str),
                 member(body, "shard", int),
@@ -96,7 +98,7 @@ class Commit:
                 member(body, "first_key", str),
                 member(body, "last_key", str),
                 {path: _file_record(entry) for path, entry in entries.items()},
-                member(body, "statistics", dict),
+                _all_of(body, "statistics", str),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{where} lacks or misstates a member: {error}") from None
@@ -126,11 +128,18 @@ class Commit:
 
 
 def _file_record(entry: Json) -> FileRecord:
+    only(entry, FileRecord.__dataclass_fields__)
     sums = bytes.fromhex(member(entry, "chunks", str))
-    if len(sums) % 4:
-        raise ValueError("chunk checksums of odd length")
+    if len(sums) % 4 or sums.hex() != entry["chunks"]:
+        raise ValueError("chunk checksums are not 8 hexadecimal digits each")
     chunks = tuple(int.from_bytes(sums[at : at + 4], "big") for at in range(0, len(sums), 4))
     return FileRecord(member(entry, "bytes", int), member(entry, "sha256", str), chunks)
+
+
+def _all_of(body: Json, name: str, kind: type) -> dict[str, Any]:
+    """A member that is an object whose members are all of some kind; see `member`."""
+    found = member(body, name, dict)
+    return {key: member(found, key, kind) for key in found}
 
 
 def record_name(unit: str, shard: int) -> str:
@@ -251,6 +260,7 @@ class Completion:
         """
         body = unsealed(raw, where)
         try:
+            only(body, cls.__dataclass_fields__)
             records = tuple(member(body, "records", list))
             sizes = {
                 path: _expanded(runs, len(records))
@@ -261,12 +271,35 @@ class Completion:
                 member(body, "configuration", str),
                 records,
                 sizes,
-                member(body, "tokens", dict),
-                member(body, "statistics", dict),
+                _all_of(body, "tokens", int),
+                _all_of(body, "statistics", str),
                 member(body, "exact", bool),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{where} lacks or misstates a member: {error}") from None
+
+    def refuse_other(self, manifest: Manifest, layout: Layout, unit: str, where: str) -> None:
+        """Refuse a completion that does not seal this unit of this store.
+
+        Raises:
+            StoreError: naming the file, ``where``.
+        """
+        if self.unit != unit or self.configuration != manifest.configuration(unit):
+            raise StoreError(
+                f"{where} was made by another configuration than {MANIFEST}: run `preceptor repair`"
+            )
+        shards, spaces = manifest.plan.shards, manifest.plan.spaces_of(unit)
+        lengths = {len(self.records), *(len(sizes) for sizes in self.sizes.values())}
+        listed = set(self.sizes) == set(layout.unit_arrays(unit))
+        names = {space.name for space in spaces}
+        if lengths != {shards} or not listed or not names == {*self.tokens} == {*self.statistics}:
+            raise StoreError(f"{where} does not list the {shards} shards: run `preceptor repair`")
+        for space in spaces:
+            if space.id not in manifest.calibrations:
+                raise StoreError(
+                    f"{where} seals {unit}, and {MANIFEST} has no calibration of {space.id}: run "
+                    "`preceptor repair`"
+                )
 
 
 def _run_lengths(values: Sequence[int]) -> list[list[int]]:
@@ -282,6 +315,7 @@ def _run_lengths(values: Sequence[int]) -> list[list[int]]:
 def _expanded(runs: Sequence[Sequence[int]], shards: int) -> tuple[int, ...]:
     """The lengths that runs stand for; refused before they are spread out, if they are not as many
     as there are shards."""
-    if any(count < 1 for _, count in runs) or sum(count for _, count in runs) != shards:
+    whole = all(type(size) is int and type(count) is int and count > 0 for size, count in runs)
+    if not whole or sum(count for _, count in runs) != shards:
         raise ValueError(f"its sizes are not those of {shards} shards")
     return tuple(size for size, count in runs for _ in range(count))

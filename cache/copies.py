@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import StoreError
 from .commit import COMMITS, Completion, completion_name, record_name
+from .layout import Layout
 from .manifest import MANIFEST, Manifest
 from .plan import PIXELS
 from .spare import SPARE
@@ -40,13 +41,11 @@ def _known(root: Path, manifest: Manifest) -> tuple[int, int]:
 
 def best_completion(root: Path, manifest: Manifest, unit: str) -> Completion | None:
     """The completion of this manifest that seals most of the records that are there."""
-    configuration = manifest.configuration(unit)
-    found = [
-        done
-        for _, done in _completions(root, unit)
-        if (done.unit, done.configuration) == (unit, configuration)
-        and len(done.records) == manifest.plan.shards
-    ]
+    layout, found = Layout(manifest.plan), list[Completion]()
+    for path, done in _completions(root, unit):
+        with contextlib.suppress(StoreError):
+            done.refuse_other(manifest, layout, unit, str(path))
+            found.append(done)
     if len(found) < 2 or found[0] == found[1]:
         return found[0] if found else None
     hashes = [_sha256(root / record_name(unit, shard)) for shard in range(manifest.plan.shards)]

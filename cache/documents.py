@@ -50,7 +50,7 @@ def unsealed(raw: bytes, where: str) -> dict[str, Json]:
         document = json.loads(raw)
         stated = document.pop("sha256")
         whole = digest(document) == stated
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, StoreError):
         raise StoreError(
             f"{where} is damaged (not a sealed JSON document): run `preceptor verify`"
         ) from None

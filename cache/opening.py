@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import StoreError
 from .commit import COMMITS, Completion, completion_name
+from .documents import difference
 from .layout import Layout
 from .manifest import MANIFEST, Manifest
 from .plan import PIXELS, ROWS
@@ -66,7 +67,7 @@ def _completion(source: Source, manifest: Manifest, unit: str) -> Completion | N
         return None
     where = f"{source.location}/{completion_name(unit)}"
     found = Completion.from_bytes(raw, where)
-    _refuse_other(found, manifest, unit, where)
+    found.refuse_other(manifest, Layout(manifest.plan), unit, where)
     return found
 
 
@@ -91,21 +92,6 @@ def _manifest(source: Source) -> Manifest:
             f"{source.location} holds no store ({MANIFEST} is missing): run `preceptor extract` "
             "to make one"
         ) from None
-
-
-def _refuse_other(completion: Completion, manifest: Manifest, unit: str, where: str) -> None:
-    layout = Layout(manifest.plan)
-    shards = manifest.plan.shards
-    if completion.unit != unit or completion.configuration != manifest.configuration(unit):
-        raise StoreError(
-            f"{where} was made by another configuration than {MANIFEST}: run `preceptor repair`"
-        )
-    lengths = {len(completion.records), *(len(sizes) for sizes in completion.sizes.values())}
-    spaces = {space.name for space in manifest.plan.spaces_of(unit)}
-    listed = set(completion.sizes) == set(layout.unit_arrays(unit))
-    measured = completion.statistics.keys() & completion.tokens.keys()
-    if lengths != {shards} or not listed or not spaces <= measured:
-        raise StoreError(f"{where} does not list the {shards} shards: run `preceptor repair`")
 
 
 def _incomplete(source: Source, manifest: Manifest, units: list[str]) -> StoreError:
@@ -137,7 +123,7 @@ def _metadata_problems(source: Source, layout: Layout, unit: str) -> list[str]:
             problems.append(f"{name} is missing")
             continue
         try:
-            if json.loads(raw) != metadata:
+            if difference(json.loads(raw), metadata) is not None:
                 problems.append(f"{name} is not what {MANIFEST} calls for")
         except (ValueError, RecursionError):
             problems.append(f"{name} is not JSON")

@@ -132,9 +132,11 @@ class SpaceSpec:
             entry, ("name", "tokens", "dim", "grid", "encoding", "predicted", "step", "calibration")
         )
         grid = None if entry["grid"] is None else sides(entry["grid"], "grid")
-        predicted = entry.get("predicted", False)
-        if type(predicted) is not bool or (predicted and not encoding(coding).predicts):
-            raise ValueError(f"predicted is {predicted!r} in a space of the encoding {coding}")
+        predicted = "predicted" in entry
+        if predicted and not (entry["predicted"] is True and encoding(coding).predicts):
+            raise ValueError(
+                f"predicted is {entry['predicted']!r} in a space of the encoding {coding}"
+            )
         plain = encoding(coding).predicts and not predicted
         steps = encoding(coding).step is not None
         if "step" in entry and not (steps and _is_step(entry["step"])):

@@ -164,7 +164,8 @@ def _kept_completion(root: Path, manifest: Manifest, unit: str) -> Kept:
     def good(contents: Mapping[str, bytes]) -> bool:
         with contextlib.suppress(StoreError):
             done = Completion.from_bytes(contents[name], name)
-            return (done.unit, done.configuration) == (unit, manifest.configuration(unit))
+            done.refuse_other(manifest, Layout(manifest.plan), unit, name)
+            return True
         return False
 
     return Kept((name,) if any(copy.exists() for copy in copies) else (), good)

@@ -25,6 +25,7 @@ from .copies import (
     manifest_bytes,
     stray_units,
 )
+from .documents import difference
 from .finish import shard_moments
 from .layout import CRC, ArraySpec, Layout, node_bytes
 from .manifest import MANIFEST, Manifest
@@ -131,7 +132,8 @@ def _node_problems(root: Path, layout: Layout) -> Iterator[Problem]:
             try:
                 raw, own = (root / name).read_bytes(), node_bytes(metadata)
                 # Another program may lay it out otherwise; a file of ours without its end is cut.
-                if json.loads(raw) != metadata or (raw != own and own.startswith(raw)):
+                other = difference(json.loads(raw), metadata) is not None
+                if other or (raw != own and own.startswith(raw)):
                     yield Problem(name, f"is not what {MANIFEST} calls for", unit or None)
             except OSError as error:
                 yield Problem(name, _unread(error), unit or None)
@@ -203,6 +205,9 @@ class _Work:
     ) -> str | None:
         if done is not None and hashlib.sha256(raw).hexdigest() != done.records[shard]:
             return "is not the record that was sealed"
+        files = commit.files.items()
+        if done is not None and any(done.sizes[path][shard] != f.bytes for path, f in files):
+            return f"states other lengths than {completion_name(unit)}"
         if unit == ROWS:
             self._rows[shard] = commit
             return None

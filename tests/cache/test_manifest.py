@@ -40,6 +40,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
     max_leaves=6,
 )
+NAN = b'{"format": "preceptor-cache", "version": 1, "x": NaN, "sha256": ""}'
 HEX = st.binary(min_size=32, max_size=32).map(bytes.hex)
 
 
@@ -139,7 +140,7 @@ def test_the_form_of_an_encoding_is_the_store_s_affair() -> None:
         ({"step": True}, "step is True"),
         ({"step": None}, "step is None"),
         ({"step": "1/8"}, "step is '1/8'"),
-        ({"encoding": "int8", "predicted": False}, "step is 0.1171875 in a space of the encoding"),
+        ({"predicted": False}, "predicted is False"),
         ({"predicted": "yes"}, "predicted is 'yes'"),
         ({"encoding": "int8"}, "predicted is True in a space of the encoding int8"),
         ({"encoding": "int5"}, "no encoding 'int5'"),
@@ -148,6 +149,17 @@ def test_the_form_of_an_encoding_is_the_store_s_affair() -> None:
 def test_a_manifest_that_contradicts_itself_is_refused(changes: dict, why: str) -> None:
     raw = edited(Manifest(make_plan()), **changes)
     with pytest.raises(StoreError, match=why):
+        Manifest.from_bytes(raw, "here")
+
+
+def test_a_sample_has_one_view_where_no_number_is_stated() -> None:
+    counts = [replace(make_plan(), views=views).views_a_sample for views in ({}, {"count": 3})]
+    assert counts == [1, 3]
+
+
+def test_no_other_encoding_has_a_step() -> None:
+    raw = edited(forms()[0], encoding="int8", step=0.125)
+    with pytest.raises(StoreError, match=r"step is 0\.125 in a space of the encoding int8"):
         Manifest.from_bytes(raw, "here")
 
 
@@ -263,11 +275,17 @@ def test_records_and_completions_round_trip(files, key: str, sizes: list[int]) -
     ("name", "value"),
     [
         ("tokens", [1]),
+        ("tokens", {"a": "many"}),
+        ("tokens", {"a": 1.5}),
+        ("statistics", {"a": 3}),
+        ("note", "x"),
         ("statistics", None),
         ("records", "ab"),
         ("exact", 1),
         ("sizes", {"a": [3]}),
         ("sizes", {"a": [[4, 2]]}),
+        ("sizes", {"a": [["4", 1]]}),
+        ("sizes", {"a": [[4, True]]}),
         ("sizes", {"a": [[4, 2**60]]}),  # nor is memory asked for it
         ("sizes", {"a": [[4, 2], [4, -1]]}),
     ],
@@ -282,7 +300,24 @@ def test_a_completion_that_the_document_s_schema_refuses_is_refused(
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"[]", b"{}", b"null", b"\xff", b'{"sha256": 1}', b"[" * 100000, b'"format"']
+    ("name", "value"),
+    [
+        ("note", "x"),
+        ("statistics", {"a": 3}),
+        ("files", {"a": {"bytes": 4, "sha256": "c", "chunks": "0000000A"}}),
+        ("files", {"a": {"bytes": 4, "sha256": "c", "chunks": "00000000 "}}),
+        ("files", {"a": {"bytes": 4, "sha256": "c", "chunks": "00000000", "note": "x"}}),
+    ],
+)
+def test_a_record_that_the_document_s_schema_refuses_is_refused(name: str, value: object) -> None:
+    body = json.loads(Commit("vit", 0, "c", 1, 1, "a", "a", {}).to_bytes())
+    body.pop("sha256")
+    with pytest.raises(StoreError, match="here lacks or misstates a member"):
+        Commit.from_bytes(sealed({**body, name: value}), "here")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{}", b"null", b"\xff", b'{"sha256": 1}', NAN, b"[" * 100000, b'"format"']
 )
 def test_what_is_no_document_is_refused(raw: bytes) -> None:
     for parse in (Manifest.from_bytes, Commit.from_bytes, Completion.from_bytes):

@@ -302,8 +302,15 @@ def test_what_opening_refuses(store: Path, tmp_path: Path) -> None:
     refused("shard 2 of cnn: .* is missing")
     codes.write_bytes(raw)
     node = store / "spaces/cnn/map/codes/zarr.json"
-    node.write_text(node.read_text().replace('"fill_value": -128', '"fill_value": 0'))
-    refused(r"spaces/cnn/map/codes/zarr\.json is not what")
+    text = node.read_text()
+    for ours, other in (
+        ('"fill_value": -128', '"fill_value": 0'),
+        ('"checksum": true', '"checksum": 1'),
+        ('"dim": 9', '"dim": 9, "note": "x"'),
+    ):
+        assert ours in text
+        node.write_text(text.replace(ours, other))
+        refused(r"spaces/cnn/map/codes/zarr\.json is not what")
     node.write_text("{")
     refused(r"zarr\.json is not JSON")
     Cache.open(store, teachers=["vit"])

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from preceptor.benchmarks.small_store import (
     tokens,
 )
 from preceptor.cache import Cache, StoreWriter, verify
+from preceptor.cache.commit import Commit, Completion, completion_name, record_name
 from preceptor.cache.durable import file_sizes, write_whole
 from preceptor.cache.layout import ArraySpec
+from preceptor.cache.manifest import MANIFEST, read_manifest
 from preceptor.cache.mend import repair_store
 from preceptor.cache.sharding import shard_file
 from preceptor.cache.verify import FileRecord, check_file, verify_store
@@ -191,6 +194,47 @@ def test_files_that_go_while_they_are_looked_at_are_passed_over_or_told(
     monkeypatch.setattr(verify, "check_file", checked)
     found = [str(problem) for problem in verify_store(path).problems]
     assert found == ["shard 1 of rows: rows/valid/c.1 is missing"]
+
+
+def other_completion(store: Path, **changes: Any) -> None:
+    """A completion of the first teacher, and its copy, that is sealed with other members."""
+    name = completion_name(TEACHERS[0].name)
+    done = replace(Completion.from_bytes((store / name).read_bytes(), name), **changes)
+    for path in (store / name, store / "spare" / name):
+        path.write_bytes(done.to_bytes())
+
+
+@pytest.mark.parametrize("case", ["lengths", "arrays", "spaces", "calibration"])
+def test_a_seal_that_opening_refuses_is_not_whole(
+    case: str, good: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Every hash holds: another program may have written it."""
+    store, unit = tmp_path / "store", TEACHERS[0].name
+    restore(store, good)
+    name = completion_name(unit)
+    done = Completion.from_bytes(good[name], name)
+    array = next(iter(done.sizes))
+    if case == "lengths":
+        other_completion(store, sizes={**done.sizes, array: [n + 1 for n in done.sizes[array]]})
+    elif case == "arrays":
+        other_completion(store, sizes={**done.sizes, "another": done.sizes[array]})
+    elif case == "spaces":
+        other_completion(store, statistics={}, tokens={})
+    else:
+        manifest = read_manifest(store)
+        bare = replace(manifest, calibrations={})
+        records = []
+        for path in (store / MANIFEST, store / "spare" / MANIFEST):
+            path.write_bytes(bare.to_bytes())
+        for shard in range(manifest.plan.shards):
+            file = store / record_name(unit, shard)
+            commit = Commit.from_bytes(file.read_bytes(), str(file))
+            file.write_bytes(replace(commit, configuration=bare.configuration(unit)).to_bytes())
+            records.append(hashlib.sha256(file.read_bytes()).hexdigest())
+        other_completion(store, configuration=bare.configuration(unit), records=tuple(records))
+    with pytest.raises(StoreError, match=r"damaged|does not list|no calibration of"):
+        Cache.open(store, teachers=[unit])
+    assert any(p.file == name or p.unit == unit for p in verify_store(store).problems)
 
 
 def test_no_store(tmp_path: Path) -> None:
