@@ -291,6 +291,69 @@ def check_file(root: Path, path: str, shard: int, entry: dict[str, Any]) -> None
         offset = end
 
 
+def attributes_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Attributes by node path, as section 3 has them; of the nodes that have any."""
+    found = {"": {name: manifest[name] for name in ("format", "version")}}
+    if "pixels" in manifest:
+        found["pixels/"] = {"interpolation": manifest["pixels"]["interpolation"]}
+    for teacher in manifest["teachers"]:
+        for space in teacher["spaces"]:
+            path = f"spaces/{teacher['name']}/{space['name']}/"
+            found[path] = {name: space[name] for name in space if name != "calibration"}
+            for part in ("codes/", "scales/"):
+                found[path + part] = {name: space[name] for name in ("encoding", "grid", "dim")}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["golden 1", "golden 2", "golden 3", "pixels"])
+def test_metadata_is_that_of_the_document(kind: str, tmp_path: Path) -> None:
+    root = tmp_path / "store" if kind == "pixels" else GOLDEN[int(kind[-1])] / "store"
+    if kind == "pixels":
+        extract(root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    attributes = attributes_of(manifest)
+    spelled = re.findall(r'^    (\{"name": "(\w+)".*\})$', DOCUMENT, re.MULTILINE)
+    codecs = {name: json.loads(text) for text, name in spelled}
+    groups = set()
+    for path in root.rglob("zarr.json"):
+        node = path.relative_to(root).as_posix().removesuffix("zarr.json")
+        found = json.loads(path.read_bytes())
+        assert (found.pop("zarr_format"), found.pop("attributes")) == (3, attributes.get(node, {}))
+        if found.pop("node_type") == "group":
+            groups.add(node)
+            assert not found
+            continue
+        chain, chunk = found["codecs"], found["chunk_grid"]["configuration"]["chunk_shape"]
+        if chain[0]["name"] == "sharding_indexed":
+            inner = chain[0]["configuration"]
+            index = {"index_codecs": [codecs["bytes"], codecs["crc32c"]], "index_location": "end"}
+            rest = {"chunk_shape": [inner["chunk_shape"][0], *chunk[1:]], "codecs": inner["codecs"]}
+            assert chain == [{"name": "sharding_indexed", "configuration": {**rest, **index}}]
+            chain = inner["codecs"]
+        predicted = "predicted" in attributes.get(node.removesuffix("codes/"), {})
+        for codec in chain:
+            if codec["name"] == "zstd" and predicted and node.endswith("/codes/"):
+                assert codec["configuration"]["level"] == 1
+                codec["configuration"]["level"] = 3
+            assert codec == codecs[codec["name"]]
+        assert found == {
+            "shape": [found["shape"][0], *chunk[1:]],
+            "data_type": found["data_type"],
+            "fill_value": found["fill_value"],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "codecs": found["codecs"],
+            "storage_transformers": [],
+        }
+    named = re.findall(r"^    (\S*)zarr\.json +(?:root )?group", DOCUMENT, re.MULTILINE)
+    assert groups == {
+        group.replace("/T/", f"/{teacher['name']}/").replace("/S/", f"/{space['name']}/")
+        for teacher in manifest["teachers"]
+        for space in teacher["spaces"]
+        for group in named
+    }
+
+
 def test_the_document_names_every_array_and_encoding() -> None:
     layout = Layout(Cache.open(GOLDEN[3] / "store").plan)
     for name in [*layout.row_arrays(), "codes", "scales", "mean", "std", "weights", "covariance"]:
