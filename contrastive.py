@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import open_clip
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
 from .checkpoints import read_checkpoint
-from .errors import TeacherError, closest, first_sentence
+from .errors import PreceptorWarning, TeacherError, closest, first_sentence
 from .hub import hub_or_cache
 
 SCHEME = "open_clip"
 """Of a source."""
-_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+_PREPROCESSING = ("mean", "std", "interpolation")
 
 
 def architecture_of(source: str) -> str:
@@ -36,7 +37,7 @@ def create(
 
     A checkpoint holds the whole model. PRETRAINED then says which preprocessing and activation
     the weights were trained with, and may be left out where all weights of the architecture that
-    open_clip knows agree in them, or else the architecture's own are meant.
+    open_clip knows agree in them, or else the architecture's own are meant, with a warning.
 
     Args:
         name: of the teacher, for messages.
@@ -63,7 +64,17 @@ def create(
             f"{architecture}; known: {tags}"
         )
     if not tag:
-        config = _common(architecture)
+        common = _common(architecture)
+        if common is None:
+            tags = ", ".join(list_pretrained_tags_by_model(architecture))
+            warnings.warn(
+                f"teacher {name}: weights of {architecture} differ in activation or normalisation, "
+                f"and {checkpoint} is taken to have the architecture's own: if it is one of {tags}, "
+                f"name it, as in source={SCHEME}:{architecture}/{tags.partition(',')[0]}",
+                PreceptorWarning,
+                stacklevel=2,
+            )
+        config = common or {}
     options: dict[str, Any] = {
         "precision": "fp32",
         "force_quick_gelu": bool(config.get("quick_gelu", False)),
@@ -112,16 +123,16 @@ def tokenizer(name: str, source: str) -> Any:
             ) from error
 
 
-def _common(architecture: str) -> dict[str, Any]:
-    """The preprocessing and activation of all known weights of an architecture; {} if they differ,
-    or there are none."""
+def _common(architecture: str) -> dict[str, Any] | None:
+    """The preprocessing and activation of all known weights of an architecture; None if they
+    differ, {} if there are none."""
     found = []
     for tag in list_pretrained_tags_by_model(architecture):
         config = get_pretrained_cfg(architecture, tag)
         found.append({key: config.get(key) for key in (*_PREPROCESSING, "quick_gelu")})
-    if not found or any(config != found[0] for config in found):
-        return {}
-    return {key: value for key, value in found[0].items() if value is not None}
+    if any(config != found[0] for config in found):
+        return None
+    return {key: value for key, value in found[0].items() if value is not None} if found else {}
 
 
 def _image_size(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from preceptor import contrastive
-from preceptor.errors import TeacherError
+from preceptor.errors import PreceptorWarning, TeacherError
 from preceptor.extract.teachers import load_teacher
 from preceptor.tests.extract.random_networks import images, randomised
 from torch import nn
@@ -117,7 +118,28 @@ def test_open_clip_resnet_tower(tmp_path: Path) -> None:
 def test_weights_without_a_tag_have_what_all_tags_of_the_architecture_have() -> None:
     """A checkpoint of SigLIP would be shown images as OpenAI's are normalised."""
     for name in ("ViT-B-16-SigLIP", "PE-Core-T-16-384"):
-        assert contrastive._common(name)["mean"] == (0.5, 0.5, 0.5)
-    assert contrastive._common("RN50")["quick_gelu"] is True
-    assert contrastive._common("ViT-B-32") == {}  # OpenAI's has another activation
+        common = contrastive._common(name)
+        assert common is not None
+        assert common["mean"] == (0.5, 0.5, 0.5)
+    for name in ("RN50", "ViT-H-14-quickgelu"):  # tags differ in what a view is, which views say
+        common = contrastive._common(name)
+        assert common is not None
+        assert common["quick_gelu"] is True
+    assert contrastive._common("ViT-B-32") is None  # OpenAI's has another activation
     assert contrastive._common(CLIP) == {}
+
+
+def test_weights_without_a_tag_that_may_be_of_either_kind_are_told(
+    monkeypatch: pytest.MonkeyPatch, clip: tuple[nn.Module, str]
+) -> None:
+    """OpenAI's would silently run with another activation than they were trained with."""
+    path = clip[1]
+    tags = {"openai": {"quick_gelu": True}, "laion2b": {"quick_gelu": False}}
+    monkeypatch.setattr(contrastive, "list_pretrained_tags_by_model", lambda _: list(tags))
+    monkeypatch.setattr(contrastive, "get_pretrained_cfg", lambda _, tag: tags[tag])
+    told = rf"teacher t: weights of {CLIP} differ .* source=open_clip:{CLIP}/openai"
+    with pytest.warns(PreceptorWarning, match=told):
+        load_teacher("t", f"open_clip:{CLIP}", checkpoint=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PreceptorWarning)
+        load_teacher("t", f"open_clip:{CLIP}/openai", checkpoint=path)
