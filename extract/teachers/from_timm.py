@@ -147,7 +147,8 @@ class TimmTeacher(NetworkTeacher):
                 return tokens.transpose(1, 2).unflatten(2, (rows, columns))
         raise TeacherError(
             f"teacher {self.name}: the final features of this network have no grid that is known "
-            "here; take a block, mean or pooled"
+            f"here; take a block instead, as in teachers.{self.name}.spaces="
+            "{map: {block: -1}, pooled: {}}"
         )
 
 

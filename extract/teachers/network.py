@@ -162,7 +162,8 @@ class NetworkTeacher(Teacher):
             height, width = preprocessing.size
             raise TeacherError(
                 f"teacher {name} ({source}) cannot run on {height} x {width} pixels: "
-                f"{first_sentence(error)}; set teachers.{name}.size"
+                f"{first_sentence(error)}; set teachers.{name}.size (null: its own), or other "
+                f"teachers.{name}.spaces"
             ) from error
         self.spaces = tuple(self._shape(space, features[space]) for space in self.taps)
 

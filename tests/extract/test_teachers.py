@@ -360,6 +360,32 @@ def test_sizes_that_a_network_refuses(checkpoints: dict[str, Path]) -> None:
         load_teacher("t", "timm:test_vit", checkpoint=path, size=65)
 
 
+def test_final_features_without_a_grid_are_refused_with_spaces_that_there_are() -> None:
+    network = timm.create_model("pit_ti_224")
+    for spaces in (None, {"mean": {}}):
+        told = r"no grid that is known here; .*spaces=\{map: \{block: -1\}, pooled: \{\}\}"
+        with pytest.raises(TeacherError, match=told):
+            TimmTeacher("t", network, "timm:pit_ti_224", spaces=spaces)
+    advised = {"map": {"block": -1}, "pooled": {}}
+    teacher = TimmTeacher("t", network, "timm:pit_ti_224", spaces=advised)
+    assert [space.grid for space in teacher.spaces] == [(7, 7), None]
+
+
+def test_a_network_without_a_descriptor_is_refused_with_a_look_at_the_spaces(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]
+) -> None:
+    """The encoders of timm's language models have none; their size is not at fault."""
+    network = reference("resnet10t", checkpoints["resnet10t"])
+
+    def none(*_arguments: object, **_options: object) -> None:
+        raise NotImplementedError("it does not support classification")
+
+    monkeypatch.setattr(network, "forward_head", none)
+    with pytest.raises(TeacherError, match=r"classification; .* or other teachers\.t\.spaces"):
+        TimmTeacher("t", network, "timm:resnet10t")
+    assert TimmTeacher("t", network, "timm:resnet10t", spaces={"map": {}}).spaces[0].grid
+
+
 def test_pixels_that_no_patch_sees_are_refused(checkpoints: dict[str, Path]) -> None:
     path = str(checkpoints["test_vit"])
     told = (
