@@ -69,8 +69,8 @@ def create(
             tags = ", ".join(list_pretrained_tags_by_model(architecture))
             warnings.warn(
                 f"teacher {name}: weights of {architecture} differ in activation or normalisation, "
-                f"and {checkpoint} is taken to have the architecture's own: if it is one of {tags}, "
-                f"name it, as in source={SCHEME}:{architecture}/{tags.partition(',')[0]}",
+                f"and {checkpoint} is taken to have the architecture's own: if it is one of "
+                f"{tags}, name it, as in source={SCHEME}:{architecture}/{tags.partition(',')[0]}",
                 PreceptorWarning,
                 stacklevel=2,
             )
