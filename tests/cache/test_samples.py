@@ -9,6 +9,7 @@ import pickle
 import resource
 import struct
 import tarfile
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -379,6 +380,21 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
     assert np.array_equal(deep_, grey)
     assert (palette == (255, 0, 0)).all()
     assert (alpha == (9, 8, 7)).all()
+
+
+def test_orientation_and_transparent_palettes_are_passed_by_in_silence(tmp_path: Path) -> None:
+    turned, clear = io.BytesIO(), io.BytesIO()
+    orientation = Image.Exif()
+    orientation[0x112] = 6  # to be shown turned by a quarter
+    Image.new("RGB", (16, 8), (200, 0, 0)).save(turned, "JPEG", exif=orientation)
+    palette = Image.new("RGB", (8, 8), (255, 0, 0)).convert("P")
+    palette.save(clear, "PNG", transparency=bytes([0, 128, *[255] * 254]))
+    members = [("turned.jpg", turned.getvalue()), ("clear.png", clear.getvalue())]
+    index = SampleIndex.from_shards(write_tar(tmp_path / "x.tar", members))
+    assert index.image(0).size == (16, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (np.asarray(index.image(1)) == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize(("count", "quiet", "shown"), [(32, False, True), (32, True, False),
