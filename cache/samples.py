@@ -287,7 +287,7 @@ class SampleIndex:
                 )
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image.info.pop("transparency", None)  # of palettes; Pillow would warn that it is dropped
+            image.info.pop("transparency", None)  # Pillow warns of a palette's before it drops it
             return image.convert("RGB")
         except (DamagedImageError, MemoryError):
             raise
