@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 from typing import Any
 
 import torch
@@ -21,8 +22,18 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 NO_TRITON = "PRECEPTOR_NO_TRITON"
 """Variable that, set to anything, has everything computed by torch's own operations."""
 _SWITCHED_OFF = bool(os.environ.get(NO_TRITON))
-# Triton builds what starts a kernel with the first of these.
+# Triton builds what starts a kernel with the first of these, against Python's headers.
 _HAS_COMPILER = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
+def _has_headers() -> bool:
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own, of packages under /usr/local, where no headers are.
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    return os.path.exists(os.path.join(sysconfig.get_path("include", scheme), "Python.h"))
+
+
+_HAS_HEADERS = _has_headers()
 
 
 def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str | None:
@@ -34,8 +45,13 @@ def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str
     # The interpreter, a debugging aid of Triton, runs the kernels on CPU tensors.
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return f"needs tensors on a CUDA device, got {tokens.device}"
+    if tokens.is_cuda and torch.version.hip:
+        # Its devices pass for CUDA's, but Triton has no tf32x3 products for them.
+        return "needs a GPU of NVIDIA's, got one of AMD's"
     if tokens.is_cuda and not _HAS_COMPILER:
         return "needs a C compiler: gcc or clang, or one that CC names"
+    if tokens.is_cuda and not _HAS_HEADERS:
+        return "needs Python.h, which Debian has in python3-dev"
     if tokens.is_cuda:
         # Of all ways to ask, the one that torch.compile can trace.
         properties: Any = torch.cuda.get_device_properties(tokens.device)

@@ -191,7 +191,8 @@ def test_samples_beyond_32_bit_offsets_are_refused(monkeypatch):
 )
 def test_a_chip_that_triton_does_not_support_is_refused(monkeypatch, capability, refused):
     major, minor = capability
-    monkeypatch.setattr(availability, "_HAS_COMPILER", True)
+    for needed in ("_HAS_COMPILER", "_HAS_HEADERS"):
+        monkeypatch.setattr(availability, needed, True)
     monkeypatch.setattr(
         torch.cuda,
         "get_device_properties",
@@ -234,16 +235,24 @@ def test_a_chip_of_little_shared_memory_gets_what_fits(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value", "told"),
-    [("_SWITCHED_OFF", True, "PRECEPTOR_NO_TRITON"), ("_HAS_COMPILER", False, "a C compiler")],
+    [
+        ("_SWITCHED_OFF", True, "PRECEPTOR_NO_TRITON"),
+        ("_HAS_COMPILER", False, "a C compiler"),
+        ("_HAS_HEADERS", False, "Python.h"),
+        # A number as that of an AMD device passes for a capability.
+        ("torch.version.hip", "7.0", "NVIDIA"),
+    ],
 )
 def test_a_chip_that_cannot_or_may_not_start_kernels_says_why(name, value, told, monkeypatch):
-    found = SimpleNamespace(major=9, minor=0)
+    found = SimpleNamespace(major=9, minor=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    monkeypatch.setattr(availability, "_HAS_COMPILER", True)
+    for needed in ("_HAS_COMPILER", "_HAS_HEADERS"):
+        monkeypatch.setattr(availability, needed, True)
     with FakeTensorMode():
         query, tokens = (torch.empty(1, 2, 64, device="cuda") for _ in range(2))
     assert availability.why_not_triton(query, tokens) is None
-    monkeypatch.setattr(availability, name, value)
+    whose = torch.version if "." in name else availability
+    monkeypatch.setattr(whose, name.rpartition(".")[2], value)
     reason = availability.why_not_triton(query, tokens)
     assert reason is not None
     assert told in reason
