@@ -109,7 +109,9 @@ def cross_attention(
     if mean is not None:
         attended = (lse > -torch.inf).unsqueeze(-1)
         y = torch.where(attended, y + mean.to(y), y)
-        lse = lse + (rows * mean.to(rows)).sum(-1, dtype=lse.dtype)
+        # As precise as the scores that lse is of, whatever the rows are.
+        shift = (rows.to(lse) * mean.to(lse)).sum(-1)
+        lse = torch.where(attended.squeeze(-1), lse + shift, lse)
     return (y, lse) if return_lse else y
 
 
@@ -299,6 +301,8 @@ def _backward(
             return triton_launch.backward(
                 grad_output, grad_lse, query, tokens, gain, mean, output, lse, tokens_need_grad
             )
+    # A constant where nothing is attended: NaN, as of a logsumexp over nothing, ends there.
+    grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0.0)
     # A backward pass may run inside the caller's autocast.
     with torch.autocast(query.device.type, enabled=False):
         return absorbed.backward(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels import cross_attention, merge_spaces
+from ..kernels.absorbed import compute_dtype
 from ..kernels.materialised import masked_logsumexp
 from ..kernels.op import Implementation
 from .groups import GroupLinear
@@ -278,9 +279,10 @@ class CrossAttention(nn.Module):
         values = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=1.0)
         if allowed is not None:
             values = torch.where(allowed.any(-1, keepdim=True), values, 0.0)
-        lse = masked_logsumexp(q @ k.transpose(-1, -2), allowed) if need_lse else None
-        values = values.transpose(1, 2)
-        lse = None if lse is None else lse.transpose(1, 2)
+        values, lse = values.transpose(1, 2), None
+        if need_lse:
+            scores = (q @ k.transpose(-1, -2)).to(compute_dtype(q, k))
+            lse = masked_logsumexp(scores, allowed).transpose(1, 2)
         if self.groups is None:
             return values, lse
         return values.unflatten(0, batch), None if lse is None else lse.unflatten(0, batch)

@@ -85,6 +85,29 @@ def test_statistics_of_the_store_are_folded_in(judge):
     ).requires_grad
 
 
+def test_a_mean_costs_the_logsumexp_of_half_precision_rows_nothing(judge):
+    problem = judge.problem(2, 3, 7, 256, torch.int8, masked=True, query_dtype=torch.bfloat16)
+    mean = torch.randn(256, generator=torch.Generator().manual_seed(1)) * 5
+    decoded = problem.tokens.double() * problem.scale.double()[..., None] + mean
+    _, lse = full(problem.query, problem.tokens, problem.scale, mean=mean, mask=problem.mask)
+    _, expected = judge.reference(problem.query, decoded, mask=problem.mask)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["absorbed", "standard"])
+@pytest.mark.parametrize("mean", [None, torch.ones(5)], ids=["plain", "mean"])
+def test_what_a_logsumexp_over_nothing_makes_no_number_stays_there(judge, implementation, mean):
+    problem = judge.problem(3, 3, 7, 5, masked=True)
+    query, tokens = problem.query[0].requires_grad_(), problem.tokens.requires_grad_()
+    results = []
+    for kept in (slice(None), slice(2)):  # the last sample attends nothing
+        options = {"mask": problem.mask[kept], "mean": mean, "implementation": implementation}
+        y, lse = full(query, tokens[kept], **options)
+        total = y.sum() + lse.logsumexp(1).sum()
+        results.append(torch.autograd.grad(total, (query, tokens)))
+    torch.testing.assert_close(*results)
+
+
 def test_lengths_and_a_shared_query(judge):
     problem = judge.problem(3, 4, 7, 6)
     lengths = torch.tensor([7, 3, 0])

@@ -101,6 +101,16 @@ def test_spaces_merge_into_one_softmax(implementation, norm):
 
 
 @pytest.mark.parametrize("implementation", ["absorbed", "standard"])
+def test_the_logsumexp_is_not_of_half_precision(implementation):
+    ours, _ = modules(True, implementation)
+    model_tokens, tokens = torch.randn(BATCH, MODEL_TOKENS, DIM), torch.randn(BATCH, 9, TOKEN_DIM)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, lse = ours.float().attend(model_tokens, tokens)
+    assert values.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("implementation", ["absorbed", "standard"])
 def test_a_sample_without_tokens_gets_the_output_bias(implementation):
     ours, _ = modules(True, implementation)
     model_tokens = torch.randn(BATCH, MODEL_TOKENS, DIM, dtype=torch.float64, requires_grad=True)
