@@ -50,6 +50,7 @@ def cross_attention(
         tokens: [B, N, D]; a float dtype (with gradients), or int8 codes. Float tokens set the
             precision of the products: a query of another dtype is rounded to theirs.
         scale: [B, N] float, one non-negative factor a token; needed with int8 codes and only there.
+            A constant: it gets no gradient.
         mean, std: [D] float, statistics that undo a standardisation per dimension, as a store keeps
             them. They carry no gradient and exclude ``norm_eps``.
         mask: [B, N] bool, True where a token may be attended. What the others hold must be finite,
@@ -57,11 +58,12 @@ def cross_attention(
         lengths: [B] integer, tokens from this position on are not attended.
         norm_eps: epsilon of a LayerNorm over each token, None for none.
         return_lse: also return ``lse``, with which `merge_spaces` joins several token sets exactly.
-        implementation: "absorbed" is the PyTorch form; "triton" the fused CUDA kernels (compute
-            capability 8.0, D up to 2048, R up to 128, no float64); "standard" decodes the tokens,
-            materialises them and calls `torch.nn.functional.scaled_dot_product_attention`; "auto"
-            takes "triton" on CUDA where it can and "absorbed" elsewhere. (With the projections in
-            the picture there is one more choice, which `CrossAttention` makes.)
+        implementation: "absorbed" is the PyTorch form; "triton" the fused CUDA kernels (NVIDIA's
+            GPUs of compute capability 8.0, D up to 2048, R up to 128, no float64); "standard"
+            decodes the tokens, materialises them and calls
+            `torch.nn.functional.scaled_dot_product_attention`; "auto" takes "triton" on CUDA where
+            it can and "absorbed" elsewhere. (With the projections in the picture there is one more
+            choice, which `CrossAttention` makes.)
         validate: check that the scales of attended tokens are finite and not negative, which on
             CUDA waits for the device, and which `torch.vmap` over scales does not allow. It is
             never checked while compiling or capturing a graph.

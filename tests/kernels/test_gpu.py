@@ -315,20 +315,48 @@ def test_work_waits_for_its_stream(judge):
     assert torch.equal(y, expected)
 
 
-@needs_device
+FAR = scaled(700, 4096, 768)
+"""2.2e9 elements: the last sample lies beyond a 32-bit offset."""
+
+
+def far_and_near(last):
+    """A tensor of all samples, zeros but for the last one, and that one by itself."""
+    far = torch.zeros(FAR, device=DEVICE, dtype=last.dtype)
+    far[-1] = last
+    return far, last.unsqueeze(0)
+
+
+def relative_errors_of_the_last(far, near):
+    return [float((f[-1] - n[-1]).norm() / n[-1].norm()) for f, n in zip(far, near, strict=True)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_offsets_past_two_to_the_31(judge, dtype):
-    # 2.2e9 elements of tokens: the last sample lies beyond a 32-bit offset.
-    samples, count, dim = 700, 4096, 768
-    tokens = torch.zeros(samples, count, dim, device="cuda", dtype=dtype)
-    problem = on_gpu(judge.problem(1, 6, count, dim, dtype))
-    tokens[-1] = problem.tokens[0]
-    scale = None
-    if dtype == torch.int8:
-        scale = problem.scale.expand(samples, -1).contiguous()
-    y, _ = fused(problem.query[0], tokens, scale)
-    alone, _ = fused(problem.query, problem.tokens, problem.scale)
-    assert float((y[-1].double() - alone[0].double()).norm() / alone.double().norm()) < 5e-3
+    problem = on_gpu(judge.problem(1, 6, *FAR[1:], dtype))
+    results = []
+    for tokens in far_and_near(problem.tokens[0]):
+        samples, floating = len(tokens), tokens.is_floating_point()
+        query = problem.query.repeat(samples, 1, 1).requires_grad_()
+        inputs = [query, tokens.requires_grad_()] if floating else [query]
+        scale = None if floating else problem.scale.repeat(samples, 1)
+        y, _ = fused(query, tokens, scale, norm_eps=1e-5)
+        gradients = torch.autograd.grad(y[-1], inputs, problem.grad_output[0])
+        results.append([x[-1:].double() for x in (y.detach(), *gradients)])
+    assert max(relative_errors_of_the_last(*results)) < 2e-2
+
+
+def test_losses_of_offsets_past_two_to_the_31():
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    codes = torch.randint(-127, 128, FAR[1:], device=DEVICE, generator=generator).to(torch.int8)
+    predicted = torch.randn(FAR[1:], device=DEVICE, generator=generator).bfloat16()
+    results = []
+    for tokens, p in zip(far_and_near(codes), far_and_near(predicted), strict=True):
+        scale = torch.full(p.shape[:2], 0.02, device=DEVICE)
+        p.requires_grad_()
+        losses = alignment_loss(p, tokens, scale, reduction="none", implementation="triton")
+        (gradient,) = torch.autograd.grad(sum(loss[-1].sum() for loss in losses), p)
+        results.append([x[-1:].detach().double() for x in (*losses, gradient)])
+    assert max(relative_errors_of_the_last(*results)) < 1e-5
 
 
 def test_module_against_its_standard_form():
