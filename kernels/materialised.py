@@ -20,7 +20,7 @@ def attend(
     """Output [B, R, D] and logsumexp [B, R] (or zeros) by ordinary autograd operations."""
     x = decode(tokens, weight, norm_eps, _operand_dtype(query, tokens))
     q = query.to(x.dtype)
-    attended = None if weight is None else (weight >= 0).unsqueeze(1)
+    attended = None if weight is None else (~(weight < 0)).unsqueeze(1)
     y = functional.scaled_dot_product_attention(q, x, x, attn_mask=attended, scale=1.0)
     if attended is not None:
         y = torch.where(attended.any(-1, keepdim=True), y, torch.zeros_like(y))

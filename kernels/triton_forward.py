@@ -110,14 +110,15 @@ def forward_streamed(
         gain = tl.full((BN,), 1.0, tl.float32)
         if HAS_WEIGHT:
             gain = tl.load(weight + sample * count + position, mask=valid, other=-1.0)
-            attended = gain >= 0.0
+            # A weight that is NaN must show: only a negative one hides its token.
+            attended = (gain >= 0.0) | (gain != gain)
         if NORM:
             mean, deviation = token_statistics(
                 x, tokens, position, valid, token_stride, width, dim,
                 NC, DC, EVEN, LANES, OPERAND, RELOAD, BN,
             )  # fmt: skip
             if HAS_WEIGHT:
-                gain = tl.maximum(gain, 0.0)
+                gain = tl.where(attended, gain, 0.0)
                 gain = gain * tl.rsqrt(gain * gain * deviation + norm_eps)
             else:
                 gain = tl.rsqrt(deviation + norm_eps)
@@ -129,7 +130,7 @@ def forward_streamed(
         s = t * (factor * LOG2E)[:, None]
         if HAS_WEIGHT or NORM:
             gain_safe = tl.maximum(gain, TINY)
-            s = s * tl.maximum(gain, 0.0)[None, :] + tl.log2(gain_safe)[None, :]
+            s = s * gain[None, :] + tl.log2(gain_safe)[None, :]
         s = tl.where(attended[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)

@@ -80,11 +80,12 @@ def forward_whole(
     place = sample * count + position
     if HAS_WEIGHT:
         gain = tl.load(weight + place, mask=valid, other=-1.0)
-        attended = gain >= 0.0
+        # A weight that is NaN must show: only a negative one hides its token.
+        attended = (gain >= 0.0) | (gain != gain)
     if NORM:
         deviation = squares / dim
         if HAS_WEIGHT:
-            gain = tl.maximum(gain, 0.0)
+            gain = tl.where(attended, gain, 0.0)
             gain = gain * tl.rsqrt(gain * gain * deviation + norm_eps)
         else:
             gain = tl.rsqrt(deviation + norm_eps)
@@ -94,7 +95,7 @@ def forward_whole(
     s = t * (factor * LOG2E)[:, None]
     if HAS_WEIGHT or NORM:
         gain_safe = tl.maximum(gain, TINY)
-        s = s * tl.maximum(gain, 0.0)[None, :] + tl.log2(gain_safe)[None, :]
+        s = s * gain[None, :] + tl.log2(gain_safe)[None, :]
     s = tl.where(attended[None, :], s, float("-inf"))
     # Over log2(p a), so that the weights p a, rounded to 16 bits, stay at most 1.
     top = tl.max(s, axis=1)

@@ -326,6 +326,17 @@ def test_a_scale_that_is_not_attended_may_be_anything(judge):
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("implementation", ["absorbed", "standard"])
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+def test_a_scale_that_is_not_a_number_hides_no_token(judge, norm_eps, implementation):
+    problem = judge.problem(2, 3, 7, 8, torch.int8)
+    problem.scale[0, 5] = torch.nan
+    options = {"norm_eps": norm_eps, "implementation": implementation, "validate": False}
+    for result in full(problem.query, problem.tokens, problem.scale, **options):
+        assert result.isnan().flatten(1).all(1).tolist() == [True, False]
+        assert torch.isfinite(result[1]).all()
+
+
 def test_works_without_triton():
     program = """
 import sys

@@ -323,6 +323,16 @@ def test_a_row_that_is_not_a_number_is_no_row_that_attends_nothing(judge, count,
     assert torch.isfinite(lse[0, ::2]).all()
 
 
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+def test_a_scale_that_is_not_a_number_hides_no_token(judge, norm_eps, scale, whole):
+    problem = judge.problem(2, 3, 33, 48, torch.int8)
+    problem.scale[0, 7] = scale
+    y, _ = fused(problem.query, problem.tokens, problem.scale, norm_eps=norm_eps, validate=False)
+    assert y.isnan().flatten(1).all(1).tolist() == [True, False]
+    assert torch.isfinite(y[1]).all()
+
+
 def test_no_tokens_give_zero(judge, whole):
     problem = judge.problem(2, 3, 0, 16)
     y, lse = fused(problem.query.requires_grad_(), problem.tokens)
