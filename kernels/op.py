@@ -74,6 +74,8 @@ def cross_attention(
         tokens and the query are cast first. Sums are accumulated in float32 at least, in a fixed
         order: results repeat bit for bit, and on CUDA in another process too where torch is to use
         deterministic algorithms, which leaves Triton's autotuner no choice.
+        Gradients are of first order and of reverse mode: a second backward pass is refused, and
+        forward mode sees a constant.
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
