@@ -36,30 +36,37 @@ def _has_headers() -> bool:
 _HAS_HEADERS = _has_headers()
 
 
-def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str | None:
-    """The end of a sentence that says why Triton cannot run these tensors; None if it can."""
+def why_not_on(device: torch.device) -> str | None:
+    """The end of a sentence that says why Triton cannot run on a device; None if it can."""
     if _SWITCHED_OFF:
         return f"is switched off by the variable {NO_TRITON}"
     if not _HAS_TRITON:
         return "needs the package triton, which is not installed"
     # The interpreter, a debugging aid of Triton, runs the kernels on CPU tensors.
-    if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return f"needs tensors on a CUDA device, got {tokens.device}"
-    if tokens.is_cuda and torch.version.hip:
+    if device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+        return None if interpreted else f"needs tensors on a CUDA device, got {device}"
+    if torch.version.hip:
         # Its devices pass for CUDA's, but Triton has no tf32x3 products for them.
         return "needs a GPU of NVIDIA's, got one of AMD's"
-    if tokens.is_cuda and not _HAS_COMPILER:
+    if not _HAS_COMPILER:
         return "needs a C compiler: gcc or clang, or one that CC names"
-    if tokens.is_cuda and not _HAS_HEADERS:
+    if not _HAS_HEADERS:
         return "needs Python.h, which Debian has in python3-dev"
-    if tokens.is_cuda:
-        # Of all ways to ask, the one that torch.compile can trace.
-        properties: Any = torch.cuda.get_device_properties(tokens.device)
-        if properties.major < OLDEST:
-            return (
-                f"needs a GPU of compute capability {OLDEST}.0, got "
-                f"{properties.major}.{properties.minor}"
-            )
+    # Of all ways to ask, the one that torch.compile can trace.
+    properties: Any = torch.cuda.get_device_properties(device)
+    if properties.major < OLDEST:
+        return (
+            f"needs a GPU of compute capability {OLDEST}.0, got "
+            f"{properties.major}.{properties.minor}"
+        )
+    return None
+
+
+def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str | None:
+    """The end of a sentence that says why Triton cannot run these tensors; None if it can."""
+    if (reason := why_not_on(tokens.device)) is not None:
+        return reason
     if torch.float64 in (query.dtype, tokens.dtype):
         return "has no float64; pass float32 or take another implementation"
     if tokens.shape[2] > max_dim:

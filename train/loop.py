@@ -45,7 +45,13 @@ from .meter import FiniteWatch, Meter
 from .monitor import KnnMonitor
 from .optimizer import average_of, build_optimizer, learning_rate, parts_of_a_step
 from .photometric import ColorJitter
-from .settings import check_settings, identity_of, recipe_of_its_own, without_memory
+from .settings import (
+    check_settings,
+    identity_of,
+    recipe_of_its_own,
+    without_kernels,
+    without_memory,
+)
 from .state import RunState, judged_weights
 from .stop import StopRequest, continuing_command
 from .students import build_student
@@ -188,8 +194,9 @@ def _train(config: DictConfig, fabric: Fabric) -> dict[str, Any]:
             f"({counted(world, 'rank')} x {accumulate} x {batch_size})",
             flush=True,
         )
-        if (told := recipe_of_its_own(config)) is not None:
-            print(told, flush=True)
+        for told in (recipe_of_its_own(config), without_kernels(fabric.device)):
+            if told is not None:
+                print(told, flush=True)
     diagnosis = Diagnosis(fabric, alignment, after=round(recipe.warmup * steps))
     line = ProgressLine(f"train {out.name}", (steps - first) * images_a_step, "images")
     batches = data.batches(first * accumulate, steps * accumulate)

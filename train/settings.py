@@ -6,6 +6,7 @@ from collections.abc import Collection
 from importlib import resources
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,6 +15,7 @@ from ..cache.plan import ROWS
 from ..cache.views import INTERPOLATIONS
 from ..engine import precision
 from ..errors import ConfigError, TrainingError, first_line
+from ..kernels.availability import why_not_on
 from ..options import plain
 from .logs import check_loggers
 from .optimizer import parts_of_a_step
@@ -157,6 +159,15 @@ def recipe_of_its_own(config: DictConfig) -> str | None:
         f"recipe={GENERAL} is for any student; recipe={name}_100ep is {name}'s own "
         f"({', '.join(differing)} at {own['images_a_step']} images a step)"
     )
+
+
+def without_kernels(device: torch.device) -> str | None:
+    """That a run on a GPU does without the fused kernels, which only their absence would show; None
+    where there is nothing to tell."""
+    reason = why_not_on(device) if device.type == "cuda" else None
+    if reason is None:
+        return None
+    return f"torch's own operations stand in for the kernels: Triton {reason}"
 
 
 def without_memory(config: DictConfig, fabric: Fabric, error: BaseException) -> TrainingError:

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from chip import chip
 from preceptor.kernels import autotune, availability, triton_launch, triton_loss
+from preceptor.train.settings import without_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -250,9 +251,15 @@ def test_a_chip_that_cannot_or_may_not_start_kernels_says_why(name, value, told,
         monkeypatch.setattr(availability, needed, True)
     with FakeTensorMode():
         query, tokens = (torch.empty(1, 2, 64, device="cuda") for _ in range(2))
+    device = torch.device("cuda", 0)
     assert availability.why_not_triton(query, tokens) is None
+    assert without_kernels(device) is None is without_kernels(torch.device("cpu"))
     whose = torch.version if "." in name else availability
     monkeypatch.setattr(whose, name.rpartition(".")[2], value)
     reason = availability.why_not_triton(query, tokens)
     assert reason is not None
     assert told in reason
+    assert (
+        without_kernels(device)
+        == f"torch's own operations stand in for the kernels: Triton {reason}"
+    )
