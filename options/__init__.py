@@ -51,15 +51,28 @@ def check_options(name: str, options: Sequence[str]) -> None:
     Raises:
         ConfigError: with the option that is wrong and what would be right.
     """
+    with _composer(name, options) as composer:
+        _check(composer, options)
+
+
+def _composer(name: str, options: Sequence[str]) -> Composer:
     for flag in (option for option in options if option.startswith("-")):
         if flag.partition("=")[0] not in (*_FLAGS, *_DIRECTORY):
             raise ConfigError(
                 f"there is no flag {flag}{closest(flag, ('--help', '--multirun', *_DIRECTORY))}; "
                 "there are --help, -m (a run with each of several values) and --config-dir"
             )
-    texts = [option for option in options if not option.startswith("-")]
+    return Composer(name, config_directories(options))
+
+
+def _texts(options: Sequence[str]) -> list[str]:
+    """Options without the flags and their folders."""
     directories = config_directories(options)
-    texts = [text for text in texts if text not in directories]
+    return [text for text in options if not text.startswith("-") and text not in directories]
+
+
+def _check(composer: Composer, options: Sequence[str]) -> None:
+    texts = _texts(options)
     for text in texts:
         if "=" not in text and not text.startswith("~"):
             raise ConfigError(f"{text!r} is not an option; options are written key=value")
@@ -71,41 +84,40 @@ def check_options(name: str, options: Sequence[str]) -> None:
             f"{several[0]} is several values: say -m for a run with each; a list is written "
             "key=[a,b], and text with a comma key=\"'a,b'\""
         )
-    with Composer(name, directories) as composer:
-        composer.check_launcher(overrides)
-        own = [item for item in overrides if not item.key_or_group.startswith("hydra")]
-        for item in own:
-            check_key(name, item.key_or_group)
-            if item.is_delete():
-                check_removal(item.key_or_group)
-        groups = [item for item in own if composer.is_group(item.key_or_group)]
-        for item in groups:
-            for choice in values_of(item):
-                options_there = composer.options(item.key_or_group)
-                if choice is None:
-                    raise ConfigError(
-                        f"{item.key_or_group}=null: choose one of {', '.join(options_there)}"
-                    )
-                if isinstance(choice, str) and choice not in options_there:
-                    raise ConfigError(
-                        f"{item.key_or_group}={choice}: there is no such choice"
-                        f"{closest(choice, options_there)}; valid are {', '.join(options_there)}"
-                    )
-        # One composition for every value of every swept group, since groups bring their own keys.
-        fixed = [str(item.input_line) for item in groups if not item.is_sweep_override()]
-        base = composer.compose(fixed)
-        swept = [
-            composer.compose([*fixed, f"{group.key_or_group}={choice}"])
-            for group in groups
-            if group.is_sweep_override()
-            for choice in values_of(group)
-        ]
-        removed = [item.key_or_group for item in own if item.is_delete()]
-        for item in own:
-            if item not in groups:
-                check_value(item, swept or [base], removed)
-        sources = {item.key_or_group: str(item.input_line) for item in groups}
-        _check_whole(name, own, composer, sources)
+    composer.check_launcher(overrides)
+    own = [item for item in overrides if not item.key_or_group.startswith("hydra")]
+    for item in own:
+        check_key(composer.name, item.key_or_group)
+        if item.is_delete():
+            check_removal(item.key_or_group)
+    groups = [item for item in own if composer.is_group(item.key_or_group)]
+    for item in groups:
+        for choice in values_of(item):
+            options_there = composer.options(item.key_or_group)
+            if choice is None:
+                raise ConfigError(
+                    f"{item.key_or_group}=null: choose one of {', '.join(options_there)}"
+                )
+            if isinstance(choice, str) and choice not in options_there:
+                raise ConfigError(
+                    f"{item.key_or_group}={choice}: there is no such choice"
+                    f"{closest(choice, options_there)}; valid are {', '.join(options_there)}"
+                )
+    # One composition for every value of every swept group, since groups bring their own keys.
+    fixed = [str(item.input_line) for item in groups if not item.is_sweep_override()]
+    base = composer.compose(fixed)
+    swept = [
+        composer.compose([*fixed, f"{group.key_or_group}={choice}"])
+        for group in groups
+        if group.is_sweep_override()
+        for choice in values_of(group)
+    ]
+    removed = [item.key_or_group for item in own if item.is_delete()]
+    for item in own:
+        if item not in groups:
+            check_value(item, swept or [base], removed)
+    sources = {item.key_or_group: str(item.input_line) for item in groups}
+    _check_whole(own, composer, sources)
 
 
 def _check_once(overrides: Sequence[Override]) -> None:
@@ -139,14 +151,9 @@ def compose_options(name: str, options: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: an option is wrong.
     """
-    check_options(name, options)
-    directories = config_directories(options)
-    with Composer(name, directories) as composer:
-        return from_home(
-            composer.compose(
-                [text for text in options if not text.startswith("-") and text not in directories]
-            )
-        )
+    with _composer(name, options) as composer:
+        _check(composer, options)
+        return from_home(composer.compose(_texts(options)))
 
 
 def from_home(config: DictConfig) -> DictConfig:
@@ -178,7 +185,7 @@ def plain(config: Any) -> Any:
 
 
 def _check_whole(
-    verb: str, overrides: Sequence[Override], composer: Composer, sources: Mapping[str, str]
+    overrides: Sequence[Override], composer: Composer, sources: Mapping[str, str]
 ) -> None:
     """Refuse options that nothing reads, that are still missing, and sweeps whose jobs would
     overwrite each other.
@@ -191,12 +198,12 @@ def _check_whole(
 
     fixed = [str(item.input_line) for item in overrides if not item.is_sweep_override()]
     swept = [item for item in overrides if item.is_sweep_override() and item.is_choice_sweep()]
-    written = _WRITTEN.get(verb, "out")
+    written = _WRITTEN.get(composer.name, "out")
     outputs: dict[str, str] = {}
     for values in itertools.product(*(item.sweep_string_iterator() for item in swept)):
         chosen = [f"{i.key_or_group}={v}" for i, v in zip(swept, values, strict=True)]
         config = composer.compose([*fixed, *chosen])
-        check_keys(verb, OmegaConf.to_container(config, resolve=False), sources)  # type: ignore[arg-type]
+        check_keys(composer.name, OmegaConf.to_container(config, resolve=False), sources)  # type: ignore[arg-type]
         try:
             missing = sorted(OmegaConf.missing_keys(config))
             out: Any = None if written in missing else config.get(written)
