@@ -23,6 +23,7 @@ class Composer:
         urls = ",".join(_quoted(f"file://{path}") for path in self._folders)
         self._search = [f"hydra.searchpath=[{urls}]"] if self._folders else []
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._options: dict[str, list[str]] = {}
 
     def __enter__(self) -> Composer:
         from hydra import initialize_config_module
@@ -90,9 +91,15 @@ class Composer:
                     )
 
     def is_group(self, key: str) -> bool:
-        return bool(self.options(key))
+        return "." not in key and bool(self.options(key))
 
     def options(self, group: str) -> list[str]:
+        """The choices of a group; Hydra copies its whole repository to list them."""
+        if group not in self._options:
+            self._options[group] = self._list(group)
+        return self._options[group]
+
+    def _list(self, group: str) -> list[str]:
         found = set(self._loader.get_group_options(group))
         for directory in self._folders:
             folder = os.path.join(directory, group)
