@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run given tensors; imports no Triton."""
+"""Whether the operations, and their Triton kernels, can do what is asked; imports no Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIM = 2048
 MAX_ROWS = 128
 # Compute capability from which on Triton supports a GPU.
@@ -61,6 +63,21 @@ def why_not_on(device: torch.device) -> str | None:
             f"{properties.major}.{properties.minor}"
         )
     return None
+
+
+def refuse_forward_mode(*tensors: Tensor) -> None:
+    """torch takes a custom operation without a rule for tangents to be constant, in silence.
+
+    Raises:
+        ValueError: a tensor has a tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise ValueError(
+            "there are no derivatives in forward mode (torch.func.jvp, jacfwd, hessian); "
+            "torch.func.vjp and jacrev give those in reverse"
+        )
 
 
 def why_not_triton(query: Tensor, tokens: Tensor, max_dim: int = MAX_DIM) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake
 from torch.nn import functional
 
-from .availability import why_not_triton
+from .availability import FLOATS, refuse_forward_mode, why_not_triton
 
 # Bytes of decoded tokens that the PyTorch body holds at once: about the caches of two cores. With
 # less, the calls cost more than the memory does.
@@ -52,7 +52,7 @@ def alignment_loss(
 
     Args:
         prediction: [B, N, D] float16, bfloat16, float32 or float64; gets the gradient.
-        tokens: [B, N, D], int8 codes or a float dtype; a constant.
+        tokens: [B, N, D], int8 codes or one of those dtypes; a constant.
         scale: [B, N] float, needed with int8 codes and only there; a constant.
         gain: [D] float, positive: of each dimension; 1 where not given. A constant.
         mask: [B, N] bool, True where a token counts. The mean is over the tokens that count, and 0
@@ -67,9 +67,11 @@ def alignment_loss(
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
-        ValueError: shapes or devices do not match, or an option has a value that cannot be used.
+        ValueError: shapes or devices do not match, an option has a value that cannot be used, or a
+            derivative in forward mode was asked for.
     """
     _check(prediction, tokens, scale, gain, mask, beta, reduction, implementation)
+    refuse_forward_mode(prediction)
     use_triton = implementation != "torch" and (tokens.is_cuda or implementation == "triton")
     if use_triton:
         reason = why_not_triton(prediction[:, :1], tokens, max_dim=8192)
@@ -103,10 +105,11 @@ def _check(
     reduction: str,
     implementation: str,
 ) -> None:
-    if not prediction.is_floating_point():
-        raise TypeError(f"prediction must have a float dtype, got {prediction.dtype}")
-    if not tokens.is_floating_point() and tokens.dtype != torch.int8:
-        raise TypeError(f"tokens must be int8 codes or have a float dtype, got {tokens.dtype}")
+    floats = "float16, bfloat16, float32 or float64"
+    if prediction.dtype not in FLOATS:
+        raise TypeError(f"prediction must be {floats}, got {prediction.dtype}")
+    if tokens.dtype not in (*FLOATS, torch.int8):
+        raise TypeError(f"tokens must be int8 codes, {floats}, got {tokens.dtype}")
     if prediction.dim() != 3 or prediction.shape != tokens.shape:
         raise ValueError(
             f"prediction and tokens must have one shape [B, N, D], got {tuple(prediction.shape)} "

@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd, register_fake, register_vmap
 
 from . import absorbed
-from .availability import why_not_triton
+from .availability import FLOATS, refuse_forward_mode, why_not_triton
 from .materialised import attend as attend_materialised
 
 Implementation = Literal["auto", "triton", "absorbed", "standard"]
 
 _IMPLEMENTATIONS = ("auto", "triton", "absorbed", "standard")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cross_attention(
@@ -74,13 +73,13 @@ def cross_attention(
         tokens and the query are cast first. Sums are accumulated in float32 at least, in a fixed
         order: results repeat bit for bit, and on CUDA in another process too where torch is to use
         deterministic algorithms, which leaves Triton's autotuner no choice.
-        Gradients are of first order and of reverse mode: a second backward pass is refused, and
-        forward mode sees a constant.
+        Gradients are of first order and of reverse mode: a second backward pass is refused, and so
+        is forward mode.
 
     Raises:
         TypeError: an argument has a dtype that is not listed above.
         ValueError: shapes or devices do not match, a scale is not finite, arguments exclude each
-            other, or "triton" was asked for what it cannot do.
+            other, "triton" was asked for what it cannot do, or a derivative in forward mode.
     """
     _check(query, tokens, scale, mean, std, mask, lengths, norm_eps, implementation)
     mean, std = (None if value is None else value.detach() for value in (mean, std))
@@ -104,6 +103,7 @@ def cross_attention(
                 folded, tokens, weight, norm_eps, need_lse=return_lse or mean is not None
             )
     else:
+        refuse_forward_mode(folded, tokens)
         use_triton = _use_triton(folded, tokens, implementation)
         y, lse, *_ = torch.ops.preceptor.cross_attention(
             folded, tokens, weight, norm_eps, use_triton
@@ -175,9 +175,9 @@ def _check(
         raise ValueError(
             f"query must have at least one row and one channel, got {tuple(query.shape)}"
         )
-    if query.dtype not in _FLOATS:
+    if query.dtype not in FLOATS:
         raise TypeError(f"query must be float16, bfloat16, float32 or float64, got {query.dtype}")
-    if tokens.dtype not in (*_FLOATS, torch.int8):
+    if tokens.dtype not in (*FLOATS, torch.int8):
         raise TypeError(
             f"tokens must be int8 codes, float16, bfloat16, float32 or float64, got {tokens.dtype}"
         )

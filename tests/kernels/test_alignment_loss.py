@@ -172,8 +172,9 @@ P, CODES, SCALE = torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.int8), to
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "words"),
     [
-        ((P.int(), CODES, SCALE), {}, TypeError, "prediction must have a float dtype"),
+        ((P.int(), CODES, SCALE), {}, TypeError, "prediction must be float16"),
         ((P, CODES.int(), SCALE), {}, TypeError, "tokens must be int8"),
+        ((P, P.to(torch.float8_e4m3fn)), {}, TypeError, "tokens must be int8"),
         ((P, CODES[:1], SCALE), {}, ValueError, "one shape"),
         ((P, CODES), {}, ValueError, "scale"),
         ((P, P, SCALE), {}, ValueError, "scale"),
@@ -192,3 +193,8 @@ P, CODES, SCALE = torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.int8), to
 def test_bad_input_is_refused(arguments, options, error, words):
     with pytest.raises(error, match=words):
         alignment_loss(*arguments, **options)
+
+
+def test_a_derivative_in_forward_mode_is_refused_and_not_zero():
+    with pytest.raises(ValueError, match="no derivatives in forward mode"):
+        torch.func.jvp(lambda p: alignment_loss(p, CODES, SCALE).cosine, (P,), (P,))

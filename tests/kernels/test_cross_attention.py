@@ -317,6 +317,15 @@ def test_bad_input_is_refused_in_one_sentence(arguments, options, error, words):
     assert "\n" not in str(caught.value)
 
 
+def test_derivatives_in_forward_mode_are_refused_and_not_zero():
+    for attend, at in (
+        (lambda q: cross_attention(q, X), Q),
+        (lambda x: cross_attention(Q, x), X),
+    ):
+        with pytest.raises(ValueError, match="no derivatives in forward mode"):
+            torch.func.jvp(attend, (at,), (at,))
+
+
 def test_a_scale_that_is_not_attended_may_be_anything(judge):
     problem = judge.problem(2, 3, 7, 8, torch.int8)
     hidden = problem.scale.clone()
