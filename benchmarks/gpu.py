@@ -111,13 +111,14 @@ def main() -> None:
     import cross_attention
     import device_timing as timing
 
-    kind, device, extra = "cuda", "rehearsal", ["--tiny", "--no-compile"]
     if options.rehearse:
-        kind, sizes = "cpu", ["tiny"]
+        kind, device, extra = "cpu", "rehearsal", ["--tiny", "--no-compile"]
+        sizes, rounds = ["tiny"], "1"
         folder = options.folder or Path(tempfile.mkdtemp(prefix="rehearsal-"))
     else:
+        kind, extra = "cuda", []
         device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        sizes, extra = list(cross_attention.SIZES["cuda"]), []
+        sizes, rounds = list(cross_attention.SIZES["cuda"]), "5"
         folder = options.folder or checkout.ROOT / "benchmarks" / "results"
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,16 @@ def main() -> None:
             continue
         written = folder / f".{name}.json"
         written.unlink(missing_ok=True)
-        command = [f"{name}.py", "--device", kind, *extra, "--rounds", "5", "--json", str(written)]
+        command = [
+            f"{name}.py",
+            "--device",
+            kind,
+            *extra,
+            "--rounds",
+            rounds,
+            "--json",
+            str(written),
+        ]
         if name == "cross_attention":
             command += ["--png", str(folder / f"{device}.png")]
         parts[name] = run(name, [command], LIMITS[name])
