@@ -141,7 +141,8 @@ class ZarrPython(Contender):
     name = "zarr-python"
 
     def open(self) -> None:
-        zarr.config.set({"threading.max_workers": self.threads})
+        # Heeded once, when zarr starts the threads that all its arrays share: as many as any has.
+        zarr.config.set({"threading.max_workers": 2})
         group = zarr.open_group(self.folder / "store", mode="r")
         self.arrays = [group[f"spaces/{SPACE}/{name}"] for name in ("codes", "scales")]
 
@@ -151,10 +152,17 @@ class ZarrPython(Contender):
         self.codes[here], self.scales[here] = (array[there] for array in self.arrays)
 
     def take_rows(self, rows: np.ndarray) -> int:
-        # row by row: its own indexing with an array of rows is slower still
-        rows = rows[:32]
-        for place, row in enumerate(rows.tolist()):
-            self.codes[place], self.scales[place] = (array[row] for array in self.arrays)
+        # Each group once, as ours: row by row, and by its own indexing with rows, it is slower.
+        groups = rows // GROUP
+
+        def some(own: np.ndarray) -> None:
+            for group in own.tolist():
+                places = np.flatnonzero(groups == group)
+                there = slice(group * GROUP, (group + 1) * GROUP)
+                for array, out in zip(self.arrays, (self.codes, self.scales), strict=True):
+                    out[places] = array[there][rows[places] % GROUP]
+
+        list(self.pool.map(some, np.array_split(np.unique(groups), self.threads)))
         return len(rows)
 
 
@@ -199,8 +207,15 @@ class TensorStore(Contender):
             future.result()
 
     def take_rows(self, rows: np.ndarray) -> int:
-        for future in [array[rows.tolist()].read() for array in self.arrays]:
-            future.result()
+        # Each group once, as ours: by its own indexing with rows it is slower.
+        groups = rows // GROUP
+        futures = []
+        for group in np.unique(groups).tolist():
+            there, places = slice(group * GROUP, (group + 1) * GROUP), groups == group
+            for array, out in zip(self.arrays, (self.codes, self.scales), strict=True):
+                futures.append((array[there].read(), out, np.flatnonzero(places)))
+        for future, out, places in futures:
+            out[places] = future.result()[rows[places] % GROUP]
         return len(rows)
 
 
