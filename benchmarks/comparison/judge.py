@@ -15,6 +15,8 @@ from .bed import Bed, Outputs
 
 WIDTH = 128
 """Width that every readout is reduced to; narrower ones keep theirs, centred and turned."""
+DIGITS = 5
+"""Decimals of a score that count: as many as files of finished runs keep."""
 _STRENGTHS = {"strengths": (1e-3, 1e-2, 1e-1, 1.0, 10.0)}
 """Those of every kept result. Weaker ones as well move the mean over tasks by less than .01."""
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -69,9 +71,12 @@ def judge(bed: Bed, outputs: Mapping[str, Outputs]) -> dict[str, dict[str, dict[
 
 
 def chosen(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, str]:
-    """Of every task the readout that does best on validation."""
+    """Of every task the readout that does best on validation, of equal ones the first.
+
+    Equal in `DIGITS` decimals: the last bits of equal figures differ, and are not kept.
+    """
     return {
-        task: max(readouts, key=lambda name: readouts[name]["validation"])
+        task: max(readouts, key=lambda name: round(readouts[name]["validation"], DIGITS))
         for task, readouts in scores.items()
     }
 

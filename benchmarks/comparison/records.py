@@ -9,15 +9,13 @@ from typing import Any
 
 from ...cache.durable import write_whole
 from ...errors import ConfigError
+from .judge import DIGITS
 from .options import trained_with
 from .plan import Plan
 from .runs import RESULT, belongs, finished
 
 Record = Mapping[str, Any]
 """What a run has left, and ``options``, by dotted name what it was trained with."""
-
-DIGITS = 5
-"""Decimals of what is kept; figures are told with two."""
 
 
 def identity(record: Record) -> tuple[str, str, int]:

@@ -52,6 +52,14 @@ def test_a_readout_that_holds_the_truth_is_chosen_and_scores_everything(bed):
         assert scores[task]["noise"]["test"] < 40
 
 
+def test_of_equal_readouts_the_first_is_chosen_whatever_their_last_bits_are():
+    """A file of finished runs does not keep them, and is to give the same table."""
+    figures = {"pooled": 6.45, "tokens": 6.450000000000001}
+    scores = {name: {"validation": value, "test": 0.0} for name, value in figures.items()}
+    kept = {name: {"validation": round(value, 5)} for name, value in figures.items()}
+    assert judge.chosen({"a": scores}) == judge.chosen({"a": kept}) == {"a": "pooled"}
+
+
 def test_the_reduction_is_that_of_the_pool_alone():
     random = np.random.default_rng(0)
     look, x = random.normal(size=(50, 12)), random.normal(size=(7, 3, 12))
