@@ -3,11 +3,11 @@
 Each contender is the whole module (query projection to output projection) with the same weights;
 they are timed in turns. `standard` projects keys and values and calls PyTorch's attention,
 `absorbed_bmm` and `absorbed_sdpa` fold the projections but leave the rest to PyTorch operations,
-`flex` is `standard` with compiled flex_attention, and `ours_whole`, on CUDA, is ours where one
-block may hold all tokens of a sample (`kernels.autotune.whole_samples`). Tokens: `cached` floats
-without gradients, `int8` codes (rivals decode them first), `student` floats with gradients.
-Bandwidth counts the tokens' bytes once a pass, and their gradient's, and is held against a measured
-copy.
+`standard_compiled` and `absorbed_bmm_compiled` are the same under torch.compile, `flex` is
+`standard` with compiled flex_attention, and `ours_whole`, on CUDA, is ours where one block may hold
+all tokens of a sample (`kernels.autotune.whole_samples`). Tokens: `cached` floats without
+gradients, `int8` codes (rivals decode them first), `student` floats with gradients. Bandwidth
+counts the tokens' bytes once a pass, and their gradient's, and is held against a measured copy.
 
 On CUDA every contender is timed as a CUDA graph over inputs taken in turns, so that neither Python
 nor the L2 cache is measured, and once more `as called` by eager Python, launches and all: small
@@ -156,6 +156,8 @@ def contenders(
     if ours.implementation == "triton":
         found["ours_whole"] = ours
     found["absorbed_bmm"] = absorbed_bmm(standard)
+    if compiled:
+        found["absorbed_bmm_compiled"] = torch.compile(absorbed_bmm(standard))
     found["absorbed_sdpa"] = absorbed_sdpa(standard)
     return {name: (run, ours if run is ours else standard) for name, run in found.items()}
 
