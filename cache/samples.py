@@ -287,6 +287,9 @@ class SampleIndex:
                 )
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode == "RGB":  # which `convert` would copy
+                image.load()
+                return image
             image.info.pop("transparency", None)  # Pillow warns of a palette's before it drops it
             return image.convert("RGB")
         except (DamagedImageError, MemoryError):

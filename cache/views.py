@@ -65,8 +65,10 @@ class View:
                 "pixels; the image is not the one that the box was drawn for"
             )
         height, width = size
+        if image.mode != "RGB":  # `convert` would copy one that is
+            image = image.convert("RGB")
         # No reducing_gap: a reduced copy first would be faster and would change the pixels.
-        resized = image.convert("RGB").resize((width, height), resample, box=self.box)
+        resized = image.resize((width, height), resample, box=self.box)
         pixels = np.asarray(resized)
         return np.ascontiguousarray(pixels[:, ::-1] if self.flip else pixels)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from preceptor.cache import RowBatch, SampleIndex, ViewPolicy
 from preceptor.cli import main
 from preceptor.errors import ConfigError
@@ -82,6 +83,18 @@ def test_an_image_is_decoded_once_for_all_its_views(shards, monkeypatch):
     for geometry in geometries:
         apart = torch.cat([one.pixels[geometry] for one in expected])
         assert torch.equal(found.pixels[geometry], apart)
+
+
+def test_an_image_that_is_rgb_is_never_copied_whole(shards, monkeypatch):
+    index = SampleIndex.from_shards(shards)
+    views = ViewDataset(index, ViewPolicy(), [((24, 24), "bicubic")], [range(4)], 10**6)
+    expected = views[0].pixels
+    copies = []
+    copy = Image.Image.copy
+    monkeypatch.setattr(Image.Image, "copy", lambda self: copies.append(self.mode) or copy(self))
+    found = views[0].pixels
+    assert "RGB" not in copies
+    assert all(torch.equal(found[shape], pixels) for shape, pixels in expected.items())
 
 
 LOSES_A_WORKER = """
