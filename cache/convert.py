@@ -21,6 +21,7 @@ from .commit import (
     Completion,
     completion_name,
     discard,
+    is_whole,
     read_commit,
     record_name,
 )
@@ -206,7 +207,7 @@ def _convert_shard(
 ) -> None:
     for unit in units:
         if unit in same:
-            _copy_shard(cache, writer.path, unit, shard)
+            _copy_shard(cache, writer, unit, shard)
     changed = tuple(unit for unit in units if unit not in same)
     if not changed:
         return
@@ -257,9 +258,10 @@ def _facts(cache: Cache, shard: int) -> Iterator[tuple[np.ndarray, RowBatch]]:
         yield part.start + np.flatnonzero(facts.valid), facts
 
 
-def _copy_shard(cache: Cache, root: Path, unit: str, shard: int) -> None:
-    """Copy one shard of a unit that stays as it is, checked by the hashes of its record."""
-    commit = cache.chunks.commit(unit, shard)
+def _copy_shard(cache: Cache, writer: StoreWriter, unit: str, shard: int) -> None:
+    """Copy one shard of a unit that stays as it is, checked by the hashes of its record, unless
+    another process has done it meanwhile."""
+    root, commit = writer.path, cache.chunks.commit(unit, shard)
     staged = []
     try:
         for path, spec in cache.layout.unit_arrays(unit).items():
@@ -273,15 +275,16 @@ def _copy_shard(cache: Cache, root: Path, unit: str, shard: int) -> None:
             staged[-1].verify()
         directory = root / COMMITS / unit
         with directory_lock(directory):
+            if is_whole(root, writer.manifest, Layout(writer.plan), unit, shard):
+                return
             (root / record_name(unit, shard)).unlink(missing_ok=True)
             for file in staged:
                 file.publish()
                 sync_directory(file.final.parent)
             write_whole(root / record_name(unit, shard), commit.to_bytes())
-    except BaseException:
+    finally:
         for file in staged:
             file.discard()
-        raise
 
 
 def _seal(cache: Cache, writer: StoreWriter, unit: str, same: bool) -> None:

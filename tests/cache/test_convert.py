@@ -257,6 +257,25 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(store: Path, tmp_path
     assert contents(out) == good
 
 
+def test_shards_that_another_process_converts_meanwhile_stay_as_they_are(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, space = tmp_path / "out", Cache.open(store).plan.teachers[0].spaces[0].id
+    pending = StoreWriter.pending
+    inodes = {}
+
+    def late(writer: StoreWriter, units: tuple[str, ...]) -> object:
+        todo = pending(writer, units)
+        monkeypatch.setattr(StoreWriter, "pending", pending)
+        convert_store(store, out, "int4", [space])
+        inodes.update({name: (out / name).stat().st_ino for name in contents(out)})
+        return todo
+
+    monkeypatch.setattr(StoreWriter, "pending", late)
+    convert_store(store, out, "int4", [space])
+    assert {name: (out / name).stat().st_ino for name in contents(out)} == inodes
+
+
 def test_damage_that_verify_found_is_converted_again(store: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert_store(store, out, "int4")
