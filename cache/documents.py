@@ -98,9 +98,9 @@ def sides(value: Json, what: str) -> tuple[int, int]:
 
 def difference(theirs: Json, ours: Json, path: str = "") -> str | None:
     """The first place where two JSON values differ, both sides named; None when equal. Numbers are
-    compared by value: 1 is 1.0."""
+    compared by value: 1 is 1.0. Hashes come last, for what they are of tells more."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        for key in sorted({*theirs, *ours}):
+        for key in sorted({*theirs, *ours}, key=lambda key: (key == "sha256", key)):
             here = f"{path}.{key}" if path else key
             if key not in theirs or key not in ours:
                 side = "the store" if key in theirs else "this configuration"

@@ -373,6 +373,9 @@ def plan_difference(store: StorePlan, ours: StorePlan, kept: Collection[str] = (
         return {**plan.rows_json(), **plan.pixels_json(), "teachers": teachers}
 
     left, right = whole(store), whole(replace(ours, teachers=tuple(formed)))
-    causes = [{key: side[key] for key in side if key != "rows"} for side in (left, right)]
-    # `rows` follows from samples and views
-    return difference(causes[0], causes[1]) or difference(left, right)
+    following = {"rows", "key_bytes"}  # from samples and views
+    causes = [{key: side[key] for key in side if key not in following} for side in (left, right)]
+    found = difference(causes[0], causes[1]) or difference(left, right)
+    if found is not None and found.startswith("samples.sha256 is"):
+        found += " (as many images, of other names, sizes or labels, or in another order)"
+    return found

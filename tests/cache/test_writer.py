@@ -35,8 +35,13 @@ def fill(
 def test_another_configuration_is_refused_with_both_sides(store: Path) -> None:
     plan = make_plan()
     other = replace(plan, samples={**plan.samples, "sha256": "cd" * 32})
-    with pytest.raises(StoreError, match=r"samples.sha256 is \"abab.* in the store and \"cdcd"):
+    told = r"samples.sha256 is \"abab.* in the store and \"cdcd.*as many images, of other names"
+    with pytest.raises(StoreError, match=told):
         StoreWriter.open_or_create(store, other)
+    shards = [{"name": "other.tar", "bytes": 10240, "samples": 8}]
+    renamed = replace(other, samples={**other.samples, "shards": shards}, key_bytes=192)
+    with pytest.raises(StoreError, match=r"has samples\.shards"):  # what its hash is of
+        StoreWriter.open_or_create(store, renamed)
     teacher = replace(plan.teachers[0], identity={"source": "call:other"})
     with pytest.raises(StoreError, match=r"teachers\[vit\].identity"):
         StoreWriter.open_or_create(store, replace(plan, teachers=(teacher, *plan.teachers[1:])))
