@@ -180,12 +180,15 @@ def add(config: DictConfig) -> dict[str, Any]:
         calibrate(writer, runner, config)
     await_calibration(fabric)
     writer = StoreWriter.open(root)
+    lacking = {unit for _, units in writer.pending() for unit in units} if first else set()
     runner.fill(writer)
     extracted = sum(gathered(fabric, runner.rows_extracted))
     if not first:
         return {}
     writer.finish()
     cache = Cache.open(root)
+    told = {True: "added", False: "there already"}
+    done = {now: [name for name in names if (name in lacking) is now] for now in told}
     summary = {
         "store": str(root),
         "added": names,
@@ -198,10 +201,9 @@ def add(config: DictConfig) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     keep_summary(root, "add", summary)
-    done = "added" if extracted else "there already"
+    parts = [f"{', '.join(done[now])} {told[now]}" for now in told if done[now]]
     print(
-        f"{root}: {', '.join(names)} {done}, {extracted:,} rows extracted in "
-        f"{summary['seconds']:.0f} s"
+        f"{root}: {', '.join(parts)}, {extracted:,} rows extracted in {summary['seconds']:.0f} s"
     )
     return summary
 

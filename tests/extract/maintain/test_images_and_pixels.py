@@ -40,6 +40,10 @@ def test_pixels_are_extracted_added_mended_and_dropped(
         expected = np.asarray(image.resize((16, 24), Image.Resampling.BICUBIC, box=box))
         assert (cache.read_pixels([row])[0].numpy() == expected).all()
 
+    assert run("add", store, shards, size, *tiny) == 0
+    assert f"{store}: pixels added, cnn, vit there already, 11 rows" in capsys.readouterr().out
+    assert contents(store) == contents(made)
+    assert main(["drop", f"cache={store}", "teacher=pixels"]) == 0
     assert run("add", store, shards, size) == 0  # no teacher is needed
     assert contents(store) == contents(made)
     assert run("add", store, shards, size) == 0  # nothing left to do
