@@ -99,14 +99,15 @@ def extract(config: DictConfig) -> dict[str, Any]:
         problems = [problem for share, _ in done for problem in share]
         extracted = sum(rows for _, rows in done)
         summary = _summary(config, started, runner, extracted, problems)
-        keep_summary(config.cache, "extract", summary)
+        kept = keep_summary(config.cache, "extract", summary)
         invalid = summary["rows_invalid"]
-        lacking = f"{counted(invalid, 'row')} without tokens"
+        lacking = f"; {counted(invalid, 'row')} without tokens" if invalid else ""
+        named = f", named in {kept}" if invalid and kept else ""
         print(
             f"{config.cache}: {summary['rows']:,} rows, {summary['bytes'] / 2**20:,.1f} MiB, "
             f"{summary['bytes_per_row']:,.0f} bytes a row; "
             f"{summary['rows_extracted']:,} rows extracted now in {summary['seconds']:.0f} s"
-            + (f"; {lacking}, named in {config.cache}.extract.json" if invalid else "")
+            f"{lacking}{named}"
         )
         if invalid == summary["rows"]:
             first = f", the first for this: {problems[0]}" if problems else ""
@@ -145,13 +146,14 @@ def check_same_folder(fabric: Fabric, path: str) -> None:
         )
 
 
-def keep_summary(store: str | Path, what: str, summary: Mapping[str, Any]) -> None:
-    """Write a summary beside a store; a warning where its folder cannot be written, since the store
-    itself is whole."""
+def keep_summary(store: str | Path, what: str, summary: Mapping[str, Any]) -> Path | None:
+    """Write a summary beside a store; where it is. A warning and None where its folder cannot be
+    written, since the store itself is whole."""
     try:
-        write_beside(store, what, summary)
+        return write_beside(store, what, summary)
     except StoreError as error:
         print(f"warning: {error}; the store is whole all the same", file=sys.stderr)
+        return None
 
 
 def key_room(index: SampleIndex) -> int:

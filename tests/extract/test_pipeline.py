@@ -262,8 +262,9 @@ def test_a_corrupt_image_is_named_and_stops(
 
 
 def test_a_corrupt_image_is_skipped_when_asked_and_counted(
-    shards: str, teachers: list[str], tmp_path: Path, store: Path
-) -> None:
+    shards: str, teachers: list[str], tmp_path: Path, store: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     damaged = corrupted(shards, tmp_path)
     arguments = options(damaged, teachers, tmp_path / "store", "on_corrupt=skip")
     assert main(["extract", *arguments]) == 0
@@ -276,6 +277,11 @@ def test_a_corrupt_image_is_skipped_when_asked_and_counted(
     again = json.loads((tmp_path / "store.extract.json").read_text())
     assert again["damaged_images"] == summary["damaged_images"]
     assert again["damage"] == []
+    capsys.readouterr()
+    there = options(damaged, teachers, tmp_path / "store/rows/..", "on_corrupt=skip")
+    assert main(["extract", *there]) == 0
+    named = f"1 row without tokens, named in {tmp_path / 'store.extract.json'}\n"
+    assert capsys.readouterr().out.endswith(named)
     cache = Cache.open(tmp_path / "store")
     assert np.flatnonzero(~np.asarray(cache.valid)).tolist() == [6]
     with pytest.raises(Exception, match="im006"):
