@@ -187,8 +187,6 @@ def add(config: DictConfig) -> dict[str, Any]:
         return {}
     writer.finish()
     cache = Cache.open(root)
-    told = {True: "added", False: "there already"}
-    done = {now: [name for name in names if (name in lacking) is now] for now in told}
     summary = {
         "store": str(root),
         "added": names,
@@ -201,10 +199,11 @@ def add(config: DictConfig) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
     }
     keep_summary(root, "add", summary)
-    parts = [f"{', '.join(done[now])} {told[now]}" for now in told if done[now]]
-    print(
-        f"{root}: {', '.join(parts)}, {extracted:,} rows extracted in {summary['seconds']:.0f} s"
-    )
+    done = [name for name in names if name in lacking]
+    before = [name for name in names if name not in lacking]
+    told = ((done, "added"), (before, "there already"))
+    parts = ", ".join(f"{', '.join(part)} {what}" for part, what in told if part)
+    print(f"{root}: {parts}, {extracted:,} rows extracted in {summary['seconds']:.0f} s")
     return summary
 
 
