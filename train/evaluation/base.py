@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import train_test_split
 
 from ...errors import ConfigError, DataError
 from .intervals import Statistic
@@ -222,6 +221,8 @@ def split(
     Raises:
         ConfigError: too few images to split.
     """
+    from sklearn.model_selection import train_test_split
+
     alone = np.zeros(images, dtype=bool)
     if classes is not None:
         _, kinds, counts = np.unique(classes, return_inverse=True, return_counts=True)

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 
@@ -78,6 +74,10 @@ def plain_logistic(x: Array, labels: Labels, strength: float) -> AffineClassifie
         labels: [n].
         strength: scikit-learn's ``C = 1 / (strength n)``.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(x)
     model = LogisticRegression(C=1 / (strength * len(x)), max_iter=STEPS)
     with warnings.catch_warnings():
@@ -137,6 +137,8 @@ class LogisticPath:
 
     def solve(self, strength: float) -> AffineClassifier:
         """The classifier of a strength; several are best asked for from strong to weak."""
+        from scipy.optimize import minimize
+
         options = {"maxiter": self._iterations, "gtol": self._tolerance, "ftol": 1e-14}
         found = minimize(
             self._loss, self._found, (strength,), "L-BFGS-B", jac=True, options=options

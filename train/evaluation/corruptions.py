@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 from ...errors import ConfigError
 
@@ -69,6 +68,8 @@ def _gaussian_noise(pixels: Pixels, deviation: float, random: np.random.Generato
 
 
 def _gaussian_blur(pixels: Pixels, deviation: float, random: np.random.Generator) -> Pixels:
+    from scipy.ndimage import gaussian_filter
+
     return _bytes(gaussian_filter(pixels / 255.0, (deviation, deviation, 0), mode="nearest"))
 
 

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from ...errors import ConfigError
 
@@ -116,6 +115,8 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:
     Raises:
         ValueError: there are no values, or they have more than one axis.
     """
+    from scipy import stats
+
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or not len(found):
         raise ValueError(f"expected at least one value, got an array of shape {found.shape}")

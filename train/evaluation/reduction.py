@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sklearn.decomposition import PCA
-
 from ...errors import ConfigError
 from .base import Array, Features, OnDemand
 
@@ -21,6 +19,8 @@ def reduce_width(features: Features, width: int) -> Features:
     Raises:
         ConfigError: the width is not positive.
     """
+    from sklearn.decomposition import PCA
+
     if width < 1:
         raise ConfigError(f"width={width}: expected a positive number")
     learn = features.train.reshape(-1, features.width)
