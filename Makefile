@@ -5,6 +5,8 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# Modules are compiled when they are first imported: most of what torch brings never is.
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 # zarr 3 needs Python 3.11; PYTHON=/path/to/python names another interpreter.
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -22,20 +24,22 @@ $(PY):
 
 $(VENV)/.demo: setup.cfg pyproject.toml | $(PY)
 	@echo "== installing preceptor with the demo's pretrained teachers (torch is large: minutes)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	$(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: setup.cfg pyproject.toml | $(PY)
 	@echo "== installing preceptor with the demo's teachers and the test tools (torch is large: minutes)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(INSTALL) -e '.[demo,dev]'
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
 	$(PY) examples/demo.py
 
-# A process a core; each computes with one thread.
+# A process a core and one more, since some wait for disks and for processes of their own; each
+# computes with one thread.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest --dist worksteal \
+	-n $$($(PY) -c 'import os; print(min(8, 1 + (os.cpu_count() or 1)))')
 
 # mypy does not follow the root's mapping to the package, so it gets a link under the package's name.
 check: $(VENV)/.dev
@@ -45,7 +49,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports --config setup.cfg
 
 $(VENV)/.testbed: setup.cfg pyproject.toml | $(PY)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[testbed]'
+	$(INSTALL) -e '.[testbed]'
 	@touch $@
 
 testbed: $(VENV)/.testbed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, first_line
@@ -23,7 +25,6 @@ class Composer:
         urls = ",".join(_quoted(f"file://{path}") for path in self._folders)
         self._search = [f"hydra.searchpath=[{urls}]"] if self._folders else []
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self._options: dict[str, list[str]] = {}
 
     def __enter__(self) -> Composer:
         from hydra import initialize_config_module
@@ -94,18 +95,13 @@ class Composer:
         return "." not in key and bool(self.options(key))
 
     def options(self, group: str) -> list[str]:
-        """The choices of a group; Hydra copies its whole repository to list them."""
-        if group not in self._options:
-            self._options[group] = self._list(group)
-        return self._options[group]
-
-    def _list(self, group: str) -> list[str]:
-        found = set(self._loader.get_group_options(group))
-        for directory in self._folders:
-            folder = os.path.join(directory, group)
-            if os.path.isdir(folder):
-                found |= {f[:-5] for f in os.listdir(folder) if f.endswith(".yaml")}
-        return sorted(found)
+        """The choices of a group."""
+        if group.startswith("hydra/"):  # plugins bring them
+            return sorted(self._loader.get_group_options(group))
+        places = [resources.files(CONFIGS), *map(Path, self._folders)]
+        folders = [place.joinpath(*group.split("/")) for place in places]
+        there = [file.name for folder in folders if folder.is_dir() for file in folder.iterdir()]
+        return sorted({name[:-5] for name in there if name.endswith(".yaml")})
 
 
 def _quoted(text: str) -> str:
