@@ -38,6 +38,7 @@ from lightning_fabric import Fabric
 from preceptor.benchmarks.device_timing import peak_bytes
 from preceptor.cache import Cache
 from preceptor.cache.samples import SampleIndex
+from preceptor.errors import PreceptorError
 from preceptor.extract.pipeline import extract, load_teachers
 from preceptor.train.alignment import ALIGNMENTS, build_alignment
 from preceptor.train.batch import normalise, to_device
@@ -109,7 +110,10 @@ def make_store(folder: Path, count: int, size: int) -> tuple[Path, Path]:
     shard, store = folder / f"images-{count}.tar", folder / f"store-{count}-{size}"
     if not shard.exists():
         make_images(shard, count)
-    extract(extraction(shard, store, size))
+    try:
+        extract(extraction(shard, store, size))
+    except PreceptorError as error:  # a size that a teacher does not take
+        raise SystemExit(str(error)) from None
     return shard, store
 
 
