@@ -5,8 +5,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# Modules are compiled when they are first imported: most of what torch brings never is.
-INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 # zarr 3 needs Python 3.11; PYTHON=/path/to/python names another interpreter.
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
