@@ -139,16 +139,8 @@ def main() -> None:
             continue
         written = folder / f".{name}.json"
         written.unlink(missing_ok=True)
-        command = [
-            f"{name}.py",
-            "--device",
-            kind,
-            *extra,
-            "--rounds",
-            rounds,
-            "--json",
-            str(written),
-        ]
+        command = [f"{name}.py", "--device", kind, *extra]
+        command += ["--rounds", rounds, "--json", str(written)]
         if name == "cross_attention":
             command += ["--png", str(folder / f"{device}.png")]
         parts[name] = run(name, [command], LIMITS[name])

@@ -56,6 +56,7 @@ def check_options(name: str, options: Sequence[str]) -> None:
 
 
 def _composer(name: str, options: Sequence[str]) -> Composer:
+    """Of a command and its folders of groups; unknown flags are refused."""
     for flag in (option for option in options if option.startswith("-")):
         if flag.partition("=")[0] not in (*_FLAGS, *_DIRECTORY):
             raise ConfigError(

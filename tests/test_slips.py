@@ -97,6 +97,14 @@ def test_fabric_s_start_does_not_import_torchmetrics() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_training_s_start_does_not_import_scikit_learn() -> None:
+    code = (
+        "import sys, preceptor.engine, preceptor.train.loop; "
+        "sys.exit(bool({'sklearn', 'scipy.stats', 'torchmetrics'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Brackets are markup to rich, and dollars mathematics to matplotlib."""
     store = tmp_path / "run[v2] :smile:"
